@@ -1,0 +1,167 @@
+// llama-flash: weights of a llama.cpp model that stay in the GGUF file ("flash tensors").
+//
+// This is the plugin's only public header; python/llama_flash/_bindings.py is generated from it.
+//
+// Life of a session, in this order:
+//   llama_flash_register()                  once per process, before the first model is loaded
+//   llama_flash_session_new()               one session per model
+//   llama_flash_session_bind_begin()        on the thread that loads the model
+//     llama_model_load_from_file()          with tensor_buft_overrides that name llama_flash_buffer_type()
+//   llama_flash_session_bind_end()
+//     llama_init_from_model()               with llama_flash_abort as abort callback, the session as its data
+//   llama_flash_session_set_memory()        nothing can be computed before; may be called again between decodes
+//     llama_decode() ...                    after each: llama_flash_session_take_error()
+//   llama_flash_session_free()              before or after the model is freed: the model's buffers hold a reference
+//
+// Threads: bind_begin/bind_end belong to one thread. set_memory, stats and take_error may be called from any
+// thread; set_memory waits until the op in progress has ended. Contexts of one model may decode in several threads:
+// their flash ops take turns.
+//
+// Errors: functions that return int32_t return LLAMA_FLASH_OK or an error code and fill *err (may be NULL). No
+// exception and no abort crosses this boundary. All sizes are in bytes, all times in nanoseconds.
+
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#    define LLAMA_FLASH_API __attribute__((visibility("default")))
+#else
+#    define LLAMA_FLASH_API
+#endif
+
+#define LLAMA_FLASH_API_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_context;
+
+// opaque: the flash tensors of one model, their slots and their reader
+struct llama_flash_session;
+
+enum llama_flash_code {
+    LLAMA_FLASH_OK         = 0,
+    LLAMA_FLASH_E_INVALID  = 1,  // an argument or a call out of order
+    LLAMA_FLASH_E_MEMORY   = 2,  // the memory given is too small, or the kernel refused it
+    LLAMA_FLASH_E_READ     = 3,  // a read failed, came up short, or the file changed since it was loaded
+    LLAMA_FLASH_E_FORMAT   = 4,  // the file contradicts itself
+    LLAMA_FLASH_E_INTERNAL = 5,
+};
+
+enum llama_flash_io_engine {
+    LLAMA_FLASH_IO_AUTO  = 0,  // io_uring where built in and allowed, else the pread pool
+    LLAMA_FLASH_IO_URING = 1,
+    LLAMA_FLASH_IO_PREAD = 2,
+};
+
+struct llama_flash_params {
+    uint32_t io_engine;   // enum llama_flash_io_engine
+    uint32_t io_depth;    // most reads in flight at once; 0: 32
+    uint32_t io_threads;  // threads of the pread pool; 0: 8
+    uint32_t read_bytes;  // a record is read in pieces of at most this many bytes; 0: 1 MiB
+    uint32_t panel_bytes; // a panel is a run of rows of about this many bytes; 0: 4 MiB
+};
+
+struct llama_flash_error {
+    int32_t  code;         // enum llama_flash_code
+    int32_t  sys_errno;    // errno of the failed call, 0 if none
+    uint64_t offset;       // byte offset in the file
+    uint64_t size;         // bytes asked for
+    char     file[512];
+    char     tensor[128];
+    char     message[512]; // one line: what happened, where, what to do
+};
+
+// what the bound tensors need, known after bind_end
+struct llama_flash_requirements {
+    uint32_t n_expert_tensors;
+    uint32_t n_panel_tensors;
+    uint64_t expert_bytes;    // all experts of all layers
+    uint64_t panel_bytes;     // all panels
+    uint64_t n_experts;       // expert records (one expert's slice of one tensor)
+    uint64_t n_panels;        // panel records (a run of rows of one matrix)
+    uint64_t largest_record;  // bytes of the largest record
+    uint64_t min_memory;      // smallest value set_memory takes
+    uint64_t max_memory;      // from here on every record has its own slot
+};
+
+// how set_memory has split the memory
+struct llama_flash_memory {
+    uint64_t total;         // as given
+    uint64_t slots;         // cache of experts
+    uint64_t pinned;        // panels that never leave
+    uint64_t stream;        // ring through which panels and prompts stream
+    uint64_t bookkeeping;   // tables, request pool
+    uint64_t n_slots;
+    uint64_t n_pinned;      // panels
+};
+
+struct llama_flash_stats {
+    uint64_t bytes_read;      // from flash, as asked of the device (whole sectors)
+    uint64_t bytes_used;      // of these, bytes of records
+    uint64_t reads;           // read requests completed
+    uint64_t hits;            // expert records found in slots
+    uint64_t misses;          // expert records that had to be read
+    uint64_t panel_hits;      // pinned panels used
+    uint64_t panel_reads;     // panels streamed
+    uint64_t evictions;
+    uint64_t wait_ns;         // compute threads idle for a read
+    uint64_t repack_ns;       // bringing records into the kernels' layout
+    uint64_t op_ns;           // inside flash ops, all of the above included
+    uint64_t ops;             // flash ops computed
+    uint64_t retries;         // short reads and EINTR that were continued
+    uint64_t errors;
+    uint64_t resident_bytes;  // slots, pins and ring in use now
+    uint64_t slots_used;
+    uint32_t io_engine;       // the engine in use
+    uint32_t reserved;
+};
+
+// buffers that llama.cpp itself has allocated for a context and its model, flash tensors excluded
+struct llama_flash_context_memory {
+    uint64_t model;    // resident weights
+    uint64_t context;  // KV cache and recurrent state
+    uint64_t compute;  // graph buffers
+};
+
+LLAMA_FLASH_API uint32_t     llama_flash_api_version(void);
+LLAMA_FLASH_API const char * llama_flash_build_info(void);  // version, engines built in
+
+// Adds the CPU_FLASH buffer type to the CPU backend. Call before any model is loaded and while nothing computes.
+LLAMA_FLASH_API int32_t llama_flash_register(void);
+
+// The ggml_backend_buffer_type_t to name in llama_model_tensor_buft_override.buft.
+LLAMA_FLASH_API void * llama_flash_buffer_type(void);
+
+// params may be NULL (defaults). Returns NULL and fills *err on failure (an engine that is not available, say).
+LLAMA_FLASH_API struct llama_flash_session * llama_flash_session_new(const struct llama_flash_params * params, struct llama_flash_error * err);
+LLAMA_FLASH_API void llama_flash_session_free(struct llama_flash_session * session);
+
+LLAMA_FLASH_API int32_t llama_flash_session_bind_begin(struct llama_flash_session * session, struct llama_flash_error * err);
+LLAMA_FLASH_API int32_t llama_flash_session_bind_end(struct llama_flash_session * session, struct llama_flash_error * err);
+
+LLAMA_FLASH_API int32_t llama_flash_session_requirements(const struct llama_flash_session * session, struct llama_flash_requirements * out);
+
+// Gives the session `bytes` of DRAM for slots, pins, ring and bookkeeping. Drops what was cached.
+// Pinned panels are read here. LLAMA_FLASH_E_MEMORY if bytes < min_memory.
+LLAMA_FLASH_API int32_t llama_flash_session_set_memory(struct llama_flash_session * session, uint64_t bytes, struct llama_flash_error * err);
+LLAMA_FLASH_API int32_t llama_flash_session_memory(const struct llama_flash_session * session, struct llama_flash_memory * out);
+
+// ggml_abort_callback: true once a flash op has failed, so that llama_decode stops. data: the session.
+LLAMA_FLASH_API bool llama_flash_abort(void * data);
+
+// Moves the first error since the last call to *err and lets the session compute again.
+// Returns its code, LLAMA_FLASH_OK if there was none.
+LLAMA_FLASH_API int32_t llama_flash_session_take_error(struct llama_flash_session * session, struct llama_flash_error * err);
+
+LLAMA_FLASH_API int32_t llama_flash_session_stats(const struct llama_flash_session * session, struct llama_flash_stats * out);
+
+LLAMA_FLASH_API int32_t llama_flash_get_context_memory(const struct llama_context * ctx, struct llama_flash_context_memory * out);
+
+#ifdef __cplusplus
+}
+#endif

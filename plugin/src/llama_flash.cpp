@@ -1,0 +1,153 @@
+// The C interface: argument checks, and no exception beyond this file.
+#include "llama_flash.h"
+
+#include "buffer_type.h"
+#include "session.h"
+#include "status.h"
+
+#include "llama-ext.h"
+
+#include <exception>
+#include <new>
+
+template <typename F> static int32_t guarded(llama_flash_error * err, F f) {
+    try {
+        return f();
+    } catch (const std::bad_alloc &) {
+        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "out of memory");
+    } catch (const std::exception & e) {
+        return flash_fail(err, LLAMA_FLASH_E_INTERNAL, "%s", e.what());
+    } catch (...) {
+        return flash_fail(err, LLAMA_FLASH_E_INTERNAL, "unknown exception");
+    }
+}
+
+uint32_t llama_flash_api_version(void) {
+    return LLAMA_FLASH_API_VERSION;
+}
+
+const char * llama_flash_build_info(void) {
+#ifdef LLAMA_FLASH_HAVE_URING
+    return "llama-flash 0.1.0, io_uring and pread";
+#else
+    return "llama-flash 0.1.0, pread";
+#endif
+}
+
+int32_t llama_flash_register(void) {
+    return guarded(nullptr, [] {
+        flash_register();
+        return LLAMA_FLASH_OK;
+    });
+}
+
+void * llama_flash_buffer_type(void) {
+    return ggml_backend_flash_buffer_type();
+}
+
+llama_flash_session * llama_flash_session_new(const llama_flash_params * params, llama_flash_error * err) {
+    llama_flash_session * session = nullptr;
+    guarded(err, [&] {
+        session = llama_flash_session::create(params ? *params : llama_flash_params{}, err);
+        return LLAMA_FLASH_OK;
+    });
+    return session;
+}
+
+void llama_flash_session_free(llama_flash_session * session) {
+    if (session) {
+        session->unref();
+    }
+}
+
+int32_t llama_flash_session_bind_begin(llama_flash_session * session, llama_flash_error * err) {
+    if (!session || session->bound) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "bind_begin: no session, or one that already has a model");
+    }
+    flash_set_binding_session(session);
+    return LLAMA_FLASH_OK;
+}
+
+int32_t llama_flash_session_bind_end(llama_flash_session * session, llama_flash_error * err) {
+    flash_set_binding_session(nullptr);
+    if (!session) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "bind_end: no session");
+    }
+    return guarded(err, [&] { return session->end_binding(err); });
+}
+
+int32_t llama_flash_session_requirements(const llama_flash_session * session, llama_flash_requirements * out) {
+    if (!session || !out || !session->bound) {
+        return LLAMA_FLASH_E_INVALID;
+    }
+    *out = session->requirements();
+    return LLAMA_FLASH_OK;
+}
+
+int32_t llama_flash_session_set_memory(llama_flash_session * session, uint64_t bytes, llama_flash_error * err) {
+    if (!session) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "set_memory: no session");
+    }
+    return guarded(err, [&] { return session->set_memory(bytes, err); });
+}
+
+int32_t llama_flash_session_memory(const llama_flash_session * session, llama_flash_memory * out) {
+    if (!session || !out) {
+        return LLAMA_FLASH_E_INVALID;
+    }
+    std::lock_guard<std::mutex> lock(session->mutex);
+    *out = session->memory;
+    return LLAMA_FLASH_OK;
+}
+
+bool llama_flash_abort(void * data) {
+    return data && ((const llama_flash_session *) data)->failed();
+}
+
+int32_t llama_flash_session_take_error(llama_flash_session * session, llama_flash_error * err) {
+    if (!session) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "take_error: no session");
+    }
+    std::lock_guard<std::mutex> lock(session->mutex);
+    if (!session->failed()) {
+        if (err) {
+            *err = {};
+        }
+        return LLAMA_FLASH_OK;
+    }
+    if (err) {
+        *err = session->error;
+    }
+    session->has_failed = false;
+    return session->error.code;
+}
+
+int32_t llama_flash_session_stats(const llama_flash_session * session, llama_flash_stats * out) {
+    if (!session || !out) {
+        return LLAMA_FLASH_E_INVALID;
+    }
+    std::lock_guard<std::mutex> lock(session->mutex);
+    *out                = session->stats;
+    out->slots_used     = session->cache.used();
+    out->resident_bytes = session->memory.pinned + session->memory.stream + session->memory.bookkeeping;
+    if (session->memory.n_slots) {
+        out->resident_bytes += session->memory.slots / session->memory.n_slots * out->slots_used;
+    }
+    return LLAMA_FLASH_OK;
+}
+
+int32_t llama_flash_get_context_memory(const llama_context * ctx, llama_flash_context_memory * out) {
+    if (!ctx || !out) {
+        return LLAMA_FLASH_E_INVALID;
+    }
+    *out = {};
+    return guarded(nullptr, [&] {
+        for (const auto & entry : llama_get_memory_breakdown(ctx)) {
+            const bool flash = entry.first == ggml_backend_flash_buffer_type();
+            out->model += flash ? 0 : entry.second.model;
+            out->context += entry.second.context;
+            out->compute += entry.second.compute;
+        }
+        return LLAMA_FLASH_OK;
+    });
+}

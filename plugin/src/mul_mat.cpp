@@ -1,0 +1,489 @@
+// An op runs in waves: thread 0 finds out which records are there, all threads repack and compute those, thread 0 waits for more.
+//
+//   thread 0: begin, first wave ---+        +--- release, next wave ---+        +--- end
+//   all:                        barrier  compute  barrier           barrier  compute  barrier
+//
+// What thread 0 writes between two barriers is what the others read after the second. Each row of the output is computed whole by
+// one call of a stock kernel, so waves do not change a bit of it.
+#include "mul_mat.h"
+
+#include "ggml-cpu-impl.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <vector>
+
+// an op of up to this many tokens is decoding (speculation included): it may evict; a longer one is a prompt and may not
+constexpr int64_t DECODE_TOKENS = 8;
+
+// a prompt's wave is at least so many experts (each wave quantises the activations again)
+constexpr size_t PROMPT_WAVE = 8;
+
+// repacking of the wave's records, in groups of rows shared out over the threads
+
+static int64_t row_groups(const flash_record & r) {
+    return (r.rows + STOCK_REPACK_ROWS - 1) / STOCK_REPACK_ROWS;
+}
+
+static void plan_repacking(llama_flash_session & s) {
+    int64_t total = 0;
+    s.op.repack_ends.clear();
+    for (uint32_t index : s.op.arrived) {
+        total += row_groups(s.records[index]);
+        s.op.repack_ends.push_back(total);
+    }
+    s.op.repack_next.store(0, std::memory_order_relaxed);
+}
+
+static void repack(llama_flash_session & s) {
+    static thread_local std::vector<uint8_t> scratch; // grows to the widest row once
+
+    const int64_t total = s.op.repack_ends.back();
+    for (;;) {
+        const int64_t i = s.op.repack_next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= total) {
+            return;
+        }
+        const size_t         k     = (size_t) (std::upper_bound(s.op.repack_ends.begin(), s.op.repack_ends.end(), i) - s.op.repack_ends.begin());
+        const flash_record & r     = s.records[s.op.arrived[k]];
+        const flash_tensor & t     = s.tensors[r.tensor];
+        const int64_t        first = k ? s.op.repack_ends[k - 1] : 0;
+        const int64_t        row   = (i - first) * STOCK_REPACK_ROWS;
+        const size_t         need  = t.weight.nb[1] * STOCK_REPACK_ROWS;
+        if (scratch.size() < need) {
+            scratch.resize(need);
+        }
+        stock_repack(t.kernel, &t.weight, r.data, row, std::min<int64_t>(STOCK_REPACK_ROWS, r.rows - row), scratch.data());
+    }
+}
+
+static void note_repacked(llama_flash_session & s) {
+    for (uint32_t index : s.op.arrived) {
+        s.records[index].state = record_state::ready;
+    }
+    s.op.arrived.clear();
+}
+
+// Runs the waves. first and next: thread 0 only; both set op.any, op.more and, in op.arrived, what must be repacked before.
+template <typename First, typename Compute, typename Next>
+static void run_waves(llama_flash_session & s, const ggml_compute_params * params, First first, Compute compute, Next next) {
+    const bool leader = params->ith == 0;
+    if (leader) {
+        s.mutex.lock();
+        s.op.begin_ns = flash_now_ns();
+        s.op.stamp++;
+        s.stats.ops++;
+        s.op.any  = false;
+        s.op.more = false;
+        s.op.arrived.clear();
+        s.op.wave.clear();
+        if (s.memory.total == 0) {
+            llama_flash_error e = {};
+            e.code              = LLAMA_FLASH_E_INVALID;
+            snprintf(e.message, sizeof(e.message), "the session has no memory: call llama_flash_session_set_memory before decoding");
+            s.fail(e);
+        }
+        if (!s.failed()) {
+            first();
+        }
+        plan_repacking(s);
+        s.op.stop = s.failed();
+    }
+    for (;;) {
+        ggml_barrier(params->threadpool);
+        if (s.op.stop) {
+            break;
+        }
+        const bool more = s.op.more;
+        if (s.op.any) {
+            if (!s.op.arrived.empty()) {
+                const int64_t t0 = leader ? flash_now_ns() : 0;
+                repack(s);
+                ggml_barrier(params->threadpool);
+                if (leader) {
+                    s.stats.repack_ns += (uint64_t) (flash_now_ns() - t0);
+                }
+            }
+            compute();
+        }
+        ggml_barrier(params->threadpool);
+        if (leader) {
+            note_repacked(s);
+            for (uint32_t index : s.op.wave) {
+                s.release(index);
+            }
+            s.op.wave.clear();
+            if (more) {
+                next();
+                plan_repacking(s);
+                s.op.stop = s.failed();
+            }
+        }
+        if (!more) {
+            break;
+        }
+    }
+    if (leader) {
+        if (s.op.stop) {
+            // the wave was not computed, what it held stays as it was read
+            for (uint32_t index : s.op.wave) {
+                s.release(index);
+            }
+            s.op.wave.clear();
+            s.op.arrived.clear();
+        }
+        s.stats.op_ns += (uint64_t) (flash_now_ns() - s.op.begin_ns);
+        s.mutex.unlock();
+    }
+}
+
+static bool wait_for_reads(llama_flash_session & s) {
+    const int64_t t0 = flash_now_ns();
+    const bool    ok = s.settle_reads(true);
+    s.stats.wait_ns += (uint64_t) (flash_now_ns() - t0);
+    return ok;
+}
+
+static void fail_internal(llama_flash_session & s, const flash_tensor & t, const char * what) {
+    llama_flash_error e = {};
+    e.code              = LLAMA_FLASH_E_INTERNAL;
+    snprintf(e.message, sizeof(e.message), "tensor %s: %s", t.name.c_str(), what);
+    snprintf(e.tensor, sizeof(e.tensor), "%s", t.name.c_str());
+    s.fail(e);
+}
+
+// experts
+
+// Gives a missing expert a place and starts its read: a slot if there is one to be had, else false.
+static bool fetch_to_slot(llama_flash_session & s, uint32_t index, bool evict) {
+    flash_record & r = s.records[index];
+    int32_t        evicted;
+    const int32_t  slot = s.cache.take(s.tensors[r.tensor].size_class, index, s.op.stamp, evict, &evicted);
+    if (slot == slot_cache::NONE) {
+        return false;
+    }
+    if (evicted != slot_cache::NONE) {
+        flash_record & old = s.records[(size_t) evicted];
+        old.state          = record_state::absent;
+        old.place          = record_place::none;
+        old.data           = nullptr;
+        old.index          = -1;
+        old.fetched        = false;
+        s.stats.evictions++;
+    }
+    r.place = record_place::slot;
+    r.index = slot;
+    r.data  = s.slot_data[(size_t) slot] + (r.offset - flash_sector_floor(r.offset));
+    s.fetch(index);
+    return true;
+}
+
+// Streams the planned experts as far as the ring has room.
+static bool pump_experts(llama_flash_session & s) {
+    bool any = false;
+    while (s.op.planned < s.op.plan.size()) {
+        const uint32_t index = s.op.plan[s.op.planned];
+        flash_record & r     = s.records[index];
+        if (r.state == record_state::absent) {
+            if (!s.ring_room(s.expert_ring, r, index)) {
+                break;
+            }
+            s.fetch(index);
+            any = true;
+        }
+        s.op.planned++;
+    }
+    s.reads->submit();
+    return any;
+}
+
+// Puts a record that has arrived into the wave.
+static void add_to_wave(llama_flash_session & s, const flash_tensor & t, uint32_t index) {
+    flash_record & r                   = s.records[index];
+    s.op.table[index - t.first_record] = r.data;
+    s.op.any                           = true;
+    if (r.state == record_state::raw) {
+        s.op.arrived.push_back(index);
+    }
+    if (r.place == record_place::ring) {
+        s.op.wave.push_back(index);
+    }
+}
+
+static void first_expert_wave(llama_flash_session & s, const flash_tensor & t, const ggml_tensor * op) {
+    const ggml_tensor * ids    = op->src[2];
+    const bool          decode = ids->ne[1] <= DECODE_TOKENS;
+
+    // distinct experts, in order of appearance when decoding, in file order for a prompt
+    s.op.distinct.clear();
+    for (int64_t i1 = 0; i1 < ids->ne[1]; i1++) {
+        for (int64_t i0 = 0; i0 < ids->ne[0]; i0++) {
+            const int32_t e = *(const int32_t *) ((const char *) ids->data + i1 * ids->nb[1] + i0 * ids->nb[0]);
+            if (e < 0 || (uint32_t) e >= t.n_records) {
+                fail_internal(s, t, "an expert id out of range");
+                return;
+            }
+            if (s.op.seen[(size_t) e] != s.op.stamp) {
+                s.op.seen[(size_t) e] = s.op.stamp;
+                s.op.distinct.push_back((uint32_t) e);
+            }
+        }
+    }
+    if (!decode) {
+        std::sort(s.op.distinct.begin(), s.op.distinct.end());
+    }
+
+    s.settle_reads(false);
+    std::fill(s.op.table.begin(), s.op.table.end(), nullptr);
+    s.op.missing.clear();
+    s.op.plan.clear();
+    s.op.planned = 0;
+
+    // lock what is there before anything is evicted
+    for (uint32_t e : s.op.distinct) {
+        const uint32_t index = t.first_record + e;
+        flash_record & r     = s.records[index];
+        const bool     there = r.state == record_state::ready || r.state == record_state::raw;
+        if (r.place == record_place::slot && (decode || !there)) {
+            s.cache.touch(r.index, s.op.stamp);
+        }
+        (there && !r.fetched ? s.stats.hits : s.stats.misses)++;
+        r.fetched = false;
+        if (there) {
+            add_to_wave(s, t, index);
+        } else {
+            s.op.missing.push_back(index);
+        }
+    }
+    bool fetched = false;
+    for (uint32_t index : s.op.missing) {
+        if (s.records[index].state == record_state::absent) {
+            if (fetch_to_slot(s, index, decode)) {
+                fetched = true;
+            } else {
+                s.op.plan.push_back(index);
+            }
+        }
+    }
+    const bool streaming = !s.op.plan.empty();
+
+    // the layer's other tensors will ask for the same experts: their reads overlap this op's computing
+    for (uint32_t sibling : s.groups[t.group]) {
+        const flash_tensor & other = s.tensors[sibling];
+        if (other.order <= t.order || other.n_records != t.n_records) {
+            continue; // already computed in this pass, or not yet known to come
+        }
+        for (uint32_t e : s.op.distinct) {
+            const uint32_t index = other.first_record + e;
+            flash_record & r     = s.records[index];
+            if (r.state != record_state::absent) {
+                if (r.place == record_place::slot && decode) {
+                    s.cache.touch(r.index, s.op.stamp);
+                }
+                continue;
+            }
+            // in a cache too small for a whole layer, the ring keeps this from evicting what was just fetched
+            if (!streaming && fetch_to_slot(s, index, decode)) {
+                r.fetched = true;
+                fetched   = true;
+            } else {
+                s.op.plan.push_back(index);
+                r.fetched = true;
+            }
+        }
+    }
+    if ((fetched || !s.op.plan.empty()) && !s.check_files()) {
+        return;
+    }
+    s.op.more = !s.op.missing.empty();
+    pump_experts(s);
+}
+
+static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bool decode) {
+    std::fill(s.op.table.begin(), s.op.table.end(), nullptr);
+    s.op.any          = false;
+    const size_t wish = decode ? 1 : std::min(PROMPT_WAVE, s.op.missing.size());
+
+    for (;;) {
+        const bool pumped = pump_experts(s);
+        s.settle_reads(false);
+        size_t there   = 0;
+        size_t reading = 0;
+        for (uint32_t index : s.op.missing) {
+            const record_state state = s.records[index].state;
+            there += state == record_state::ready || state == record_state::raw;
+            reading += state == record_state::reading;
+        }
+        if (s.failed()) {
+            return;
+        }
+        if (there >= wish || (there > 0 && reading == 0)) {
+            break;
+        }
+        if (reading > 0) {
+            wait_for_reads(s);
+        } else if (!pumped) {
+            // the ring is full of experts that were read ahead for others
+            if (s.expert_ring.empty()) {
+                fail_internal(s, t, "no room for an expert");
+                return;
+            }
+            s.drop_ring(s.expert_ring);
+            s.op.plan.assign(s.op.missing.begin(), s.op.missing.end());
+            s.op.planned = 0;
+        }
+    }
+
+    size_t left = 0;
+    for (uint32_t index : s.op.missing) {
+        const record_state state = s.records[index].state;
+        if (state == record_state::ready || state == record_state::raw) {
+            add_to_wave(s, t, index);
+        } else {
+            s.op.missing[left++] = index;
+        }
+    }
+    s.op.missing.resize(left);
+    s.op.more = left > 0;
+}
+
+// The tensors of a layer are read ahead in the order in which the graph uses them, learnt on the first pass.
+static void note_use(llama_flash_session & s, flash_tensor & t) {
+    if (t.order != 0) {
+        return;
+    }
+    t.order      = s.op.stamp;
+    auto & group = s.groups[t.group];
+    std::sort(group.begin(), group.end(), [&](uint32_t a, uint32_t b) {
+        // 0, not used yet, wraps around and comes last
+        return s.tensors[a].order - 1 < s.tensors[b].order - 1;
+    });
+}
+
+void flash_mul_mat_id(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
+    run_waves(
+        s, params,
+        [&] {
+            note_use(s, const_cast<flash_tensor &>(t));
+            first_expert_wave(s, t, op);
+        },
+        [&] { stock_mul_mat_id(t.kernel, params, op, s.op.table.data()); },
+        [&] { next_expert_wave(s, t, op->src[2]->ne[1] <= DECODE_TOKENS); });
+}
+
+// panels
+
+// Reads ahead in the order of use, as far as the ring has room.
+static bool pump_panels(llama_flash_session & s) {
+    bool any = false;
+    while (!s.panel_order.empty()) {
+        if (s.panel_next == s.panel_order.size()) {
+            if (!s.panel_order_known) {
+                break;
+            }
+            s.panel_next = 0;
+        }
+        const uint32_t index = s.panel_order[s.panel_next];
+        flash_record & r     = s.records[index];
+        if (r.state != record_state::absent || !s.ring_room(s.panel_ring, r, index)) {
+            break; // round the cycle, or full
+        }
+        s.fetch(index);
+        s.panel_next++;
+        any = true;
+    }
+    s.reads->submit();
+    return any;
+}
+
+// Brings the reads in line with an op on t: its first streamed panel is the oldest in the ring, or the next to be read.
+static void seek_panels(llama_flash_session & s, flash_tensor & t) {
+    if (t.n_pinned == t.n_records) {
+        return;
+    }
+    const uint32_t wanted = t.first_record + t.n_pinned;
+    if (t.order == 0) {
+        t.order = s.op.stamp;
+        // first pass: what was read ahead, if anything, was for another order
+        for (uint32_t i = t.n_pinned; i < t.n_records; i++) {
+            s.panel_order.push_back(t.first_record + i);
+        }
+    } else if (!s.panel_order_known && wanted == s.panel_order.front()) {
+        s.panel_order_known = true;
+    }
+    // panels whose op was left out this time (the output matrix, for a ubatch without outputs)
+    while (!s.panel_ring.empty() && s.panel_ring.record_in(s.panel_ring.oldest()) != wanted) {
+        const uint32_t index = s.panel_ring.record_in(s.panel_ring.oldest());
+        while (s.records[index].state == record_state::reading && s.settle_reads(true)) {
+        }
+        s.release(index);
+    }
+    if (s.panel_ring.empty()) {
+        s.panel_next = (size_t) (std::find(s.panel_order.begin(), s.panel_order.end(), wanted) - s.panel_order.begin());
+    }
+}
+
+// Sets what to compute next: the pinned run, or the streamed panel `index`.
+static void next_panel(llama_flash_session & s, const flash_tensor & t, uint32_t i) {
+    const uint32_t index = t.first_record + i;
+    flash_record & r     = s.records[index];
+    s.op.any             = false;
+
+    while (r.state == record_state::absent || r.state == record_state::reading) {
+        const bool pumped = pump_panels(s);
+        s.settle_reads(false);
+        if (s.failed()) {
+            return;
+        }
+        if (r.state == record_state::reading) {
+            wait_for_reads(s);
+        } else if (r.state == record_state::absent && !pumped) {
+            if (s.panel_ring.empty()) {
+                fail_internal(s, t, "no room for a panel");
+                return;
+            }
+            s.drop_ring(s.panel_ring);
+            s.panel_next = (size_t) (std::find(s.panel_order.begin(), s.panel_order.end(), index) - s.panel_order.begin());
+        }
+    }
+    if (r.state == record_state::raw) {
+        s.op.arrived.push_back(index);
+    }
+    s.op.wave.push_back(index);
+    s.op.data = r.data;
+    s.op.row  = r.row;
+    s.op.rows = r.rows;
+    s.op.any  = true;
+    s.op.more = i + 1 < t.n_records;
+    s.stats.panel_reads++;
+}
+
+void flash_mul_mat(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
+    uint32_t i = 0; // thread 0: next panel
+    run_waves(
+        s, params,
+        [&] {
+            seek_panels(s, const_cast<flash_tensor &>(t));
+            if (t.n_pinned < t.n_records && !s.check_files()) {
+                return;
+            }
+            pump_panels(s);
+            if (t.n_pinned == 0) {
+                next_panel(s, t, i++);
+                return;
+            }
+            const flash_record & last = s.records[t.first_record + t.n_pinned - 1];
+            s.op.data                 = t.home;
+            s.op.row                  = 0;
+            s.op.rows                 = last.row + last.rows;
+            s.op.any                  = true;
+            s.op.more                 = t.n_pinned < t.n_records;
+            s.stats.panel_hits += t.n_pinned;
+            i = t.n_pinned;
+        },
+        [&] { stock_mul_mat(t.kernel, params, op, s.op.data, s.op.row, s.op.rows); },
+        [&] {
+            pump_panels(s);
+            next_panel(s, t, i++);
+        });
+}

@@ -1,0 +1,221 @@
+#include "reader.h"
+
+#include "status.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// flash_file
+
+std::unique_ptr<flash_file> flash_file::reopen(int fd, llama_flash_error * err) {
+    std::unique_ptr<flash_file> file(new flash_file());
+
+    char link[64];
+    snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+    char    name[4096];
+    ssize_t n  = readlink(link, name, sizeof(name) - 1);
+    file->path = n > 0 ? std::string(name, (size_t) n) : std::string(link);
+
+    file->fd     = open(link, O_RDONLY | O_DIRECT | O_CLOEXEC);
+    file->direct = file->fd >= 0;
+    if (!file->direct) {
+        file->fd = open(link, O_RDONLY | O_CLOEXEC);
+    }
+    struct stat st;
+    if (file->fd < 0 || fstat(file->fd, &st) != 0) {
+        const int e = errno;
+        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s for direct reads: %s", file->path.c_str(), strerror(e));
+        if (err) {
+            err->sys_errno = e;
+            snprintf(err->file, sizeof(err->file), "%s", file->path.c_str());
+        }
+        return nullptr;
+    }
+    file->size     = (uint64_t) st.st_size;
+    file->device   = (uint64_t) st.st_dev;
+    file->inode    = (uint64_t) st.st_ino;
+    file->mtime_s  = st.st_mtim.tv_sec;
+    file->mtime_ns = st.st_mtim.tv_nsec;
+    return file;
+}
+
+flash_file::~flash_file() {
+    if (fd >= 0) {
+        close(fd);
+    }
+}
+
+bool flash_file::unchanged() const {
+    struct stat st;
+    return fstat(fd, &st) == 0 && (uint64_t) st.st_size == size && st.st_mtim.tv_sec == mtime_s && st.st_mtim.tv_nsec == mtime_ns;
+}
+
+// reader
+
+std::unique_ptr<reader> reader::create(const llama_flash_params & params, llama_flash_error * err) {
+    std::unique_ptr<reader> r(new reader());
+    r->depth      = params.io_depth ? params.io_depth : 32;
+    r->piece_size = (uint32_t) flash_sector_ceil(params.read_bytes ? params.read_bytes : 1u << 20);
+
+    const uint32_t threads = params.io_threads ? params.io_threads : 8;
+    std::string    no_uring;
+    std::string    no_pread;
+    if (params.io_engine != LLAMA_FLASH_IO_PREAD) {
+        r->engine = make_uring_engine(r->depth, no_uring);
+    }
+    if (!r->engine && params.io_engine != LLAMA_FLASH_IO_URING) {
+        r->engine = make_pread_engine(threads, no_pread);
+    }
+    if (!r->engine) {
+        flash_fail(err, LLAMA_FLASH_E_INVALID, "no I/O engine: %s%s%s", no_uring.c_str(), no_pread.empty() ? "" : "; ",
+                   no_pread.c_str());
+        return nullptr;
+    }
+    return r;
+}
+
+// no piece may be under way when its memory goes: the session drains before it frees
+reader::~reader() {
+    done ignored;
+    while (next(ignored, true)) {
+    }
+}
+
+read_piece * reader::new_piece() {
+    if (!free_pieces) {
+        pieces.emplace_back();
+        pieces.back().next = nullptr;
+        free_pieces        = &pieces.back();
+    }
+    read_piece * piece = free_pieces;
+    free_pieces        = piece->next;
+    return piece;
+}
+
+read_job * reader::new_job() {
+    if (!free_jobs) {
+        jobs.emplace_back();
+        jobs.back().next = nullptr;
+        free_jobs        = &jobs.back();
+    }
+    read_job * job = free_jobs;
+    free_jobs      = job->next;
+    return job;
+}
+
+void reader::requeue(read_piece * piece) {
+    // in front: the rest of a read that has begun
+    piece->next = queue_head;
+    queue_head  = piece;
+    if (!queue_tail) {
+        queue_tail = piece;
+    }
+}
+
+void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag) {
+    const uint64_t first = flash_sector_floor(offset);
+    const uint64_t last  = offset + size;
+    uint8_t *      base  = dst - (offset - first);
+
+    read_job * job = new_job();
+    *job           = { tag, 0, 0, 0, &file, nullptr };
+
+    for (uint64_t at = first; at < last; at += piece_size) {
+        read_piece * piece = new_piece();
+
+        const uint64_t need = std::min<uint64_t>(last - at, piece_size);
+
+        piece->fd     = file.fd;
+        piece->offset = at;
+        piece->need   = (uint32_t) need;
+        piece->size   = (uint32_t) flash_sector_ceil(need);
+        piece->dst    = base + (at - first);
+        piece->result = 0;
+        piece->job    = job;
+        piece->next   = nullptr;
+        job->pending++;
+
+        if (queue_tail) {
+            queue_tail->next = piece;
+        } else {
+            queue_head = piece;
+        }
+        queue_tail = piece;
+    }
+}
+
+void reader::submit() {
+    bool any = false;
+    while (queue_head && in_flight < depth) {
+        read_piece * piece = queue_head;
+        queue_head         = piece->next;
+        if (!queue_head) {
+            queue_tail = nullptr;
+        }
+        piece->next = nullptr;
+        bytes += piece->size;
+        in_flight++;
+        engine->start(piece);
+        any = true;
+    }
+    if (any) {
+        engine->flush();
+    }
+}
+
+bool reader::settle(read_piece * piece) {
+    read_job * job = piece->job;
+    reads++;
+
+    if (piece->result == -EINTR || piece->result == -EAGAIN) {
+        retries++;
+        requeue(piece);
+        return false;
+    }
+    if (piece->result > 0 && piece->result < piece->need) {
+        // continue from the last whole sector, so that the rest is aligned as well
+        const uint32_t got = (uint32_t) flash_sector_floor((uint64_t) piece->result);
+        if (got > 0) {
+            retries++;
+            piece->offset += got;
+            piece->dst += got;
+            piece->need -= got;
+            piece->size -= got;
+            requeue(piece);
+            return false;
+        }
+        // less than a sector: only the end of the file does that
+        piece->result = 0;
+    }
+    if (piece->result < (int64_t) piece->need && !job->error) {
+        job->error        = piece->result < 0 ? (int32_t) -piece->result : ENODATA;
+        job->error_offset = piece->offset;
+    }
+    piece->next = free_pieces;
+    free_pieces = piece;
+    return --job->pending == 0;
+}
+
+bool reader::next(done & out, bool wait) {
+    for (;;) {
+        submit();
+        read_piece * piece = engine->finished(wait && in_flight > 0);
+        if (!piece) {
+            return false;
+        }
+        in_flight--;
+        read_job * job = piece->job;
+        if (settle(piece)) {
+            out       = { job->tag, job->error, job->error_offset, job->file };
+            job->next = free_jobs;
+            free_jobs = job;
+            submit();
+            return true;
+        }
+    }
+}

@@ -1,0 +1,46 @@
+// A FIFO arena in DRAM: room is taken at the head and given back at the tail. For records that stream through.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+class ring {
+  public:
+    static constexpr int32_t NONE = -1;
+
+    // memory of `bytes` bytes, at most max_entries taken at once; memory is not owned
+    void configure(uint8_t * memory, size_t bytes, uint32_t max_entries);
+
+    // Room for `bytes` contiguous bytes: an entry, or NONE if the ring is full.
+    int32_t take(size_t bytes, uint32_t record);
+
+    // The entry's room is free once all older entries have been given back too.
+    void give(int32_t entry);
+
+    uint8_t * address(int32_t entry) const { return memory + entries[(size_t) entry].begin; }
+
+    uint32_t record_in(int32_t entry) const { return entries[(size_t) entry].record; }
+
+    bool empty() const { return n_entries == 0; }
+
+    // oldest entry not yet given back, NONE if empty
+    int32_t oldest() const { return n_entries ? (int32_t) first : NONE; }
+
+    size_t capacity() const { return size; }
+
+  private:
+    struct entry {
+        size_t   begin;
+        size_t   end;
+        uint32_t record;
+        bool     given;
+    };
+
+    uint8_t *          memory = nullptr;
+    size_t             size   = 0;
+    size_t             head   = 0; // next byte to take
+    std::vector<entry> entries;    // circular
+    uint32_t           first     = 0;
+    uint32_t           n_entries = 0;
+};

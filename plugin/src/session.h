@@ -1,0 +1,178 @@
+// The flash tensors of one model: what is bound, where each record is, and what the memory given is used for.
+//
+// Locking: `mutex` is held from the begin to the end of a flash op (by the pool's thread 0) and by every call that changes the
+// session. Whatever is written under it by thread 0 is read by the pool's other threads after a ggml_barrier.
+#pragma once
+
+#include "cache.h"
+#include "llama_flash.h"
+#include "reader.h"
+#include "ring.h"
+#include "shadow.h"
+
+#include "ggml.h"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+enum class record_state : uint8_t {
+    absent,  // on flash only
+    reading, // a read into its place is under way
+    raw,     // arrived, in the file's layout
+    ready,   // in the kernel's layout
+};
+
+enum class record_place : uint8_t { none, slot, ring, pinned };
+
+struct flash_record {
+    uint64_t     offset;       // in the file
+    uint8_t *    data;         // where it is or is being read to; nullptr if absent
+    uint32_t     tensor;       // index in session::tensors
+    uint32_t     bytes;
+    uint32_t     row;          // first row of the matrix (panels)
+    uint32_t     rows;
+    int32_t      index;        // slot or ring entry
+    record_place place;
+    record_state state;
+    bool         fetched;      // read for an op that has not asked for it yet
+};
+
+struct flash_tensor {
+    std::string        name;
+    ggml_tensor        weight;       // copy of the bound tensor: type, shape, strides
+    const flash_file * file;
+    uint64_t           offset;       // of the tensor in the file
+    stock_kernel       kernel;
+    uint32_t           first_record;
+    uint32_t           n_records;    // experts, or panels of this matrix
+    uint32_t           n_pinned;     // panels [0, n_pinned) are pinned, side by side at `home`
+    uint32_t           size_class;   // experts: class of slots
+    uint32_t           group;        // experts: tensors of one layer that share their ids
+    uint64_t           order;        // when it was first used, counted over the session's ops; 0: not yet
+    uint8_t *          home;         // panels: reserved addresses, congruent with offset
+    bool               is_experts;
+};
+
+// A range of reserved or committed addresses.
+class mapping {
+  public:
+    mapping() = default;
+    ~mapping();
+    mapping(mapping && other) noexcept;
+    mapping & operator=(mapping && other) noexcept;
+
+    static mapping reserve(size_t bytes);  // address space only
+    static mapping allocate(size_t bytes); // memory on first touch, in huge pages where the kernel gives them
+
+    uint8_t * data  = nullptr;
+    size_t    bytes = 0;
+};
+
+struct llama_flash_session {
+    // life
+
+    static llama_flash_session * create(const llama_flash_params & params, llama_flash_error * err);
+    void ref() { refs++; }
+    void unref(); // deletes with the last reference
+
+    // binding (buffer_type.cpp calls these while the model loads)
+
+    bool    bind(const ggml_tensor * tensor, int fd, uint64_t offset);
+    int32_t end_binding(llama_flash_error * err);
+
+    const flash_tensor * find(const void * tensor_data) const {
+        auto it = by_address.find(tensor_data);
+        return it == by_address.end() ? nullptr : &tensors[it->second];
+    }
+
+    // memory
+
+    llama_flash_requirements requirements() const;
+    int32_t                  set_memory(uint64_t bytes, llama_flash_error * err);
+
+    // ops (mul_mat.cpp): thread 0 only, under the mutex
+
+    uint8_t * ring_room(ring & r, flash_record & record, uint32_t index);
+    void      fetch(uint32_t index);           // starts the read of a record that has a place
+    void      release(uint32_t index);         // a ring record has been computed
+    void      drop_ring(ring & r);             // empties a ring; waits for reads into it
+    bool      settle_reads(bool wait);         // takes note of reads that have ended; false: none was under way
+    void      fail(const llama_flash_error & e);
+    bool      check_files();                   // false (and failed) if a file changed since it was bound
+
+    bool failed() const { return has_failed.load(std::memory_order_acquire); }
+
+    // state
+
+    mutable std::mutex       mutex;
+    std::atomic<uint32_t>    refs{ 1 };
+    std::atomic<bool>        has_failed{ false };
+    llama_flash_error        error  = {};
+    llama_flash_params       params = {};
+    llama_flash_memory       memory = {};
+    llama_flash_stats        stats  = {};
+    bool                     bound  = false;
+
+    std::vector<std::unique_ptr<flash_file>> files;
+    std::vector<flash_tensor>                tensors;
+    std::vector<flash_record>                records;
+    std::unordered_map<const void *, size_t> by_address;
+    std::vector<std::vector<uint32_t>>       groups;      // tensors by group
+    std::vector<uint32_t>                    class_bytes; // slot size by class
+    uint32_t                                 n_expert_max = 0;
+
+    slot_cache            cache;
+    std::vector<uint8_t *> slot_data;  // by slot
+    ring                  expert_ring;
+    ring                  panel_ring;
+    std::vector<mapping>  slot_memory; // by class
+    mapping               ring_memory;
+    std::vector<mapping>  homes;
+    size_t                home_bytes = 0; // committed
+
+    std::unique_ptr<reader> reads; // after the memory it writes to: destroyed (drained) first
+
+    // the op in progress, see mul_mat.cpp
+    struct op_state {
+        uint64_t                  stamp = 0;
+        std::vector<const void *> table;   // n_expert addresses of this wave
+        std::vector<uint32_t>     missing; // records the op still waits for
+        std::vector<uint32_t>     arrived; // records of this wave that need repacking
+        std::vector<uint32_t>     wave;    // ring records of this wave, given back after it
+        std::vector<uint32_t>     plan;    // experts to stream, in order
+        size_t                    planned  = 0;
+        std::vector<uint64_t>     seen;    // by expert: stamp of the op that last asked for it
+        std::vector<uint32_t>     distinct;
+        std::atomic<int64_t>      repack_next{ 0 };
+        std::vector<int64_t>      repack_ends; // running count of row groups in `arrived`
+        bool                      any  = false; // the wave has something to compute
+        bool                      more = false; // another wave follows
+        bool                      stop = false; // the op has failed
+        const void *              data = nullptr; // panels: what to compute now
+        int64_t                   row  = 0;
+        int64_t                   rows = 0;
+        int64_t                   begin_ns = 0;
+    } op;
+
+    // order in which panels are streamed
+    std::vector<uint32_t> panel_order;       // unpinned panel records in order of use
+    bool                  panel_order_known = false;
+    size_t                panel_next        = 0; // next to fetch
+
+  private:
+    llama_flash_session() = default;
+    ~llama_flash_session();
+
+    void     make_records();
+    void     drop_all();
+    uint64_t bookkeeping_bytes() const;
+    uint64_t ring_minimum(bool experts) const;
+};
+
+int64_t flash_now_ns();
