@@ -1,0 +1,46 @@
+# Everything there is to do, from a clean clone: `make` lists it.
+
+.DEFAULT_GOAL := help
+.PHONY: help build test test-full lint sanitize bench demo bindings patch-apply patch-export clean
+
+PYTHON ?= python3
+BIN    := .venv/bin
+ENGINE := ci/engine
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+build:  ## .venv with the patched engine, the plugin and the Python packages, from one wheel
+	@$(PYTHON) $(ENGINE)/build.py
+
+test: build lint  ## what is checked before every change (15 minutes at most with a built engine)
+	$(BIN)/pytest -m "not full" $(ARGS)
+
+test-full: build lint  ## the whole matrix
+	$(BIN)/pytest $(ARGS)
+
+lint: build  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+sanitize: build  ## engine and plugin under ASan, UBSan and TSan
+	@$(BIN)/python $(ENGINE)/sanitize.py
+
+bench: build  ## the speed table, as JSON and text (ARGS="--help" for its options)
+	$(BIN)/python ci/bench.py $(ARGS)
+
+demo: build  ## a model larger than its memory cap: naive, with flash offload, resident
+	$(BIN)/python ci/demo.py $(ARGS)
+
+bindings: build  ## python/llama_flash/_bindings.py from the plugin's header
+	$(BIN)/python ci/generate_bindings.py
+
+patch-apply: build  ## build/engine-work: the engine as a git repository, one commit per patch (FORCE=1: anew)
+	@$(BIN)/python $(ENGINE)/worktree.py apply $(if $(FORCE),--force)
+
+patch-export:  ## patches/ from the commits in build/engine-work
+	@$(BIN)/python $(ENGINE)/worktree.py export
+
+clean:  ## removes build/ and .venv
+	rm -rf build .venv

@@ -1,0 +1,196 @@
+"""Loads a model in one mode, runs it, and writes what it measured as JSON. Run by runs.py, one process per run.
+
+    python ci/benchlib/child.py SPEC.json
+
+Modes: naive (stock, mmap, not repacked), flash (flash_offload), resident (stock with its defaults).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Mode = Literal["naive", "flash", "resident"]
+Work = Literal["decode", "prompt", "generate"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    model: str
+    mode: Mode
+    work: Work
+    out: str  # file that gets the measurement
+    n_threads: int = 2
+    n_ctx: int = 1024
+    n_ubatch: int = 512
+    warm_up: int = 128  # tokens decoded before the clock starts
+    tokens: int = 128  # tokens decoded, or the prompt's length
+    max_seconds: float = 30.0  # for the warm-up, and again for the measurement
+    min_tokens: int = 8
+    prompt: str = ""  # work "generate"
+    flash: dict[str, Any] = field(default_factory=dict)  # options of FlashOffload
+
+
+def main(argv: list[str]) -> int:
+    spec = Spec(**json.loads(Path(argv[0]).read_text()))
+    started = time.perf_counter()
+    llm = _load(spec)
+    result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
+    result |= {"decode": _decode, "prompt": _prompt, "generate": _generate}[spec.work](llm, spec)
+    result["max_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if spec.mode == "flash":
+        result["flash"] = llm.flash.stats().as_dict()
+    Path(spec.out).write_text(json.dumps(result, default=str))
+    llm.close()
+    return 0
+
+
+def _load(spec: Spec) -> Any:
+    import llama_cpp
+
+    options: dict[str, Any] = {}
+    if spec.mode == "flash":
+        import llama_flash
+
+        options["flash_offload"] = llama_flash.FlashOffload(**spec.flash)
+    elif spec.mode == "naive":
+        _without_repacking()
+    return llama_cpp.Llama(
+        spec.model,
+        n_ctx=spec.n_ctx,
+        n_batch=spec.n_ubatch,
+        n_ubatch=spec.n_ubatch,
+        n_threads=spec.n_threads,
+        n_threads_batch=spec.n_threads,
+        verbose=False,
+        **options,
+    )
+
+
+def _without_repacking() -> None:
+    """Keeps the weights in the page cache: repacked ones are anonymous memory, which a cap below their size kills."""
+    from llama_cpp import llama_cpp
+
+    defaults = llama_cpp.llama_model_default_params
+
+    def unpacked() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = unpacked
+
+
+def _decode(llm: Any, spec: Spec) -> dict[str, Any]:
+    """Decodes a fixed stream of random tokens: the same in all modes, and no loops as sampling has."""
+    n_tokens = min(16 + spec.warm_up + spec.tokens, spec.n_ctx)
+    stream = np.random.default_rng(1).integers(0, llm.n_vocab(), n_tokens).tolist()
+    llm.eval(stream[:16])
+    warm = _timed_tokens(llm, stream[16 : 16 + spec.warm_up], spec)
+    before = _counters(llm, spec)
+    start = 16 + len(warm)
+    seconds = _timed_tokens(llm, stream[start : start + spec.tokens], spec)
+    return {
+        "tokens": len(seconds),
+        "warm_up_tokens": len(warm),
+        "seconds": sum(seconds),
+        "tok_s": len(seconds) / sum(seconds),
+        "median_token_seconds": float(np.median(seconds)),
+        "slowest_token_seconds": max(seconds),
+        **_since(before, llm, spec, len(seconds), sum(seconds)),
+    }
+
+
+def _timed_tokens(llm: Any, tokens: list[int], spec: Spec) -> list[float]:
+    """Seconds of each token, until max_seconds have passed."""
+    seconds: list[float] = []
+    for token in tokens:
+        if len(seconds) >= spec.min_tokens and sum(seconds) > spec.max_seconds:
+            break
+        started = time.perf_counter()
+        llm.eval([token])
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _prompt(llm: Any, spec: Spec) -> dict[str, Any]:
+    """Evaluates a prompt of spec.tokens after another one of the same length has warmed the model up."""
+    rng = np.random.default_rng(1)
+    warm, prompt = (rng.integers(0, llm.n_vocab(), spec.tokens).tolist() for _ in range(2))
+    started = time.perf_counter()
+    llm.eval(warm)
+    first = time.perf_counter() - started
+    llm.reset()
+    before = _counters(llm, spec)
+    started = time.perf_counter()
+    llm.eval(prompt)
+    seconds = time.perf_counter() - started
+    return {
+        "tokens": len(prompt),
+        "seconds": seconds,
+        "tok_s": len(prompt) / seconds,
+        "first_prompt_seconds": first,
+        **_since(before, llm, spec, len(prompt), seconds),
+    }
+
+
+def _generate(llm: Any, spec: Spec) -> dict[str, Any]:
+    """Generates text, and prints it as it comes."""
+    before = _counters(llm, spec)
+    started = time.perf_counter()
+    n_tokens = 0
+    print(spec.prompt, end="", flush=True)
+    for chunk in llm(spec.prompt, max_tokens=spec.tokens, temperature=0.8, seed=1, stream=True):
+        print(chunk["choices"][0]["text"], end="", flush=True)
+        n_tokens += 1
+    print()
+    seconds = time.perf_counter() - started
+    return {
+        "tokens": n_tokens,
+        "seconds": seconds,
+        "tok_s": n_tokens / seconds,
+        **_since(before, llm, spec, max(n_tokens, 1), seconds),
+    }
+
+
+Counters = dict[str, float]
+
+
+def _counters(llm: Any, spec: Spec) -> Counters:
+    counters: Counters = {"device_bytes": _device_bytes()}
+    if spec.mode == "flash":
+        counters |= dataclasses.asdict(llm.flash.stats().total)
+    return counters
+
+
+def _since(before: Counters, llm: Any, spec: Spec, n_tokens: int, seconds: float) -> dict[str, Any]:
+    after = _counters(llm, spec)
+    delta = {key: after[key] - value for key, value in before.items() if key in after}
+    out: dict[str, Any] = {"device_bytes_per_token": delta["device_bytes"] / n_tokens}
+    if spec.mode == "flash":
+        uses = delta["hits"] + delta["misses"]
+        out["flash_bytes_per_token"] = delta["bytes_read"] / n_tokens
+        out["hit_rate"] = delta["hits"] / uses if uses else None
+        out["wait_share"] = delta["wait_seconds"] / seconds
+        out["flash_counters"] = delta
+    return out
+
+
+def _device_bytes() -> int:
+    """Bytes that this process has made the device read, page faults and O_DIRECT alike."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise RuntimeError("/proc/self/io has no read_bytes")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""Tables of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchlib.measure import Outcome
+from benchlib.runs import Setting
+
+
+def outcome_table(outcome: Outcome) -> Table:
+    """tok/s, bytes read per token, peak memory and speed-up of each setting."""
+    cap = f"cap {outcome.cap / 1e9:.2f} of {outcome.model_bytes / 1e9:.2f} GB"
+    title = f"{outcome.case.model.title}: {outcome.case.work}, {cap}"
+    table = Table(title=title, title_justify="left")
+    for column in ("mode", "tok/s", "read per token", "hit rate", "peak memory", "speed-up over naive"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    naive = outcome.naive
+    base = outcome.median(naive) if naive else None
+    for setting in sorted(outcome.settings(), key=lambda s: ("naive", "flash", "resident").index(s.mode)):
+        table.add_row(*_cells(outcome, setting, base))
+    return table
+
+
+def _cells(outcome: Outcome, setting: Setting, base: float | None) -> list[str]:
+    runs = outcome.of(setting)
+    speed = outcome.median(setting)
+    read = outcome.median(setting, "device_bytes_per_token")
+    hits = outcome.median(setting, "hit_rate")
+    peak = max(run.peak for run in runs)
+    uncapped = " (no cap)" if setting.mode == "resident" else ""
+    if speed is None:
+        speed_cell = "OOM-killed" if any(run.oom_killed for run in runs) else "failed"
+    else:
+        speed_cell = f"{speed:.2f}"
+    return [
+        setting.name,
+        speed_cell,
+        "-" if read is None else f"{read / 1e6:.1f} MB",
+        "-" if hits is None else f"{hits:.1%}",
+        f"{peak / 1e9:.2f} GB{uncapped}",
+        f"{speed / base:.2f} x" if speed and base else "-",
+    ]
+
+
+def verdict_table(outcomes: Sequence[Outcome]) -> Table:
+    table = Table(title="Reached?", title_justify="left")
+    table.add_column("case")
+    table.add_column("measured")
+    table.add_column("")
+    for outcome in outcomes:
+        for what, reached in outcome.verdicts():
+            table.add_row(outcome.case.name, what, "[green]yes[/]" if reached else "[red]no[/]")
+    return table
+
+
+def machine_table(description: dict[str, Any], rates: dict[str, float]) -> Table:
+    table = Table(title="Machine", title_justify="left", show_header=False)
+    for key, value in description.items():
+        table.add_row(key, str(value))
+    for key, rate in rates.items():
+        table.add_row(key, f"{rate / 1e9:.2f} GB/s")
+    return table
+
+
+def print_failures(console: Console, outcomes: Sequence[Outcome]) -> None:
+    for outcome in outcomes:
+        for run in outcome.runs:
+            if not run.ok:
+                console.print(f"[red]{outcome.case.name}, {run.setting.name}:[/] {run.error}", highlight=False)

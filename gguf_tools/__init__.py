@@ -1,0 +1,1 @@
+"""Tools for GGUF files: write, inspect and measure models."""

@@ -1,0 +1,25 @@
+"""Synthetic GGUF models that llama.cpp loads: any form, size, quantisation and routing.
+
+Every tensor, layer and expert differs and the output is not tied to the embedding, so a wrong read changes the logits.
+The weights are random: speed and exactness can be measured with them, quality cannot.
+"""
+
+from gguf_tools.synthetic.forms import ARCHITECTURES, DENSE_FORMS, MOE_FORMS, Shape
+from gguf_tools.synthetic.presets import PRESETS, SKEWED, tiny
+from gguf_tools.synthetic.types import Types, everything, types_named
+from gguf_tools.synthetic.writer import SyntheticModel, write
+
+__all__ = [
+    "ARCHITECTURES",
+    "DENSE_FORMS",
+    "MOE_FORMS",
+    "PRESETS",
+    "SKEWED",
+    "Shape",
+    "SyntheticModel",
+    "Types",
+    "everything",
+    "tiny",
+    "types_named",
+    "write",
+]

@@ -1,0 +1,240 @@
+"""The plugin's C interface: structures, enums and prototypes of libllama_flash.
+
+Generated from plugin/include/llama_flash.h by ci/generate_bindings.py (`make bindings`): do not edit. The header says
+what the functions do, in which order and from which thread they are called. Opaque structures are addresses (int).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from enum import IntEnum
+from pathlib import Path
+from typing import ClassVar
+
+LLAMA_FLASH_API_VERSION = 1
+
+
+class llama_flash_code(IntEnum):
+    LLAMA_FLASH_OK = 0
+    LLAMA_FLASH_E_INVALID = 1  # an argument or a call out of order
+    LLAMA_FLASH_E_MEMORY = 2  # the memory given is too small, or the kernel refused it
+    LLAMA_FLASH_E_READ = 3  # a read failed, came up short, or the file changed since it was loaded
+    LLAMA_FLASH_E_FORMAT = 4  # the file contradicts itself
+    LLAMA_FLASH_E_INTERNAL = 5
+
+
+class llama_flash_io_engine(IntEnum):
+    LLAMA_FLASH_IO_AUTO = 0  # io_uring where built in and allowed, else the pread pool
+    LLAMA_FLASH_IO_URING = 1
+    LLAMA_FLASH_IO_PREAD = 2
+
+
+class llama_flash_params(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("io_engine", ctypes.c_uint32),
+        ("io_depth", ctypes.c_uint32),
+        ("io_threads", ctypes.c_uint32),
+        ("read_bytes", ctypes.c_uint32),
+        ("panel_bytes", ctypes.c_uint32),
+    ]
+
+    io_engine: int  # enum llama_flash_io_engine
+    io_depth: int  # most reads in flight at once; 0: 32
+    io_threads: int  # threads of the pread pool; 0: 8
+    read_bytes: int  # a record is read in pieces of at most this many bytes; 0: 1 MiB
+    panel_bytes: int  # a panel is a run of rows of about this many bytes; 0: 4 MiB
+
+
+class llama_flash_error(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("code", ctypes.c_int32),
+        ("sys_errno", ctypes.c_int32),
+        ("offset", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("file", ctypes.c_char * 512),
+        ("tensor", ctypes.c_char * 128),
+        ("message", ctypes.c_char * 512),
+    ]
+
+    code: int  # enum llama_flash_code
+    sys_errno: int  # errno of the failed call, 0 if none
+    offset: int  # byte offset in the file
+    size: int  # bytes asked for
+    file: bytes
+    tensor: bytes
+    message: bytes  # one line: what happened, where, what to do
+
+
+class llama_flash_requirements(ctypes.Structure):
+    """What the bound tensors need, known after bind_end."""
+
+    _fields_: ClassVar = [
+        ("n_expert_tensors", ctypes.c_uint32),
+        ("n_panel_tensors", ctypes.c_uint32),
+        ("expert_bytes", ctypes.c_uint64),
+        ("panel_bytes", ctypes.c_uint64),
+        ("n_experts", ctypes.c_uint64),
+        ("n_panels", ctypes.c_uint64),
+        ("largest_record", ctypes.c_uint64),
+        ("min_memory", ctypes.c_uint64),
+        ("max_memory", ctypes.c_uint64),
+    ]
+
+    n_expert_tensors: int
+    n_panel_tensors: int
+    expert_bytes: int  # all experts of all layers
+    panel_bytes: int  # all panels
+    n_experts: int  # expert records (one expert's slice of one tensor)
+    n_panels: int  # panel records (a run of rows of one matrix)
+    largest_record: int  # bytes of the largest record
+    min_memory: int  # smallest value set_memory takes
+    max_memory: int  # from here on every record has its own slot
+
+
+class llama_flash_memory(ctypes.Structure):
+    """How set_memory has split the memory."""
+
+    _fields_: ClassVar = [
+        ("total", ctypes.c_uint64),
+        ("slots", ctypes.c_uint64),
+        ("pinned", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
+        ("bookkeeping", ctypes.c_uint64),
+        ("n_slots", ctypes.c_uint64),
+        ("n_pinned", ctypes.c_uint64),
+    ]
+
+    total: int  # as given
+    slots: int  # cache of experts
+    pinned: int  # panels that never leave
+    stream: int  # ring through which panels and prompts stream
+    bookkeeping: int  # tables, request pool
+    n_slots: int
+    n_pinned: int  # panels
+
+
+class llama_flash_stats(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("bytes_read", ctypes.c_uint64),
+        ("bytes_used", ctypes.c_uint64),
+        ("reads", ctypes.c_uint64),
+        ("hits", ctypes.c_uint64),
+        ("misses", ctypes.c_uint64),
+        ("panel_hits", ctypes.c_uint64),
+        ("panel_reads", ctypes.c_uint64),
+        ("evictions", ctypes.c_uint64),
+        ("wait_ns", ctypes.c_uint64),
+        ("repack_ns", ctypes.c_uint64),
+        ("op_ns", ctypes.c_uint64),
+        ("ops", ctypes.c_uint64),
+        ("retries", ctypes.c_uint64),
+        ("errors", ctypes.c_uint64),
+        ("resident_bytes", ctypes.c_uint64),
+        ("slots_used", ctypes.c_uint64),
+        ("io_engine", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+    bytes_read: int  # from flash, as asked of the device (whole sectors)
+    bytes_used: int  # of these, bytes of records
+    reads: int  # read requests completed
+    hits: int  # expert records found in slots
+    misses: int  # expert records that had to be read
+    panel_hits: int  # pinned panels used
+    panel_reads: int  # panels streamed
+    evictions: int
+    wait_ns: int  # compute threads idle for a read
+    repack_ns: int  # bringing records into the kernels' layout
+    op_ns: int  # inside flash ops, all of the above included
+    ops: int  # flash ops computed
+    retries: int  # short reads and EINTR that were continued
+    errors: int
+    resident_bytes: int  # slots, pins and ring in use now
+    slots_used: int
+    io_engine: int  # the engine in use
+    reserved: int
+
+
+class llama_flash_context_memory(ctypes.Structure):
+    """Buffers that llama.cpp itself has allocated for a context and its model, flash tensors excluded."""
+
+    _fields_: ClassVar = [
+        ("model", ctypes.c_uint64),
+        ("context", ctypes.c_uint64),
+        ("compute", ctypes.c_uint64),
+    ]
+
+    model: int  # resident weights
+    context: int  # KV cache and recurrent state
+    compute: int  # graph buffers
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    llama_flash_params,
+    llama_flash_error,
+    llama_flash_requirements,
+    llama_flash_memory,
+    llama_flash_stats,
+    llama_flash_context_memory,
+)
+
+# name: (result, arguments)
+_PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
+    "llama_flash_api_version": (ctypes.c_uint32, []),
+    "llama_flash_build_info": (ctypes.c_char_p, []),
+    "llama_flash_register": (ctypes.c_int32, []),
+    "llama_flash_buffer_type": (ctypes.c_void_p, []),
+    "llama_flash_session_new": (
+        ctypes.c_void_p,
+        [
+            ctypes.POINTER(llama_flash_params),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_free": (None, [ctypes.c_void_p]),
+    "llama_flash_session_bind_begin": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
+    "llama_flash_session_bind_end": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
+    "llama_flash_session_requirements": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_requirements)]),
+    "llama_flash_session_set_memory": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_memory)]),
+    "llama_flash_abort": (ctypes.c_bool, [ctypes.c_void_p]),
+    "llama_flash_session_take_error": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
+    "llama_flash_session_stats": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_stats)]),
+    "llama_flash_get_context_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_context_memory)]),
+}
+
+
+def library_path() -> Path:
+    """Where libllama_flash is: beside libllama, which LLAMA_CPP_LIB_PATH may place elsewhere."""
+    override = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if override is not None:
+        return Path(override) / "libllama_flash.so"
+    import llama_cpp
+
+    return Path(llama_cpp.__file__).parent / "lib" / "libllama_flash.so"
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The plugin with its prototypes set. Raises OSError if it is missing or was built from another header."""
+    import llama_cpp  # noqa: F401  # its libllama is the one that the plugin is to find in the process
+
+    path = library_path()
+    lib = ctypes.CDLL(str(path))
+    for name, (restype, argtypes) in _PROTOTYPES.items():
+        function = getattr(lib, name)
+        function.restype = restype
+        function.argtypes = argtypes
+    version = int(lib.llama_flash_api_version())
+    if version != LLAMA_FLASH_API_VERSION:
+        raise OSError(f"{path} has interface version {version}, llama_flash needs {LLAMA_FLASH_API_VERSION}")
+    return lib

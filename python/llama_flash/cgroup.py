@@ -1,0 +1,254 @@
+"""Memory limits and usage as the kernel tells them: cgroup v1, v2, hybrid mounts, containers, the machine.
+
+Only reads. What follows from the numbers is budget.py's business; capped.py makes groups.
+Every function takes the root of the file system, so that recorded trees can be read as well as the live one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+__all__ = [
+    "Controller",
+    "Machine",
+    "MemoryGroup",
+    "ProcessMemory",
+    "machine_memory",
+    "memory_controller",
+    "memory_groups",
+    "parse_limit",
+    "process_memory",
+]
+
+# v1 writes "no limit" as the largest multiple of the page size below 2^63 (2^63 - 4096, or - 65536 on large pages).
+_UNLIMITED_V1 = 1 << 62
+
+
+@dataclass(frozen=True)
+class Controller:
+    """Where this process' memory is accounted."""
+
+    version: Literal[1, 2]
+    mount: Path  # of the hierarchy, below the given root
+    group: Path  # this process' group; the mount itself where the group is outside of what the container sees
+
+    def lineage(self) -> Iterator[Path]:
+        """The group and its ancestors up to the mount, innermost first."""
+        group = self.group
+        while True:
+            yield group
+            if group == self.mount:
+                return
+            group = group.parent
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """One memory cgroup. All sizes in bytes, descendants included."""
+
+    path: Path
+    limit: int | None  # None: unlimited
+    usage: int
+    droppable: int  # page cache that the kernel can give up: not shmem, which counts as cache but has no other home
+
+    @property
+    def held(self) -> int:
+        """Usage that cannot be reclaimed without swapping."""
+        return max(0, self.usage - self.droppable)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Memory of the machine, in bytes."""
+
+    total: int
+    available: int
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Memory of one process, in bytes."""
+
+    anonymous: int
+    shmem: int
+    file: int  # mapped files: libraries, and models loaded through mmap
+    page_tables: int
+
+    @property
+    def held(self) -> int:
+        """What the kernel cannot take back: all but mapped files."""
+        return self.anonymous + self.shmem + self.page_tables
+
+
+def parse_limit(text: str) -> int | None:
+    """Bytes of a cgroup limit file; None for unlimited ("max", "-1", v1's number near 2^63).
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    text = text.strip()
+    if text in ("max", "-1"):
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"not a cgroup limit: {text!r}")
+    limit = int(text)
+    return None if limit >= _UNLIMITED_V1 else limit
+
+
+def memory_controller(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> Controller | None:
+    """The memory controller of process `pid`, None where there is none (or none is visible).
+
+    A v1 memory hierarchy wins over v2, because a controller can be in one of them only.
+    """
+    groups: dict[str, str] = {}  # controller ("" for v2) -> path of the group
+    for line in _lines(root / "proc" / str(pid) / "cgroup"):
+        fields = line.split(":", 2)
+        if len(fields) == 3:
+            for controller in fields[1].split(","):
+                groups[controller] = fields[2]
+    v1: Controller | None = None
+    v2: Controller | None = None
+    for line in _lines(root / "proc" / str(pid) / "mountinfo"):
+        before, _, after = line.partition(" - ")
+        left, right = before.split(), after.split()
+        if len(left) < 5 or len(right) < 3:
+            continue
+        mount_root, mount = _unescape(left[3]), root / _unescape(left[4]).lstrip("/")
+        if v1 is None and right[0] == "cgroup" and "memory" in right[2].split(",") and "memory" in groups:
+            v1 = Controller(1, mount, _below(mount, mount_root, groups["memory"]))
+        if v2 is None and right[0] == "cgroup2" and "" in groups:
+            v2 = Controller(2, mount, _below(mount, mount_root, groups[""]))
+    if v1 is not None:
+        return v1
+    if v2 is not None and "memory" in _read(v2.mount / "cgroup.controllers").split():
+        return v2
+    if v2 is not None and any((path / "memory.current").exists() for path in v2.lineage()):
+        return v2
+    return None
+
+
+def memory_groups(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> list[MemoryGroup]:
+    """The memory groups that `pid` counts in, innermost first; empty where there is no memory controller.
+
+    Each of them limits the process: the tightest decides.
+    """
+    controller = memory_controller(root, pid)
+    if controller is None:
+        return []
+    read = _read_v1 if controller.version == 1 else _read_v2
+    result: list[MemoryGroup] = []
+    for path in controller.lineage():
+        # v1 without hierarchy: a group's pages are not charged to its ancestors
+        if controller.version == 1 and result and _read(path / "memory.use_hierarchy").strip() == "0":
+            break
+        group = read(path)
+        if group is not None:
+            result.append(group)
+    return result
+
+
+def machine_memory(root: Path = Path("/")) -> Machine:
+    """Memory of the machine from /proc/meminfo.
+
+    Raises:
+        OSError: if /proc/meminfo cannot be read.
+        ValueError: if it has no MemTotal.
+    """
+    info = _table((root / "proc" / "meminfo").read_text().replace(":", " "), unit=1024)
+    if "MemTotal" not in info:
+        raise ValueError("/proc/meminfo has no MemTotal")
+    # before Linux 3.14 there is no MemAvailable
+    available = info.get("MemAvailable", info.get("MemFree", 0) + info.get("Cached", 0) - info.get("Shmem", 0))
+    return Machine(info["MemTotal"], max(0, available))
+
+
+def process_memory(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> ProcessMemory:
+    """Memory of process `pid` from /proc/PID/status."""
+    info = _table((root / "proc" / str(pid) / "status").read_text().replace(":", " "), unit=1024)
+    return ProcessMemory(
+        anonymous=info.get("RssAnon", info.get("VmRSS", 0)),
+        shmem=info.get("RssShmem", 0),
+        file=info.get("RssFile", 0),
+        page_tables=info.get("VmPTE", 0),
+    )
+
+
+def _read_v1(path: Path) -> MemoryGroup | None:
+    usage = _number(path / "memory.usage_in_bytes")
+    if usage is None:
+        return None
+    stat = _table(_read(path / "memory.stat"))
+    limits = [_limit(path / "memory.limit_in_bytes")]
+    # also knows the ancestors that a container does not show
+    hierarchical = stat.get("hierarchical_memory_limit")
+    if hierarchical is not None and hierarchical < _UNLIMITED_V1:
+        limits.append(hierarchical)
+    droppable = sum(stat.get(f"total_{key}", stat.get(key, 0)) for key in ("inactive_file", "active_file"))
+    return MemoryGroup(path, _least(limits), usage, min(droppable, usage))
+
+
+def _read_v2(path: Path) -> MemoryGroup | None:
+    usage = _number(path / "memory.current")
+    if usage is None:
+        return None  # the root group, or a group without the controller
+    stat = _table(_read(path / "memory.stat"))
+    # above memory.high the kernel throttles the process almost to a halt, so it is a limit for us
+    limit = _least([_limit(path / "memory.max"), _limit(path / "memory.high")])
+    droppable = sum(stat.get(key, 0) for key in ("inactive_file", "active_file"))
+    return MemoryGroup(path, limit, usage, min(droppable, usage))
+
+
+def _below(mount: Path, mount_root: str, group: str) -> Path:
+    """`group` (as /proc/PID/cgroup names it) below `mount`, which shows the hierarchy from `mount_root` on."""
+    inside = PurePosixPath(group)
+    if mount_root != "/" and inside.is_relative_to(mount_root):
+        inside = "/" / inside.relative_to(mount_root)
+    if ".." in inside.parts:
+        return mount
+    path = mount / str(inside).lstrip("/")
+    return path if path.is_dir() else mount
+
+
+def _least(limits: list[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit(path: Path) -> int | None:
+    try:
+        return parse_limit(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _table(text: str, unit: int = 1) -> dict[str, int]:
+    """Lines "key number ..." as bytes."""
+    result = {}
+    for line in text.splitlines():
+        fields = line.split()
+        if len(fields) >= 2 and fields[1].isascii() and fields[1].isdigit():
+            result[fields[0]] = int(fields[1]) * unit
+    return result
+
+
+def _lines(path: Path) -> list[str]:
+    return _read(path).splitlines()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

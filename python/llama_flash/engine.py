@@ -1,0 +1,76 @@
+"""The plugin's shared library inside this process: loading and registering it, its errors as exceptions.
+
+Imported by llama_cpp itself, so nothing here imports llama_cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any
+
+from . import _bindings
+from .errors import FlashError, FlashFormatError, FlashReadError
+
+__all__ = ["library", "raise_error", "register"]
+
+_library: Any = None
+_problem: str | None = "llama_cpp, with which the plugin is registered, has not been imported"
+
+
+def register() -> None:
+    """Adds the flash buffer type to the engine. Called once, when llama_cpp is imported, before any model is loaded.
+
+    Never raises: without the plugin's library the engine works as stock, and `library` says what was wrong.
+    """
+    global _library, _problem
+    if _library is not None:
+        return
+    try:
+        loaded = _bindings.load()
+        code = loaded.llama_flash_register()
+        if code != 0:
+            _problem = f"the engine refused the flash buffer type (code {code})"
+            return
+    except (ImportError, OSError, AttributeError) as error:
+        _problem = f"the plugin's library cannot be loaded: {error}"
+        return
+    _library, _problem = loaded, None
+
+
+def library() -> Any:
+    """The registered library (a ctypes.CDLL with the prototypes of llama_flash.h).
+
+    Raises:
+        FlashError: if there is none, with the reason.
+    """
+    if _library is None:
+        raise FlashError(f"flash offload is not available: {_problem}")
+    return _library
+
+
+def raise_error(error: Any) -> None:
+    """Raises what a filled `struct llama_flash_error` says."""
+    message = _text(error.message) or f"flash error {error.code}"
+    if error.code == _bindings.llama_flash_code.LLAMA_FLASH_E_READ:
+        raise FlashReadError(
+            message,
+            file=_text(error.file),
+            offset=error.offset,
+            size=error.size,
+            errno=error.sys_errno,
+            tensor=_text(error.tensor),
+        )
+    if error.code == _bindings.llama_flash_code.LLAMA_FLASH_E_FORMAT:
+        raise FlashFormatError(message)
+    raise FlashError(message)
+
+
+def trim_heap() -> None:
+    """Gives freed heap pages back to the kernel: glibc keeps up to 64 MiB after a load, which would be counted."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", errors="replace")

@@ -1,0 +1,60 @@
+"""The errors of llama_flash: one family, so that `except FlashError` catches all of it.
+
+They derive from RuntimeError because that is what llama_cpp raises when a decode fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["FlashBudgetError", "FlashCapError", "FlashError", "FlashFormatError", "FlashReadError"]
+
+
+class FlashError(RuntimeError):
+    """Anything that goes wrong in llama_flash."""
+
+
+class FlashBudgetError(FlashError):
+    """The DRAM budget does not hold what must stay in memory.
+
+    Attributes:
+        breakdown: bytes by part (interpreter, weights, kv, compute, outputs, reserve, flash).
+        smallest: the smallest budget that works, in bytes.
+    """
+
+    def __init__(self, message: str, *, breakdown: Mapping[str, int], smallest: int) -> None:
+        super().__init__(message)
+        self.breakdown: dict[str, int] = dict(breakdown)
+        self.smallest = smallest
+
+
+class FlashReadError(FlashError):
+    """A read from flash failed, came up short, or met a file that changed since it was loaded.
+
+    The decode that needed the bytes has failed; the model can be used again if the fault was transient.
+
+    Attributes:
+        file: path of the GGUF file.
+        offset: where the read began, in bytes from the start of the file.
+        size: bytes asked for.
+        errno: errno of the failed call, 0 if there was none (a short file, say).
+        tensor: name of the weight that was being read, "" if not known.
+    """
+
+    def __init__(
+        self, message: str, *, file: str = "", offset: int = 0, size: int = 0, errno: int = 0, tensor: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.file = file
+        self.offset = offset
+        self.size = size
+        self.errno = errno
+        self.tensor = tensor
+
+
+class FlashFormatError(FlashError):
+    """A GGUF file that contradicts itself, or is not a GGUF file."""
+
+
+class FlashCapError(FlashError):
+    """A command could not be run under a memory cap."""

@@ -1,0 +1,363 @@
+"""Flash offload of one `llama_cpp.Llama`: the session behind `llm.flash`.
+
+`Llama.__init__` calls, in this order: `open_session` before the model is loaded, `loading` around the load, `attach`
+when the context exists; then `after_call` follows each llama_decode and llama_encode. Everything that must stay in
+memory is there when `attach` divides the rest of the budget, so it is measured and not guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import _bindings, engine
+from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
+from .errors import FlashError
+from .gguf_meta import GgufMeta, read_gguf
+from .options import FlashOffload
+from .plan import ContextShape, Plan, make_plan, work_bytes
+from .sizes import format_size, parse_size
+from .stats import Counters, FlashStats
+
+__all__ = ["FlashSession", "open_session"]
+
+logger = logging.getLogger("llama_flash")
+
+_IO_ENGINES = {
+    "auto": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_AUTO,
+    "io_uring": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_URING,
+    "pread": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_PREAD,
+}
+_IO_NAMES = {int(number): name for name, number in _IO_ENGINES.items()}
+
+_NONE = Counters()
+
+_live: weakref.WeakSet[FlashSession] = weakref.WeakSet()
+
+
+class _BufferTypeOverride(ctypes.Structure):
+    """struct llama_model_tensor_buft_override"""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What the calls so far have done; replaced as a whole, so that another thread may read it."""
+
+    seen: Counters = _NONE  # the plugin's counters after the last call
+    prompt: Counters = _NONE
+    decode: Counters = _NONE
+    last: Counters = _NONE
+
+
+def open_session(
+    flash_offload: bool | Mapping[str, Any] | FlashOffload | None,
+    *,
+    model_path: str,
+    model_params: Any,
+    context_params: Any,
+    logits_all: bool,
+    verbose: bool = True,
+) -> FlashSession | None:
+    """Prepares flash offload of the model about to be loaded; None where `flash_offload` says off.
+
+    Args:
+        model_params: llama_model_params; the flash tensors are entered here, and the load mode becomes direct I/O, so
+            that resident weights do not pass through the page cache.
+        context_params: llama_context_params; gets the callback that stops a decode after a failed read.
+        logits_all: whether logits of all tokens are kept (they take memory).
+        verbose: print the line about the load to stderr.
+
+    Raises:
+        FlashBudgetError: the budget cannot work.
+        FlashFormatError: not a GGUF file, or shards missing.
+        FlashError: the plugin is missing.
+        TypeError, ValueError: see FlashOffload.
+    """
+    options = FlashOffload.coerce(flash_offload)
+    if options is None:
+        return None
+    return FlashSession(options, model_path, model_params, context_params, logits_all, verbose)
+
+
+class FlashSession:
+    """Flash offload of one model. `llm.flash` is one of these."""
+
+    def __init__(
+        self,
+        options: FlashOffload,
+        model_path: str,
+        model_params: Any,
+        context_params: Any,
+        logits_all: bool,
+        verbose: bool,
+    ) -> None:
+        self.options = options
+        self._handle: int | None = None  # struct llama_flash_session *
+        self._lib = engine.library()
+        self._path = model_path
+        self._verbose = verbose
+        self._logits_all = logits_all
+        self._context_params = context_params
+        self._progress = _Progress()
+        self._final: FlashStats | None = None
+        self.summary = ""  # the line about the load
+
+        self._base = held_by_process() + _promised(self)
+        self.meta: GgufMeta = read_gguf(model_path)
+        self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
+        if self.budget.asked is not None and self.budget.asked > self.budget.total:
+            logger.warning(
+                "dram_budget is %s, but %s leaves %s: that is used",
+                format_size(self.budget.asked),
+                self.budget.reason,
+                format_size(self.budget.total),
+            )
+        if not logits_all and not context_params.embeddings:
+            # Only the last token's logits are ever asked for: do not reserve n_ubatch rows of the vocabulary.
+            context_params.n_outputs_max = 1
+        self.plan: Plan = make_plan(self.meta, options, self.budget, self._shape(), self._base)
+        self.memory: Breakdown = self.plan.expected
+        if model_params.vocab_only:
+            self.plan = replace(self.plan, mode="nothing", tensors=())
+        if self.plan.mode == "nothing":
+            return
+        import llama_cpp
+
+        if model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_MLOCK, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
+            logger.warning("use_mlock has no effect together with flash_offload")
+        model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_DIRECT_IO
+        if self.plan.mode == "flash":
+            self._open()
+            self._override(model_params)
+            context_params.abort_callback = ctypes.cast(self._lib.llama_flash_abort, llama_cpp.ggml_abort_callback)
+            context_params.abort_callback_data = self._handle
+
+    def _open(self) -> None:
+        params = _bindings.llama_flash_params()
+        params.io_engine = _IO_ENGINES[self.options.io_engine]
+        params.io_depth = self.options.io_depth
+        params.io_threads = self.options.io_threads
+        params.panel_bytes = parse_size(self.options.panel_bytes)
+        error = _bindings.llama_flash_error()
+        self._handle = self._lib.llama_flash_session_new(ctypes.byref(params), ctypes.byref(error))
+        if not self._handle:
+            engine.raise_error(error)
+        _live.add(self)
+
+    def _override(self, model_params: Any) -> None:
+        """Names the flash tensors' buffer type to the loader. The arrays must outlive the load."""
+        patterns = [pattern.encode() for pattern in self.plan.patterns()]
+        buft = self._lib.llama_flash_buffer_type()
+        self._overrides = (_BufferTypeOverride * (len(patterns) + 1))(
+            *(_BufferTypeOverride(pattern, buft) for pattern in patterns)
+        )
+        model_params.tensor_buft_overrides = ctypes.addressof(self._overrides)
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around the load of the model, in the thread that loads it: binds the flash tensors.
+
+        Raises:
+            FlashError: what the plugin has to say, in place of the engine's own error.
+        """
+        if self._handle is None:
+            yield
+            return
+        self._call("llama_flash_session_bind_begin")
+        try:
+            yield
+        except Exception as failure:
+            try:
+                self._call("llama_flash_session_bind_end")
+            except Exception as error:
+                raise error from failure
+            self._raise_pending()
+            raise
+        else:
+            self._call("llama_flash_session_bind_end")
+
+    def attach(self, context: Any, scores_bytes: int) -> None:
+        """Divides what the budget has left, when all that must stay in memory is there.
+
+        Args:
+            context: llama_context pointer.
+            scores_bytes: bytes that the caller's own array of logits will take.
+
+        Raises:
+            FlashBudgetError: too little is left.
+            FlashReadError: filling pinned panels failed.
+        """
+        if self.plan.mode == "nothing":
+            self.memory = replace(self.memory, reserve=0)
+            kind = "" if self.options.what == "auto" else f" of what={self.options.what!r}"
+            self._say(f"{os.path.basename(self._path)} has no weights{kind} that could stay on flash: it runs as stock")
+            return
+        engine.trim_heap()
+        buffers = _bindings.llama_flash_context_memory()
+        if self._lib.llama_flash_get_context_memory(context, ctypes.byref(buffers)) != 0:
+            raise FlashError("the engine does not tell the sizes of its buffers")
+        # weights and KV cache have been written, graph buffers not yet
+        held = held_by_process() - buffers.model - buffers.context
+        shape = self._shape()
+        n_outputs = shape.n_outputs * 4 * (self.meta.n_vocab + self.meta.number("embedding_length"))
+        self.memory = Breakdown(
+            interpreter=max(self._base, held + _promised(self)),
+            weights=buffers.model,
+            kv=buffers.context,
+            compute=buffers.compute + work_bytes(self.meta, shape),
+            outputs=n_outputs + scores_bytes,
+            reserve=self.budget.reserve,
+        )
+        if self.plan.mode == "resident":
+            if self.memory.fixed > self.budget.total:
+                raise refuse(self.budget, self.memory, 0, self.options.reserve)
+        else:
+            self._divide()
+        self._say(self._describe())
+
+    def _divide(self) -> None:
+        needs = _bindings.llama_flash_requirements()
+        self._lib.llama_flash_session_requirements(self._handle, ctypes.byref(needs))
+        left = self.budget.total - self.memory.total
+        if left < needs.min_memory:
+            raise refuse(self.budget, self.memory, needs.min_memory, self.options.reserve)
+        self._call("llama_flash_session_set_memory", min(left, needs.max_memory))
+        given = _bindings.llama_flash_memory()
+        self._lib.llama_flash_session_memory(self._handle, ctypes.byref(given))
+        self.memory = replace(
+            self.memory,
+            slots=given.slots,
+            pinned=given.pinned,
+            stream=given.stream,
+            bookkeeping=given.bookkeeping,
+        )
+        self._progress = _Progress(seen=Counters.from_struct(self._raw()))
+
+    def after_call(self, n_tokens: int) -> None:
+        """After each llama_decode or llama_encode of `n_tokens` tokens, whatever it returned.
+
+        Raises:
+            FlashReadError: a read failed during the call. Its results are void; the model can be used again.
+        """
+        before = self._progress
+        seen = before.seen if self._handle is None else Counters.from_struct(self._raw())
+        last = replace(seen - before.seen, tokens=n_tokens, calls=1)
+        if n_tokens == 1:
+            self._progress = _Progress(seen, before.prompt, before.decode + last, last)
+        else:
+            self._progress = _Progress(seen, before.prompt + last, before.decode, last)
+        self._raise_pending()
+
+    def stats(self) -> FlashStats:
+        """Budget, memory by part, and what was read: in total, for prompts, for generation and by the last call."""
+        if self._final is not None:
+            return self._final
+        progress = self._progress
+        now, in_use, io_engine = progress.seen, 0, "none"
+        if self._handle is not None:
+            raw = self._raw()
+            now, in_use, io_engine = Counters.from_struct(raw), raw.resident_bytes, _IO_NAMES.get(raw.io_engine, "?")
+        done = progress.prompt + progress.decode
+        return FlashStats(
+            mode=self.plan.mode,
+            io_engine=io_engine,
+            budget=self.budget,
+            memory=self.memory,
+            slots_in_use=in_use,
+            resident_weights=self.plan.resident_bytes,
+            flash_weights=self.plan.flash_bytes,
+            total=replace(now, tokens=done.tokens, calls=done.calls),
+            prompt=progress.prompt,
+            decode=progress.decode,
+            last=progress.last,
+        )
+
+    def close(self) -> None:
+        """Frees slots and closes files. `stats` keeps answering with the last numbers. May be called twice."""
+        handle, lib = self._handle, self._lib
+        if handle is None:
+            return
+        self._final = self.stats()
+        self._handle = None
+        _live.discard(self)
+        lib.llama_flash_session_free(handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+    def _shape(self) -> ContextShape:
+        context = self._context_params
+        n_ctx = context.n_ctx or self.meta.number("context_length", 4096)
+        every = self._logits_all or bool(context.embeddings)
+        return ContextShape(
+            n_ctx=n_ctx,
+            n_batch=context.n_batch,
+            n_ubatch=context.n_ubatch,
+            n_outputs=context.n_batch if every else 1,
+            n_scores=n_ctx if self._logits_all else 0,
+            type_k=context.type_k,
+            type_v=context.type_v,
+            flash_attn=context.flash_attn_type == 1,
+            embedding=bool(context.embeddings),
+        )
+
+    def _raw(self) -> Any:
+        raw = _bindings.llama_flash_stats()
+        self._lib.llama_flash_session_stats(self._handle, ctypes.byref(raw))
+        return raw
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        error = _bindings.llama_flash_error()
+        if getattr(self._lib, function)(self._handle, *arguments, ctypes.byref(error)) != 0:
+            engine.raise_error(error)
+
+    def _raise_pending(self) -> None:
+        if self._handle is None:
+            return
+        error = _bindings.llama_flash_error()
+        if self._lib.llama_flash_session_take_error(self._handle, ctypes.byref(error)) != 0:
+            engine.raise_error(error)
+
+    def _promised_bytes(self) -> int:
+        """Bytes granted to this session that it has not touched yet."""
+        return 0 if self._handle is None else max(0, self.memory.flash - int(self._raw().resident_bytes))
+
+    def _describe(self) -> str:
+        plan, memory, name = self.plan, self.memory, os.path.basename(self._path)
+        budget = f"DRAM budget {format_size(self.budget.total)} ({self.budget.reason})"
+        if plan.mode == "resident":
+            return (
+                f"{name}: all {format_size(memory.weights)} of weights resident, nothing on flash; {budget}; "
+                "0 B read per token"
+            )
+        n_expert, n_used = max(1, self.meta.number("expert_count")), self.meta.number("expert_used_count")
+        experts = plan.expert_bytes * n_used // n_expert
+        missed = 1 - min(1.0, memory.slots / plan.expert_bytes) if plan.expert_bytes else 0.0
+        per_token = int(experts * missed) + max(0, plan.panel_bytes - memory.pinned)
+        return (
+            f"{name}: {format_size(memory.weights)} of weights resident, {format_size(plan.flash_bytes)} on flash; "
+            f"{budget}: {format_size(memory.slots)} of expert slots, {format_size(memory.pinned)} pinned, "
+            f"{format_size(memory.stream)} ring; expected from flash: {format_size(per_token)} per token"
+            + (" with uniform routing" if experts and missed else "")
+        )
+
+    def _say(self, line: str) -> None:
+        """One line, through logging if somebody listens, else on stderr."""
+        self.summary = line
+        logger.info("%s", line)
+        if self._verbose and not (logger.isEnabledFor(logging.INFO) and logger.hasHandlers()):
+            print(f"llama-flash: {line}", file=sys.stderr, flush=True)
+
+
+def _promised(asking: FlashSession) -> int:
+    return sum(session._promised_bytes() for session in list(_live) if session is not asking)

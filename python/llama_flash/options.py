@@ -1,0 +1,102 @@
+"""What the user may choose about flash offload. How it is chosen for them is in budget.py and plan.py."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .sizes import parse_size
+
+__all__ = ["FlashOffload", "reject_misspelt"]
+
+What = Literal["auto", "experts", "ffn", "all"]
+IoEngine = Literal["auto", "io_uring", "pread"]
+
+
+@dataclass(frozen=True)
+class FlashOffload:
+    """Options of `llama_cpp.Llama(..., flash_offload=FlashOffload(...))`. The defaults need no tuning.
+
+    Attributes:
+        dram_budget: bytes that the whole process may take: interpreter, resident weights, KV cache, buffers and the
+            slots for weights from flash. "auto": the tightest memory cgroup or the machine's free memory, less what
+            others use. Else a size ("2GiB", 2147483648) or a share of the model file ("50%").
+        reserve: bytes of the budget left unused, for what cannot be counted beforehand. None: see budget.RESERVE_MIN.
+        what: which weights stay on flash. "auto": none if the whole model fits, else as few kinds as the budget
+            needs. "experts", "ffn" (experts and dense FFN) or "all" (attention and output too) choose by hand.
+        io_engine: "io_uring", "pread" (a pool of threads) or "auto" (io_uring where it works).
+        io_depth: most reads in flight at once.
+        io_threads: threads of the pread pool.
+        panel_bytes: size of the runs of rows in which dense weights are streamed.
+
+    Raises:
+        ValueError: a value that makes no sense, with the accepted ones.
+        TypeError: an option that does not exist.
+    """
+
+    dram_budget: int | str = "auto"
+    reserve: int | str | None = None
+    what: What = "auto"
+    io_engine: IoEngine = "auto"
+    io_depth: int = 32
+    io_threads: int = 8
+    panel_bytes: int | str = "4MiB"
+
+    def __post_init__(self) -> None:
+        if self.dram_budget != "auto":
+            try:
+                parse_size(self.dram_budget, reference=1 << 40)
+            except ValueError as error:
+                raise ValueError(f'dram_budget: {error}, or "auto"') from None
+        if self.reserve is not None and self.reserve != 0:
+            _checked("reserve", self.reserve)
+        _one_of("what", self.what, get_args(What))
+        _one_of("io_engine", self.io_engine, get_args(IoEngine))
+        _in_range("io_depth", self.io_depth, 1, 4096)
+        _in_range("io_threads", self.io_threads, 1, 256)
+        _in_range("panel_bytes", _checked("panel_bytes", self.panel_bytes), 4096, 1 << 30)
+
+    @classmethod
+    def coerce(cls, value: bool | Mapping[str, Any] | FlashOffload | None) -> FlashOffload | None:
+        """Options meant by `flash_offload=value`; None where it is switched off (False, None)."""
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls(**value)
+        raise TypeError(f"flash_offload: expected True, False, a dict or FlashOffload, got {type(value).__name__}")
+
+
+def reject_misspelt(names: Iterable[str]) -> None:
+    """Raises TypeError if one of the keyword arguments `names` can only be meant for flash offload.
+
+    `llama_cpp.Llama` ignores keyword arguments that it does not know, so `flash_ofload=True` would run without it.
+    """
+    for name in names:
+        if name.startswith("flash_") or difflib.get_close_matches(name, ["flash_offload"], cutoff=0.8):
+            raise TypeError(
+                f"Llama.__init__() got an unexpected keyword argument {name!r}; "
+                "did you mean 'flash_offload'? Its options go into flash_offload=llama_flash.FlashOffload(...)"
+            )
+
+
+def _checked(name: str, value: int | str) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, accepted))}")
+
+
+def _in_range(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}: {value!r} is not a whole number from {low} to {high}")

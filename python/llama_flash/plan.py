@@ -1,0 +1,220 @@
+"""Which weights stay on flash, decided before the model is loaded.
+
+Sizes of weights are exact (they are in the GGUF file); KV cache and graph buffers are estimated here, and measured once
+the context exists (offload.py). Says nothing about slots: how memory is split is the plugin's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+from .budget import Breakdown, Budget, refuse
+from .gguf_meta import GgufMeta, TensorInfo
+from .options import FlashOffload
+from .sizes import parse_size
+
+__all__ = ["ContextShape", "Plan", "estimate", "make_plan", "work_bytes"]
+
+# Kinds of weights in the order in which they go to flash: experts cost the fewest bytes per token for the memory they
+# free, then dense FFN weights, then the rest of what only ever meets a MUL_MAT. Left alone: the token embedding (read
+# by row), attn_kv_b and attn_k_b/v_b (MLA uses them as views), and all that is small.
+_KINDS = {
+    "experts": re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_(exps|chexps)\.weight"),
+    "ffn": re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)(_shexp)?\.weight"),
+    "all": re.compile(r"output\.weight|blk\.\d+\.attn_(q|k|v|qkv|output|q_a|q_b|kv_a_mqa)\.weight"),
+}
+_TIERS: tuple[tuple[str, ...], ...] = (("experts",), ("experts", "ffn"), ("experts", "ffn", "all"))
+_SMALLEST = 64 << 10  # bytes of a weight that is worth a read
+
+# bytes per element of KV cache types (enum ggml_type)
+_KV_BYTES = {0: 4.0, 1: 2.0, 2: 18 / 32, 3: 20 / 32, 6: 22 / 32, 7: 24 / 32, 8: 34 / 32, 20: 18 / 32, 30: 2.0}
+_HEAP_PER_TOKEN = 300  # bytes of the engine's heap per vocabulary entry: strings, maps, merges
+_ENGINE_HEAP = 16 << 20  # graphs, thread pool, tensor tables
+
+
+@dataclass(frozen=True)
+class ContextShape:
+    """What decides the size of a context's buffers."""
+
+    n_ctx: int  # tokens; 0: as trained
+    n_batch: int = 512
+    n_ubatch: int = 512
+    n_outputs: int = 1  # rows of logits kept by the engine
+    n_scores: int = 0  # rows of logits kept in Python
+    type_k: int = 1  # enum ggml_type
+    type_v: int = 1
+    flash_attn: bool = False
+    embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be on flash, and why."""
+
+    mode: Literal["flash", "resident", "nothing"]  # nothing: the file has no weight that could be left on flash
+    tensors: tuple[TensorInfo, ...]  # the flash tensors
+    resident_bytes: int  # weights that stay in DRAM
+    expert_bytes: int  # on flash
+    panel_bytes: int  # on flash
+    expected: Breakdown  # estimates; the flash part is empty
+
+    @property
+    def flash_bytes(self) -> int:
+        return self.expert_bytes + self.panel_bytes
+
+    def patterns(self) -> list[str]:
+        """Regular expressions (ECMAScript) that match the names of the flash tensors and no others."""
+        layers: dict[str, list[int]] = defaultdict(list)
+        plain = []
+        for tensor in self.tensors:
+            if tensor.layer is None:
+                plain.append(tensor.name)
+            else:
+                layers[tensor.name.split(".", 2)[2]].append(tensor.layer)
+        return [
+            *(f"^blk\\.({'|'.join(map(str, sorted(which)))})\\.{re.escape(kind)}$" for kind, which in layers.items()),
+            *(f"^{re.escape(name)}$" for name in plain),
+        ]
+
+
+def select(meta: GgufMeta, kinds: tuple[str, ...]) -> tuple[TensorInfo, ...]:
+    """The weights of `kinds` ("experts", "ffn", "all") that are worth leaving on flash."""
+    return tuple(
+        tensor
+        for tensor in meta.tensors.values()
+        for kind in kinds
+        if _KINDS[kind].fullmatch(tensor.name)
+        and len(tensor.shape) == (3 if kind == "experts" else 2)
+        and tensor.size >= _SMALLEST
+    )
+
+
+def estimate(meta: GgufMeta, shape: ContextShape) -> Breakdown:
+    """KV cache, graph buffers and logits of a context, and the engine's heap (as `interpreter`), in bytes.
+
+    An upper bound for plain attention; models with sliding windows or recurrent layers need less.
+    """
+    n_layer = meta.number("block_count")
+    n_embd = meta.number("embedding_length")
+    n_vocab = meta.n_vocab
+    n_ctx = shape.n_ctx or meta.number("context_length", 4096)
+    n_ctx = -(-n_ctx // 256) * 256  # the engine pads
+    heads = meta.per_layer("attention.head_count", n_layer, 1)
+    kv_heads = meta.per_layer("attention.head_count_kv", n_layer, max(heads, default=1))
+    head = n_embd // max(1, max(heads, default=1))
+    k_dim, v_dim = meta.number("attention.key_length", head), meta.number("attention.value_length", head)
+    latent = meta.number("attention.kv_lora_rank")  # MLA keeps one latent vector and the rotated part
+    k_type, v_type = _KV_BYTES.get(shape.type_k, 4.0), _KV_BYTES.get(shape.type_v, 4.0)
+    if latent:
+        kv = n_ctx * n_layer * (latent + meta.number("rope.dimension_count", 64)) * k_type
+    else:
+        kv = n_ctx * sum(kv_heads) * (k_dim * k_type + v_dim * v_type)
+
+    n_used = meta.number("expert_used_count")
+    ff = max(meta.number("feed_forward_length"), n_used * meta.number("expert_feed_forward_length"))
+    rows = shape.n_ubatch
+    layer = rows * 4 * (3 * ff + (4 + 2 * n_used) * n_embd)
+    attention = rows * 4 * (0 if shape.flash_attn else n_ctx * max(heads, default=1)) + rows * 16 * n_embd
+    logits = 4 * (min(rows, shape.n_outputs) * n_vocab + 2 * rows * n_embd)
+    per_output = 4 * (n_vocab + (n_embd if shape.embedding else 0))
+    return Breakdown(
+        interpreter=_ENGINE_HEAP + n_vocab * _HEAP_PER_TOKEN,
+        kv=int(kv),
+        compute=max(layer, attention, logits) + work_bytes(meta, shape),
+        outputs=shape.n_outputs * per_output + shape.n_scores * 4 * n_vocab,
+    )
+
+
+def work_bytes(meta: GgufMeta, shape: ContextShape) -> int:
+    """Bytes of the thread pool's work buffer, which no interface reports: activations in the weights' dot type."""
+    n_used = meta.number("expert_used_count")
+    ff = max(meta.number("feed_forward_length"), n_used * meta.number("expert_feed_forward_length"))
+    return shape.n_ubatch * 2 * max(ff, meta.number("embedding_length")) + (1 << 20)
+
+
+def make_plan(meta: GgufMeta, options: FlashOffload, budget: Budget, shape: ContextShape, interpreter: int) -> Plan:
+    """Chooses the flash tensors.
+
+    Args:
+        interpreter: bytes that the process holds before the model is loaded.
+
+    Raises:
+        FlashBudgetError: if even with everything on flash the budget cannot work, or loading would overrun it.
+    """
+    weights = sum(tensor.size for tensor in meta.tensors.values())
+    context = estimate(meta, shape)
+    all_kinds = _TIERS[-1]
+
+    def plan_for(kinds: tuple[str, ...]) -> Plan:
+        tensors = select(meta, kinds)
+        experts = sum(tensor.size for tensor in tensors if len(tensor.shape) == 3)
+        panels = sum(tensor.size for tensor in tensors) - experts
+        resident = weights - experts - panels
+        expected = Breakdown(
+            interpreter + context.interpreter, resident, context.kv, context.compute, context.outputs, budget.reserve
+        )
+        return Plan("flash" if tensors else "nothing", tensors, resident, experts, panels, expected)
+
+    if not select(meta, all_kinds):
+        return plan_for(())
+    if options.what != "auto":
+        tier = {"experts": 0, "ffn": 1, "all": 2}[options.what]
+        chosen = plan_for(_TIERS[tier])
+        if chosen.mode == "nothing":
+            return chosen
+        _check(meta, chosen, options, budget)
+        return chosen
+
+    whole = plan_for(())
+    if max(whole.expected.total, _load_peak(meta, whole)) <= budget.total:
+        return Plan("resident", (), weights, 0, 0, whole.expected)
+    candidates = [plan for plan in map(plan_for, _TIERS) if plan.mode == "flash"]
+    for plan in candidates:
+        if plan.expected.total + _beside(meta, plan, options) <= budget.total:
+            return plan
+    _check(meta, candidates[-1], options, budget)
+    return candidates[-1]
+
+
+def _beside(meta: GgufMeta, plan: Plan, options: FlashOffload) -> int:
+    """Bytes that must be left beside all that is expected: for the flash tensors, and for the load before them."""
+    return max(_least_flash(meta, plan, options), _load_peak(meta, plan) - plan.expected.total)
+
+
+def _least_flash(meta: GgufMeta, plan: Plan, options: FlashOffload) -> int:
+    """About the memory without which the plugin cannot compute: two records of each shape in flight."""
+    n_expert = max(1, meta.number("expert_count"))
+    panel = parse_size(options.panel_bytes)
+    records = (t.size // n_expert if len(t.shape) == 3 else min(t.size, panel) for t in plan.tensors)
+    return 8 * max(records, default=0) + (4 << 20)
+
+
+def _load_peak(meta: GgufMeta, plan: Plan) -> int:
+    """Most bytes that the process takes while the weights are read, before there are a KV cache and buffers.
+
+    Past the page cache a weight is read through a copy of itself. One that is repacked is there three times for a
+    moment; the engine loads the largest of these first. The embedding is not repacked.
+    """
+    on_flash = {tensor.name for tensor in plan.tensors}
+    resident = [tensor for tensor in meta.tensors.values() if tensor.name not in on_flash]
+    repacked = sorted((t.size for t in resident if len(t.shape) > 1 and t.name != "token_embd.weight"), reverse=True)
+    plain = [t.size for t in resident if len(t.shape) <= 1 or t.name == "token_embd.weight"]
+    peak = plan.resident_bytes + max(plain, default=0)
+    read = sum(plain)
+    for size in repacked:
+        read += size
+        peak = max(peak, read + 2 * size)
+    return plan.expected.interpreter + peak
+
+
+def _check(meta: GgufMeta, plan: Plan, options: FlashOffload, budget: Budget) -> None:
+    """Refuses what is sure to fail before anything is loaded; what is only likely to fail is measured later."""
+    expected = plan.expected
+    # estimates of sliding windows are far too high: do not refuse because of them
+    kv = 0 if meta.number("attention.sliding_window") else expected.kv
+    certain = expected.interpreter + plan.resident_bytes + kv + expected.reserve
+    if max(certain, _load_peak(meta, plan)) > budget.total:
+        raise refuse(budget, expected, _beside(meta, plan, options), options.reserve)

@@ -1,0 +1,33 @@
+"""Models for the tests: synthetic, tiny, written once per session."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from gguf_tools.synthetic import tiny, write
+
+ModelFile = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Iterator[Path]:
+    """Removed at the end, unlike pytest's own: models are large."""
+    with tempfile.TemporaryDirectory(prefix="llama-flash-test-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def model_file(model_folder: Path) -> ModelFile:
+    """model_file(form, quantisation, n_shards=1, seed=0): path of a tiny model, or of its first shard."""
+
+    @cache
+    def make(form: str, quantisation: str = "Q8_0", n_shards: int = 1, seed: int = 0) -> Path:
+        path = model_folder / f"{form}-{quantisation}-{n_shards}-{seed}.gguf"
+        return write(tiny(form, quantisation, seed=seed), path, n_shards=n_shards)[0]
+
+    return make

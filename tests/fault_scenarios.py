@@ -1,0 +1,160 @@
+"""What happens when reads fail. Each scenario runs in a process of its own, started by test_faults.py:
+
+python fault_scenarios.py SCENARIO MODEL.gguf IO_ENGINE
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engines import LEAST, QUARTER, Logits, assert_same_logits, logits_of, open_flash, tokens
+
+from llama_flash import FlashReadError
+
+PROMPT, DECODED = tokens(70, seed=1), tokens(6, seed=2)
+N = len(PROMPT) + len(DECODED)
+EIO, EINTR, SHORT, END_OF_FILE = 1, 2, 3, 4  # as in faults.c
+
+
+def truncated_file_raises_and_the_next_call_works_once_it_is_whole(path: Path, io_engine: str) -> None:
+    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+        with hidden_tail(path) as size:
+            error = failing(llm)
+            assert Path(error.file) == path, error.file
+            assert str(path) in str(error)
+            assert error.offset + error.size > 0
+            assert error.errno != 0 or error.offset + error.size > size or "changed" in str(error), vars(error)
+        assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+
+
+def changed_file_raises(path: Path, io_engine: str) -> None:
+    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+        logits_of(llm, PROMPT, DECODED)
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\0")
+        os.utime(path, ns=(0, 1))
+        error = failing(llm)
+        assert Path(error.file) == path and "changed" in str(error), str(error)
+        assert "changed" in str(failing(llm)), "it stays changed until the model is loaded again"
+
+
+def replaced_file_does_not_disturb_a_loaded_model(path: Path, io_engine: str) -> None:
+    """The open file is still the old one, as with any program."""
+    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+        other = path.with_suffix(".new")
+        other.write_bytes(b"not a model")
+        other.replace(path)
+        assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+
+
+def eio_raises_and_the_next_call_works(path: Path, io_engine: str) -> None:
+    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+        for n_reads in (1, 3, 1 << 30):
+            with faults(EIO, n_reads):
+                error = failing(llm)
+            assert error.errno == errno.EIO and Path(error.file) == path and error.size > 0, vars(error)
+            assert error.offset < path.stat().st_size
+            assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+        assert llm.flash.stats().total.errors >= 3
+
+
+def eio_while_decoding_raises(path: Path, io_engine: str) -> None:
+    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+        llm.reset()
+        llm.eval(PROMPT)
+        for token in DECODED:
+            with faults(EIO, 1 << 30):
+                try:
+                    llm.eval([token])
+                except FlashReadError:
+                    pass
+                else:
+                    raise AssertionError("decoded a token without reading")
+            llm.eval([token])  # the failed call has left nothing behind
+        assert_same_logits(np.array(llm.scores[:N]), expected, N)
+
+
+def eintr_and_short_reads_are_continued(path: Path, io_engine: str) -> None:
+    with open_flash(path, share=QUARTER, io_engine=io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+        for what in (EINTR, SHORT):
+            before = llm.flash.stats().total.retries
+            with faults(what, 50):
+                assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+            assert llm.flash.stats().total.retries > before, "nothing was disturbed"
+
+
+def end_of_file_where_there_should_be_bytes_raises(path: Path, io_engine: str) -> None:
+    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+        with faults(END_OF_FILE, 1 << 30):
+            error = failing(llm)
+        assert Path(error.file) == path and error.size > 0
+        assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+
+
+def failure_in_one_model_leaves_the_other_alone(path: Path, io_engine: str) -> None:
+    other_path = path.with_name("other.gguf")
+    other_path.write_bytes(path.read_bytes())
+    with (
+        open_flash(path, share=LEAST, io_engine=io_engine) as llm,
+        open_flash(other_path, share=LEAST, io_engine=io_engine) as other,
+    ):
+        expected = logits_of(llm, PROMPT, DECODED)
+        with hidden_tail(path):
+            failing(llm)
+            assert_same_logits(logits_of(other, PROMPT, DECODED), expected, N)
+
+
+def failing(llm: Any) -> FlashReadError:
+    try:
+        result: Logits = logits_of(llm, PROMPT, DECODED)
+    except FlashReadError as error:
+        return error
+    raise AssertionError(f"no error, logits {result.shape}")
+
+
+@contextmanager
+def hidden_tail(path: Path) -> Iterator[int]:
+    """Truncates the file to a third, and puts bytes and time stamp back. Yields the size in between."""
+    stat = path.stat()
+    size = stat.st_size // 3
+    tail = path.read_bytes()[size:]
+    os.truncate(path, size)
+    try:
+        yield size
+    finally:
+        with path.open("r+b") as file:
+            file.seek(size)
+            file.write(tail)
+            file.flush()
+            os.fsync(file.fileno())
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@contextmanager
+def faults(what: int, n_reads: int) -> Iterator[None]:
+    with Path(os.environ["FAULTS"]).open("r+b") as file, mmap.mmap(file.fileno(), 4096) as control:
+        control[:8] = struct.pack("ii", what, n_reads)
+        try:
+            yield
+        finally:
+            control[:8] = struct.pack("ii", 0, 0)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,118 @@
+"""The command `llama-flash`, run as a user does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ModelFile
+
+import llama_flash
+
+MIB = 1 << 20
+
+
+def flash(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llama_flash", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def model(model_file: ModelFile) -> Path:
+    return model_file("qwen3moe")
+
+
+def test_version() -> None:
+    assert flash("--version").stdout == f"llama-flash {llama_flash.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["cap", "run"])
+def test_help_has_examples(command: str) -> None:
+    result = flash(command, "--help")
+    assert result.returncode == 0
+    assert "Examples" in result.stdout
+    assert f"llama-flash {command}" in result.stdout
+
+
+def test_importing_the_package_does_not_load_the_engine() -> None:
+    script = "import sys, llama_flash; print([m for m in ('llama_cpp', 'numpy', 'typer') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"
+
+
+def test_cap_passes_arguments_output_and_exit_code() -> None:
+    result = flash("cap", "64MiB", "--", "sh", "-c", 'echo "$1"; exit 3', "sh", "--help")
+    assert (result.returncode, result.stdout) == (3, "--help\n")
+    assert "peak" in result.stderr
+    assert "64.0 MiB" in result.stderr
+
+
+def test_cap_reports_an_oom_kill() -> None:
+    result = flash("cap", "32MiB", "--", sys.executable, "-S", "-c", "bytearray(64 << 20)[::4096] = b'x' * 16384")
+    assert result.returncode == 137
+    assert "1 OOM kills" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("cap", "5 parsecs", "--", "true"), "not a size"),
+        (("cap", "64MiB", "--", "no-such-command"), "no-such-command"),
+        (("run", "/no/model.gguf", "-p", "x"), "/no/model.gguf"),
+        (("run", sys.executable, "-p", "x"), "not a GGUF file"),
+    ],
+)
+def test_mistakes_are_one_line_without_traceback(arguments: tuple[str, ...], said: str) -> None:
+    result = flash(*arguments)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_run_generates_text_and_prints_statistics(model: Path) -> None:
+    result = flash("run", model, "-p", "hello", "-n", 8)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("hello")
+    assert len(result.stdout) > len("hello\n")
+    for said in ("read per token", "hit rate", "tokens per second", "budget"):
+        assert said in result.stderr
+
+
+def test_run_under_a_share_of_the_model_stays_below_the_cap_with_the_same_text(model: Path) -> None:
+    free = json.loads(flash("run", model, "-p", "hello", "-n", 16, "--json").stdout)
+    result = flash("run", model, "-p", "hello", "-n", 16, "--json", "--cap", "50%")
+    assert result.returncode == 0, result.stderr
+    capped = json.loads(result.stdout)
+    assert capped["text"] == free["text"] != ""
+    assert capped["flash"]["mode"] == "flash"
+    assert capped["flash"]["total"]["bytes_read"] > 0
+    assert capped["cap"]["oom_kills"] == 0
+    assert capped["cap"]["peak_bytes"] <= capped["cap"]["limit_bytes"]
+    # the interpreter alone is larger than this model: the share is of the weights, and that is said
+    assert "50% of the file" in result.stderr
+
+
+def test_run_names_the_smallest_budget_where_the_cap_is_too_small(model: Path) -> None:
+    result = flash("run", model, "-p", "hello", "--cap", "72MiB")
+    assert result.returncode == 1
+    assert "smallest that works" in result.stderr
+    assert "0 OOM kills" in result.stderr
+
+
+def test_ctrl_c_ends_a_run_cleanly_with_its_statistics(model: Path) -> None:
+    prompt = "hello " * 4000  # a synthetic model may end its text at any time, but not its prompt
+    command = [sys.executable, "-m", "llama_flash", "run", str(model), "-p", prompt, "-c", "30000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)  # the model is loaded
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "read per token" in stderr

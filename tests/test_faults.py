@@ -1,0 +1,84 @@
+"""Reads that fail, stop early or meet another file: FlashReadError, never a crash, a hang or a wrong answer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ModelFile
+
+from gguf_tools.synthetic import tiny, write
+
+_SCENARIOS = Path(__file__).with_name("fault_scenarios.py")
+_TIMEOUT = 60.0  # seconds, by which a hang is told from a slow machine
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("shim") / "faults.so"
+    source = Path(__file__).with_name("faults.c")
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+def run_scenario(name: str, model: Path, io_engine: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(_SCENARIOS), name, str(model), io_engine],
+        env=os.environ | environment,
+        timeout=_TIMEOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+@pytest.fixture(params=["qwen3moe", "llama"])
+def model(request: pytest.FixtureRequest, tmp_path: Path, model_file: ModelFile) -> Path:
+    path = tmp_path / "model.gguf"  # a copy: the scenarios damage it
+    return Path(shutil.copy(model_file(request.param, "Q4_0"), path))
+
+
+@pytest.mark.parametrize("io_engine", ["io_uring", "pread"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "truncated_file_raises_and_the_next_call_works_once_it_is_whole",
+        "changed_file_raises",
+        "replaced_file_does_not_disturb_a_loaded_model",
+        "failure_in_one_model_leaves_the_other_alone",
+    ],
+)
+def test_file_on_disk(scenario: str, io_engine: str, model: Path) -> None:
+    run_scenario(scenario, model, io_engine)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "eio_raises_and_the_next_call_works",
+        "eio_while_decoding_raises",
+        "eintr_and_short_reads_are_continued",
+        "end_of_file_where_there_should_be_bytes_raises",
+    ],
+)
+def test_disturbed_reads(scenario: str, model: Path, shim: Path, tmp_path: Path) -> None:
+    control = tmp_path / "control"
+    control.write_bytes(bytes(4096))
+    run_scenario(scenario, model, "pread", LD_PRELOAD=str(shim), FAULTS=str(control))
+
+
+def test_a_missing_shard_is_an_error_at_load(tmp_path: Path) -> None:
+    from engines import open_flash
+
+    from llama_flash import FlashError
+
+    first, second, *_ = write(tiny("qwen3moe"), tmp_path / "model.gguf", n_shards=3)
+    second.unlink()
+    with pytest.raises((FlashError, ValueError, OSError), match=second.name):
+        open_flash(first)
