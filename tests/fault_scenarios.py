@@ -32,8 +32,8 @@ def truncated_file_raises_and_the_next_call_works_once_it_is_whole(path: Path, i
             error = failing(llm)
             assert Path(error.file) == path, error.file
             assert str(path) in str(error)
-            assert error.offset + error.size > 0
-            assert error.errno != 0 or error.offset + error.size > size or "changed" in str(error), vars(error)
+            changed = "changed" in str(error)  # noticed before a read could fail
+            assert changed or error.offset + error.size > size, vars(error)
         assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
 
 

@@ -25,7 +25,8 @@ from corpus import BOS_ID, EOS_ID, load_corpus
 FloatArray = npt.NDArray[np.float32]
 Logits = Callable[[list[int], int], FloatArray]  # (tokens, first) -> [len(tokens) - first, n_vocab]
 
-PROMPTS = ("import os\nimport sys\n\n\ndef ", "class Queue:\n    def __init__(self, maxsize=0):\n")
+# They end where a token of the training text would: spaces and line ends belong to the token that follows.
+PROMPTS = ("import os\nimport sys\n\n\ndef", "class Queue:\n    def __init__(self, maxsize=0):")
 
 
 def windows(n_inputs: int, n_ctx: int) -> Iterator[tuple[int, int, int]]:
@@ -153,7 +154,7 @@ def main() -> None:
         report["float_bits_per_byte"] = round(bits(documents, reference.logits, args.n_ctx) / n_bytes, 4)
         report.update(reference.statistics())
         report["against_float"] = compare(documents[:5], engine, reference.logits)
-    report["samples"] = [sample(llm, prompt, temperature) for prompt in PROMPTS for temperature in (0.0, 0.7)]
+    report["samples"] = [sample(llm, prompt, temperature) for prompt in PROMPTS for temperature in (0.0, 0.8)]
     text = json.dumps(report, indent=2)
     if args.report:
         args.report.write_text(text + "\n")
