@@ -11,7 +11,7 @@ from llama_cpp import Llama
 from llama_flash import FlashOffload, _bindings
 
 
-class Model(Llama):
+class Model(Llama):  # type: ignore[misc]
     """A `Llama` for `with`. At the module's top, so that it can be pickled."""
 
     def __enter__(self) -> Model:
@@ -34,9 +34,9 @@ def open_resident(path: Any, **options: Any) -> Model:
 def open_flash(
     path: Any,
     *,
-    what: str = "auto",
+    what: Any = "auto",
     share: float = QUARTER,
-    io_engine: str = "auto",
+    io_engine: Any = "auto",
     **options: Any,
 ) -> Model:
     """Opens a model whose weights stay on flash although they would fit, with a cache far smaller than they are.
@@ -44,7 +44,7 @@ def open_flash(
     what: as in FlashOffload; "auto" means experts where there are some, else the dense FFN.
     share: memory for the flash tensors above the least that works, as a share of their size.
     """
-    wanted = "ffn" if what == "auto" else what
+    wanted: Any = "ffn" if what == "auto" else what
     llm = _open(
         path,
         flash_offload=FlashOffload(what=wanted, io_engine=io_engine, panel_bytes=65536),

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf_tools.routing import distinct_experts, lru_hit_rate, random_tokens, trace_routing
-from gguf_tools.synthetic import ARCHITECTURES, MOE_FORMS, PRESETS, everything, tiny, types_named, write
-from gguf_tools.synthetic import writer as synthetic_writer
+from gguf_tools.synthetic import ARCHITECTURES, MOE_FORMS, PRESETS, everything, forms, tiny, types_named, write
 from gguf_tools.synthetic.__main__ import main
 
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4", "Q4_K_M")
@@ -109,7 +108,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_progress_adds_up_to_the_size(tmp_path: Path) -> None:
-    model, done = tiny("gpt-oss", "MXFP4"), []
+    model = tiny("gpt-oss", "MXFP4")
+    done: list[int] = []
     write(model, tmp_path / "model.gguf", progress=done.append)
     assert sum(done) == model.n_bytes
 
@@ -117,7 +117,7 @@ def test_progress_adds_up_to_the_size(tmp_path: Path) -> None:
 def test_the_large_presets_have_the_sizes_that_are_stated() -> None:
     moe = PRESETS["qwen3-30b-a3b-12l"]
     assert 4.1e9 < moe.n_bytes < 4.4e9
-    experts = [t for t in synthetic_writer.forms.tensors(moe.shape) if "_exps" in t.name]
+    experts = [t for t in forms.tensors(moe.shape) if "_exps" in t.name]
     per_token = sum(moe.tensor_bytes(t) for t in experts) * moe.shape.n_expert_used / moe.shape.n_expert
     assert 250e6 < per_token < 260e6
     assert 3.8e9 < PRESETS["llama2-7b-18l"].n_bytes < 4.3e9

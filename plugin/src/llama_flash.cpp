@@ -108,18 +108,7 @@ int32_t llama_flash_session_take_error(llama_flash_session * session, llama_flas
     if (!session) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "take_error: no session");
     }
-    std::lock_guard<std::mutex> lock(session->mutex);
-    if (!session->failed()) {
-        if (err) {
-            *err = {};
-        }
-        return LLAMA_FLASH_OK;
-    }
-    if (err) {
-        *err = session->error;
-    }
-    session->has_failed = false;
-    return session->error.code;
+    return guarded(err, [&] { return session->take_error(err); });
 }
 
 int32_t llama_flash_session_stats(const llama_flash_session * session, llama_flash_stats * out) {

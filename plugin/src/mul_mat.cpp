@@ -73,8 +73,9 @@ static void run_waves(llama_flash_session & s, const ggml_compute_params * param
         s.op.begin_ns = flash_now_ns();
         s.op.stamp++;
         s.stats.ops++;
-        s.op.any  = false;
-        s.op.more = false;
+        s.op.any     = false;
+        s.op.more    = false;
+        s.op.checked = nullptr;
         s.op.arrived.clear();
         s.op.wave.clear();
         if (s.memory.total == 0) {
@@ -255,12 +256,12 @@ static void first_expert_wave(llama_flash_session & s, const flash_tensor & t, c
             s.op.missing.push_back(index);
         }
     }
-    bool fetched = false;
     for (uint32_t index : s.op.missing) {
         if (s.records[index].state == record_state::absent) {
-            if (fetch_to_slot(s, index, decode)) {
-                fetched = true;
-            } else {
+            if (!s.check_file(s.records[index])) {
+                return;
+            }
+            if (!fetch_to_slot(s, index, decode)) {
                 s.op.plan.push_back(index);
             }
         }
@@ -283,17 +284,14 @@ static void first_expert_wave(llama_flash_session & s, const flash_tensor & t, c
                 continue;
             }
             // in a cache too small for a whole layer, the ring keeps this from evicting what was just fetched
-            if (!streaming && fetch_to_slot(s, index, decode)) {
-                r.fetched = true;
-                fetched   = true;
-            } else {
-                s.op.plan.push_back(index);
-                r.fetched = true;
+            if (!s.check_file(r)) {
+                return;
             }
+            if (streaming || !fetch_to_slot(s, index, decode)) {
+                s.op.plan.push_back(index);
+            }
+            r.fetched = true;
         }
-    }
-    if ((fetched || !s.op.plan.empty()) && !s.check_files()) {
-        return;
     }
     s.op.more = !s.op.missing.empty();
     pump_experts(s);
@@ -385,7 +383,7 @@ static bool pump_panels(llama_flash_session & s) {
         }
         const uint32_t index = s.panel_order[s.panel_next];
         flash_record & r     = s.records[index];
-        if (r.state != record_state::absent || !s.ring_room(s.panel_ring, r, index)) {
+        if (r.state != record_state::absent || !s.check_file(r) || !s.ring_room(s.panel_ring, r, index)) {
             break; // round the cycle, or full
         }
         s.fetch(index);
@@ -464,9 +462,6 @@ void flash_mul_mat(llama_flash_session & s, const flash_tensor & t, const ggml_c
         s, params,
         [&] {
             seek_panels(s, const_cast<flash_tensor &>(t));
-            if (t.n_pinned < t.n_records && !s.check_files()) {
-                return;
-            }
             pump_panels(s);
             if (t.n_pinned == 0) {
                 next_panel(s, t, i++);

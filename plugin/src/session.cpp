@@ -451,18 +451,44 @@ void llama_flash_session::fail(const llama_flash_error & e) {
     }
 }
 
-bool llama_flash_session::check_files() {
-    for (const auto & f : files) {
-        if (!f->unchanged()) {
-            llama_flash_error e;
-            flash_fail(&e, LLAMA_FLASH_E_READ, "%s changed since it was loaded: load the model again", f->path.c_str());
-            e.sys_errno = ESTALE;
-            snprintf(e.file, sizeof(e.file), "%s", f->path.c_str());
-            fail(e);
-            return false;
-        }
+bool llama_flash_session::check_file(const flash_record & wanted) {
+    const flash_tensor & t = tensors[wanted.tensor];
+    if (t.file == op.checked) {
+        return true;
     }
-    return true;
+    if (t.file->unchanged()) {
+        op.checked = t.file;
+        return true;
+    }
+    llama_flash_error e;
+    flash_fail(&e, LLAMA_FLASH_E_READ, "%s changed since it was loaded: tensor %s at offset %llu was not read; load the model again",
+               t.file->path.c_str(), t.name.c_str(), (unsigned long long) wanted.offset);
+    e.sys_errno = ESTALE;
+    e.offset    = wanted.offset;
+    e.size      = wanted.bytes;
+    snprintf(e.file, sizeof(e.file), "%s", t.file->path.c_str());
+    snprintf(e.tensor, sizeof(e.tensor), "%s", t.name.c_str());
+    fail(e);
+    return false;
+}
+
+int32_t llama_flash_session::take_error(llama_flash_error * err) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!failed()) {
+        if (err) {
+            *err = {};
+        }
+        return LLAMA_FLASH_OK;
+    }
+    // reads still under way belong to the call that failed: their errors must not meet the next one
+    while (!reads->idle()) {
+        settle_reads(true);
+    }
+    if (err) {
+        *err = error;
+    }
+    has_failed = false;
+    return error.code;
 }
 
 uint8_t * llama_flash_session::ring_room(ring & r, flash_record & record, uint32_t index) {

@@ -96,6 +96,8 @@ struct llama_flash_session {
     llama_flash_requirements requirements() const;
     int32_t                  set_memory(uint64_t bytes, llama_flash_error * err);
 
+    int32_t take_error(llama_flash_error * err);
+
     // ops (mul_mat.cpp): thread 0 only, under the mutex
 
     uint8_t * ring_room(ring & r, flash_record & record, uint32_t index);
@@ -104,7 +106,7 @@ struct llama_flash_session {
     void      drop_ring(ring & r);             // empties a ring; waits for reads into it
     bool      settle_reads(bool wait);         // takes note of reads that have ended; false: none was under way
     void      fail(const llama_flash_error & e);
-    bool      check_files();                   // false (and failed) if a file changed since it was bound
+    bool      check_file(const flash_record & wanted); // false (and failed) if its file changed since it was bound
 
     bool failed() const { return has_failed.load(std::memory_order_acquire); }
 
@@ -141,6 +143,7 @@ struct llama_flash_session {
     // the op in progress, see mul_mat.cpp
     struct op_state {
         uint64_t                  stamp = 0;
+        const flash_file *        checked = nullptr; // known to be unchanged, for this op
         std::vector<const void *> table;   // n_expert addresses of this wave
         std::vector<uint32_t>     missing; // records the op still waits for
         std::vector<uint32_t>     arrived; // records of this wave that need repacking

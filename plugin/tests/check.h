@@ -1,0 +1,31 @@
+// What the test programs share: a check that says what it saw, and random numbers that are the same everywhere.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+// aborts with place, condition and a printf-style message
+#define CHECK(condition, ...)                                                         \
+    do {                                                                              \
+        if (!(condition)) {                                                           \
+            fprintf(stderr, "%s:%d: not true: %s: ", __FILE__, __LINE__, #condition); \
+            fprintf(stderr, __VA_ARGS__);                                             \
+            fprintf(stderr, "\n");                                                    \
+            exit(1);                                                                  \
+        }                                                                             \
+    } while (0)
+
+class random_source {
+  public:
+    explicit random_source(uint64_t seed) : engine(seed) {}
+
+    // in [0, n); the standard's distributions differ between libraries
+    uint64_t below(uint64_t n) { return engine() % n; }
+
+    bool chance(uint64_t percent) { return below(100) < percent; }
+
+  private:
+    std::mt19937_64 engine;
+};

@@ -1,0 +1,142 @@
+// ring against a reference: entries alive never share a byte, leave in order, and room that must be there is given.
+#include "check.h"
+#include "ring.h"
+
+#include <cstring>
+#include <deque>
+#include <vector>
+
+namespace {
+
+struct live {
+    int32_t  entry;
+    size_t   begin;
+    size_t   size;
+    uint32_t record;
+    bool     given;
+};
+
+// Is there contiguous room between the newest entry and the oldest one, going round?
+bool has_room(const std::deque<live> & alive, size_t capacity, uint32_t max_entries, size_t bytes) {
+    if (bytes > capacity || alive.size() == max_entries) {
+        return false;
+    }
+    if (alive.empty()) {
+        return true;
+    }
+    const size_t tail = alive.front().begin;
+    const size_t head = alive.back().begin + alive.back().size;
+    if (alive.back().begin >= tail) { // not gone round
+        return capacity - head >= bytes || tail >= bytes;
+    }
+    return tail - head >= bytes;
+}
+
+void random_operations(uint64_t seed) {
+    random_source        random(seed);
+    const size_t         capacity    = 1 + random.below(4096);
+    const uint32_t       max_entries = (uint32_t) (1 + random.below(24));
+    std::vector<uint8_t> memory(capacity);
+    ring                 r;
+    r.configure(memory.data(), capacity, max_entries);
+    CHECK(r.empty() && r.oldest() == ring::NONE && r.capacity() == capacity, "a new ring");
+
+    std::deque<live> alive;
+    uint32_t         next_record = 0;
+    uint64_t         n_taken     = 0;
+    uint64_t         n_full      = 0;
+    uint64_t         n_wrapped   = 0;
+    const size_t     typical     = 1 + random.below(capacity);
+    for (int step = 0; step < 3000; step++) {
+        if (random.chance(55)) {
+            const size_t   bytes  = random.chance(10) ? 1 + random.below(capacity + 2) : 1 + random.below(typical);
+            const uint32_t record = next_record++;
+            const bool     room   = has_room(alive, capacity, max_entries, bytes);
+            const int32_t  entry  = r.take(bytes, record);
+            CHECK((entry != ring::NONE) == room, "seed %llu step %d: %zu bytes of %zu: entry %d, room %d", (unsigned long long) seed, step, bytes,
+                  capacity, entry, room);
+            if (!room) {
+                n_full++;
+                continue;
+            }
+            n_taken++;
+            const size_t begin = (size_t) (r.address(entry) - memory.data());
+            CHECK(begin + bytes <= capacity, "seed %llu step %d: [%zu, %zu) of %zu", (unsigned long long) seed, step, begin, begin + bytes, capacity);
+            for (const live & other : alive) {
+                CHECK(other.entry != entry, "seed %llu step %d: entry %d given out twice", (unsigned long long) seed, step, entry);
+                CHECK(begin >= other.begin + other.size || other.begin >= begin + bytes,
+                      "seed %llu step %d: [%zu, %zu) overlaps [%zu, %zu)", (unsigned long long) seed, step, begin, begin + bytes,
+                      other.begin, other.begin + other.size);
+            }
+            n_wrapped += !alive.empty() && begin < alive.back().begin;
+            memset(r.address(entry), (int) (record % 251), bytes);
+            alive.push_back({ entry, begin, bytes, record, false });
+        } else if (!alive.empty()) {
+            // mostly in order, as records are computed; sometimes not, as reads fail
+            live & chosen = alive[random.chance(70) ? 0 : random.below(alive.size())];
+            if (chosen.given) {
+                continue;
+            }
+            for (size_t i = 0; i < chosen.size; i++) {
+                CHECK(r.address(chosen.entry)[i] == chosen.record % 251, "seed %llu step %d: record %u was overwritten", (unsigned long long) seed,
+                      step, chosen.record);
+            }
+            r.give(chosen.entry);
+            chosen.given = true;
+            while (!alive.empty() && alive.front().given) {
+                alive.pop_front();
+            }
+        }
+        CHECK(r.empty() == alive.empty(), "seed %llu step %d: %zu entries alive", (unsigned long long) seed, step, alive.size());
+        const int32_t oldest = alive.empty() ? ring::NONE : alive.front().entry;
+        CHECK(r.oldest() == oldest, "seed %llu step %d: oldest is %d, expected %d", (unsigned long long) seed, step, r.oldest(), oldest);
+        for (const live & l : alive) {
+            CHECK(r.record_in(l.entry) == l.record, "seed %llu step %d: entry %d", (unsigned long long) seed, step, l.entry);
+        }
+    }
+    CHECK(n_taken > 100 && n_full > 0, "seed %llu says nothing: %llu taken, %llu refused, %llu wrapped", (unsigned long long) seed,
+          (unsigned long long) n_taken, (unsigned long long) n_full, (unsigned long long) n_wrapped);
+}
+
+void a_full_ring_refuses_and_goes_round() {
+    uint8_t memory[100];
+    ring    r;
+    r.configure(memory, sizeof(memory), 8);
+    CHECK(r.take(101, 0) == ring::NONE, "more than there is");
+    const int32_t a = r.take(40, 1);
+    const int32_t b = r.take(60, 2);
+    CHECK(a != ring::NONE && b != ring::NONE && r.take(1, 3) == ring::NONE, "full to the last byte");
+    r.give(b);
+    CHECK(r.take(1, 3) == ring::NONE, "b's room is not free before a's");
+    r.give(a);
+    CHECK(r.empty(), "both given");
+
+    const int32_t c = r.take(70, 4);
+    const int32_t d = r.take(20, 5);
+    r.give(c);
+    CHECK(r.take(71, 6) == ring::NONE, "10 bytes at the end, 70 at the start");
+    const int32_t e = r.take(70, 6);
+    CHECK(r.address(e) == memory, "goes round to the start");
+    CHECK(r.take(1, 7) == ring::NONE, "head has met tail: full, not empty");
+    r.give(d);
+    CHECK(r.oldest() == e && r.take(30, 8) != ring::NONE, "free behind e once d is given");
+}
+
+void a_ring_without_memory_refuses() {
+    ring r;
+    CHECK(r.take(1, 0) == ring::NONE, "not configured");
+    r.configure(nullptr, 0, 16);
+    CHECK(r.take(1, 0) == ring::NONE && r.empty(), "no memory");
+}
+
+} // namespace
+
+int main() {
+    a_full_ring_refuses_and_goes_round();
+    a_ring_without_memory_refuses();
+    for (uint64_t seed = 0; seed < 300; seed++) {
+        random_operations(seed);
+    }
+    printf("ring: ok\n");
+    return 0;
+}

@@ -1,0 +1,34 @@
+"""Runs the programs of plugin/tests without the engine; `make sanitize` runs the same ones through ctest."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from plugin_parts import PLUGIN, compile_cpp, sources, uring_flags
+
+PROGRAMS = sorted((PLUGIN / "tests").glob("*.cpp"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments that link the parts in, compiled once for all programs."""
+    folder = tmp_path_factory.mktemp("parts")
+    uring = uring_flags(folder)
+    defines, libraries = uring[:1], uring[1:]
+    objects = []
+    for source in sources("cache", "ring", "reader", "reader_uring", "reader_pread", "status"):
+        objects.append(str(compile_cpp(folder / f"{source.stem}.o", "-c", source, *defines)))
+    return [*objects, *libraries]
+
+
+def test_there_are_programs() -> None:
+    assert len(PROGRAMS) >= 4
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_program(program: Path, parts: list[str], tmp_path: Path) -> None:
+    binary = compile_cpp(tmp_path / program.stem, program, *parts)
+    done = subprocess.run([binary], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
