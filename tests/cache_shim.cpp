@@ -9,9 +9,9 @@ static uint8_t ring_memory[1 << 16];
 
 extern "C" {
 
-slot_cache * cache_new(const uint32_t * slots_per_class, uint32_t n_classes) {
+slot_cache * cache_new(const uint32_t * slots_per_class, uint32_t n_classes, size_t n_records) {
     auto * cache = new slot_cache();
-    cache->configure(std::vector<uint32_t>(slots_per_class, slots_per_class + n_classes));
+    cache->configure(std::vector<uint32_t>(slots_per_class, slots_per_class + n_classes), n_records);
     return cache;
 }
 
@@ -19,12 +19,24 @@ void cache_free(slot_cache * cache) {
     delete cache;
 }
 
-int32_t cache_take(slot_cache * cache, uint32_t size_class, uint32_t record, uint64_t stamp, bool evict, int32_t * evicted) {
-    return cache->take(size_class, record, stamp, evict, evicted);
+void cache_use(slot_cache * cache, uint32_t record, uint64_t now, uint32_t n_tokens, uint32_t count) {
+    cache->use(record, now, n_tokens, count);
 }
 
-void cache_touch(slot_cache * cache, int32_t slot, uint64_t stamp) {
-    cache->touch(slot, stamp);
+int32_t cache_take(slot_cache * cache, uint32_t size_class, uint32_t record, bool evict, int32_t * evicted) {
+    return cache->take(size_class, record, evict, evicted);
+}
+
+void cache_hold(slot_cache * cache, int32_t slot) {
+    cache->hold(slot);
+}
+
+void cache_end_op(slot_cache * cache) {
+    cache->end_op();
+}
+
+double cache_score(const slot_cache * cache, uint32_t record) {
+    return cache->score(record);
 }
 
 void cache_set_reading(slot_cache * cache, int32_t slot, bool reading) {

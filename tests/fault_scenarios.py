@@ -32,6 +32,7 @@ def truncated_file_raises_and_the_next_call_works_once_it_is_whole(path: Path, i
             error = failing(llm)
             assert Path(error.file) == path, error.file
             assert str(path) in str(error)
+            assert error.errno and error.size > 0 and error.tensor, vars(error)
             changed = "changed" in str(error)  # noticed before a read could fail
             assert changed or error.offset + error.size > size, vars(error)
         assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
@@ -46,6 +47,7 @@ def changed_file_raises(path: Path, io_engine: str) -> None:
         os.utime(path, ns=(0, 1))
         error = failing(llm)
         assert Path(error.file) == path and "changed" in str(error), str(error)
+        assert error.errno == errno.ESTALE and error.offset > 0 and error.tensor, vars(error)
         assert "changed" in str(failing(llm)), "it stays changed until the model is loaded again"
 
 

@@ -83,6 +83,7 @@ def test_logits_are_bit_identical_when_layers_differ_in_type(
         assert_read_from_flash(llm, moe=form in MOE_FORMS)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("form", ["arcee", "llama", "qwen3moe", "deepseek2-fused"])
 def test_logits_do_not_depend_on_the_budget(form: str, model_file: ModelFile) -> None:
     path, prompt, decoded = model_file(form, "Q4_0"), tokens(64, seed=3), tokens(DECODED, seed=4)

@@ -21,6 +21,7 @@ class Kind:
     name: str  # LLAMA_FLASH_SANITIZE
     runtimes: tuple[str, ...]  # loaded before Python, which is not instrumented; gcc's names
     options: dict[str, str]
+    python_options: dict[str, str]  # in place of `options` where Python runs
 
 
 KINDS = (
@@ -28,16 +29,18 @@ KINDS = (
         "address",
         ("libasan.so", "libubsan.so"),
         {
-            # CPython and its extensions keep memory until the process ends
-            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1",
+            "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0:halt_on_error=1",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         },
+        # CPython and its extensions keep memory until the process ends
+        {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1"},
     ),
     Kind(
         "thread",
         ("libtsan.so",),
         # Python and numpy are not instrumented: what they synchronise among themselves is not seen
         {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"},
+        {},
     ),
 )
 
@@ -95,15 +98,16 @@ def run(kind: Kind, folder: Path, pytest_arguments: list[str]) -> bool:
     say(f"pytest -m sanitize under the {kind.name} sanitizer")
     python = {
         **options,
+        **kind.python_options,
         "LD_PRELOAD": " ".join(runtime_path(name) for name in kind.runtimes),
         "LLAMA_CPP_LIB_PATH": str(folder / "bin"),
         "LLAMA_FLASH_SANITIZE": kind.name,
         # so that ASan sees every allocation
         "PYTHONMALLOC": "malloc",
     }
-    code = subprocess.run(
-        [*prefix, VENV / "bin/python", "-m", "pytest", "-m", "sanitize", *pytest_arguments], env=python
-    )
+    # capture=sys: pytest's default would keep a sanitizer's report to itself when the report ends the process
+    pytest = [str(VENV / "bin/python"), "-m", "pytest", "-m", "sanitize", "--capture=sys", *pytest_arguments]
+    code = subprocess.run([*prefix, *pytest], env=python)
     no_tests = 5
     if code.returncode == no_tests:
         say("no test is marked sanitize yet")

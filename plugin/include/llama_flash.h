@@ -13,9 +13,11 @@
 //     llama_decode() ...                    after each: llama_flash_session_take_error()
 //   llama_flash_session_free()              before or after the model is freed: the model's buffers hold a reference
 //
-// Threads: bind_begin/bind_end belong to one thread. set_memory, stats and take_error may be called from any
-// thread; set_memory waits until the op in progress has ended. Contexts of one model may decode in several threads:
-// their flash ops take turns.
+// Threads: bind_begin/bind_end belong to one thread. set_memory, stats and take_error may be called from any thread; set_memory
+// waits until the op in progress has ended. One thread decodes at a time per session: an error is the session's, and the context
+// that meets it must be the one that caused it.
+//
+// Fork: a child cannot decode with a session of its parent (the op fails), and may free it.
 //
 // Errors: functions that return int32_t return LLAMA_FLASH_OK or an error code and fill *err (may be NULL). No
 // exception and no abort crosses this boundary. All sizes are in bytes, all times in nanoseconds.
@@ -115,7 +117,7 @@ struct llama_flash_stats {
     uint64_t ops;             // flash ops computed
     uint64_t retries;         // short reads and EINTR that were continued
     uint64_t errors;
-    uint64_t resident_bytes;  // slots, pins and ring in use now
+    uint64_t resident_bytes;  // slots, pins and ring touched so far
     uint64_t slots_used;
     uint32_t io_engine;       // the engine in use
     uint32_t reserved;

@@ -111,7 +111,13 @@ class tensor_traits : public ggml::cpu::tensor_traits {
 
     bool compute_forward(struct ggml_compute_params * params, struct ggml_tensor * op) override {
         llama_flash_session * s = session_of(op->src[0]);
-        const flash_tensor *  t = s->find(op->src[0]->data);
+        flash_tensor *        t = s->find(op->src[0]->data);
+        if (!t || !ggml_are_same_shape(op->src[0], &t->weight)) {
+            if (params->ith == 0) {
+                flash_fail_unbound(*s, op->src[0]);
+            }
+            return true;
+        }
         if (op->op == GGML_OP_MUL_MAT_ID) {
             flash_mul_mat_id(*s, *t, params, op);
         } else {

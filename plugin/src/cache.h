@@ -1,7 +1,12 @@
-// Which record is in which slot: least recently used, O(1). Knows neither ggml nor files nor memory.
+// Which record is in which slot, and which one has to go: least frequently used with ageing, O(1). Knows neither ggml nor files
+// nor memory.
 //
-// Records of one size class share the class's slots. A slot is locked while the op that touched it last is running
-// (its stamp is the current one) or while a read into it is under way; locked slots are not given away.
+// A record's score is the number of its uses, each halved for every HALF_LIFE tokens since. Scores are kept for all records, in
+// slots or not. On the logarithmic scale on which all scores fall at the same rate, ageing is a moving origin: slots lie in
+// circular buckets by their score's logarithm, and the slot to give away is the oldest in the lowest bucket that is not empty.
+//
+// Records of one size class share the class's slots. A slot that the op in progress uses, or that is being read into, is held:
+// in no bucket, so that it cannot be given away.
 #pragma once
 
 #include <cstddef>
@@ -10,19 +15,28 @@
 
 class slot_cache {
   public:
-    static constexpr int32_t NONE = -1;
+    static constexpr int32_t NONE      = -1;
+    static constexpr double  HALF_LIFE = 34.0; // tokens; chosen on recorded traces, see docs/performance.md
 
-    // slots_per_class: slot numbers run through the classes in order
-    void configure(const std::vector<uint32_t> & slots_per_class);
+    // slots_per_class: slot numbers run through the classes in order; scores start at nothing
+    void configure(const std::vector<uint32_t> & slots_per_class, size_t n_records);
 
-    // A slot of `size_class` for `record`: an empty one, or, if `evict`, the least recently used one that is not locked.
-    // NONE if there is no such slot. *evicted: the record that lost its slot, NONE if the slot was empty.
-    int32_t take(uint32_t size_class, uint32_t record, uint64_t stamp, bool evict, int32_t * evicted);
+    // `record` was used by `count` of `n_tokens` tokens, the last of which is token number `now` (tokens never run backwards
+    // for one record). To be called before take() or hold().
+    void use(uint32_t record, uint64_t now, uint32_t n_tokens, uint32_t count);
 
-    // now the most recently used, and locked for the op with this stamp
-    void touch(int32_t slot, uint64_t stamp);
+    // A slot of `size_class` for `record`, held: an empty one, or, if `evict`, the one with the lowest score. NONE if there is
+    // no such slot. *evicted: the record that lost its slot, NONE if the slot was empty.
+    int32_t take(uint32_t size_class, uint32_t record, bool evict, int32_t * evicted);
 
+    // not to be given away before end_op()
+    void hold(int32_t slot);
+
+    // while true the slot is held beyond end_op()
     void set_reading(int32_t slot, bool reading) { slots[(size_t) slot].reading = reading; }
+
+    // lets go of what the op held
+    void end_op();
 
     // the slot is empty again
     void drop(int32_t slot);
@@ -31,29 +45,49 @@ class slot_cache {
 
     uint32_t n_slots(uint32_t size_class) const { return classes[size_class].count; }
 
+    uint32_t n_empty(uint32_t size_class) const { return classes[size_class].n_empty; }
+
     uint32_t used() const { return n_used; }
 
+    // logarithm of the record's score, comparable with others at any time; for tests
+    double score(uint32_t record) const { return scores[record]; }
+
   private:
+    static constexpr int64_t BUCKETS    = 256;
+    static constexpr double  PER_OCTAVE = 4.0; // buckets
+
     struct slot {
         uint32_t record;
         uint32_t size_class;
-        int32_t  newer; // towards the most recently used; in the empty list: the next empty slot
+        int32_t  newer;  // in its bucket; in the empty list: the next empty slot
         int32_t  older;
-        uint64_t stamp;
+        int64_t  bucket; // counted from the beginning of time; below `lowest`: in the lowest bucket
+        bool     held;
         bool     reading;
     };
 
     struct list {
-        int32_t  newest;
-        int32_t  oldest;
-        int32_t  empty; // head of the empty list
-        uint32_t count;
+        int32_t newest = NONE;
+        int32_t oldest = NONE;
     };
 
-    void link_newest(int32_t slot);
-    void unlink(int32_t slot);
+    struct size_class_state {
+        uint32_t count   = 0;
+        uint32_t n_empty = 0;
+        int32_t  empty   = NONE;  // head of the empty list
+        int64_t  lowest  = 0;     // number of the lowest bucket there is
+        list     buckets[BUCKETS];
+        uint64_t occupied[BUCKETS / 64] = {};
+    };
 
-    std::vector<slot> slots;
-    std::vector<list> classes;
-    uint32_t          n_used = 0;
+    void     raise(size_class_state & c, int64_t lowest);
+    void     insert(int32_t slot);
+    void     remove(int32_t slot);
+    uint32_t position(int64_t bucket) const { return (uint32_t) (bucket & (BUCKETS - 1)); }
+
+    std::vector<slot>             slots;
+    std::vector<size_class_state> classes;
+    std::vector<double>           scores;  // by record: log2 of the score, plus the token number in half-lives
+    std::vector<int32_t>          holding; // held slots
+    uint32_t                      n_used = 0;
 };

@@ -118,7 +118,7 @@ int32_t llama_flash_session_stats(const llama_flash_session * session, llama_fla
     std::lock_guard<std::mutex> lock(session->mutex);
     *out                = session->stats;
     out->slots_used     = session->cache.used();
-    out->resident_bytes = session->memory.pinned + session->memory.stream + session->memory.bookkeeping;
+    out->resident_bytes = session->memory.pinned + session->expert_ring.touched() + session->panel_ring.touched() + session->memory.bookkeeping;
     if (session->memory.n_slots) {
         out->resident_bytes += session->memory.slots / session->memory.n_slots * out->slots_used;
     }

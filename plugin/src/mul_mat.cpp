@@ -11,13 +11,16 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <vector>
 
 // an op of up to this many tokens is decoding (speculation included): it may evict; a longer one is a prompt and may not
-constexpr int64_t DECODE_TOKENS = 8;
+constexpr int64_t DECODE_TOKENS = 16;
 
 // a prompt's wave is at least so many experts (each wave quantises the activations again)
 constexpr size_t PROMPT_WAVE = 8;
+
+static bool pump_panels(llama_flash_session & s);
 
 // repacking of the wave's records, in groups of rows shared out over the threads
 
@@ -64,9 +67,17 @@ static void note_repacked(llama_flash_session & s) {
     s.op.arrived.clear();
 }
 
+static void fail_call(llama_flash_session & s, const char * what) {
+    llama_flash_error e = {};
+    e.code              = LLAMA_FLASH_E_INVALID;
+    snprintf(e.message, sizeof(e.message), "%s", what);
+    s.fail(e);
+}
+
 // Runs the waves. first and next: thread 0 only; both set op.any, op.more and, in op.arrived, what must be repacked before.
 template <typename First, typename Compute, typename Next>
-static void run_waves(llama_flash_session & s, const ggml_compute_params * params, First first, Compute compute, Next next) {
+static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, First first, Compute compute,
+                      Next next) {
     const bool leader = params->ith == 0;
     if (leader) {
         s.mutex.lock();
@@ -76,13 +87,15 @@ static void run_waves(llama_flash_session & s, const ggml_compute_params * param
         s.op.any     = false;
         s.op.more    = false;
         s.op.checked = nullptr;
+        s.op.read    = nullptr;
         s.op.arrived.clear();
         s.op.wave.clear();
         if (s.memory.total == 0) {
-            llama_flash_error e = {};
-            e.code              = LLAMA_FLASH_E_INVALID;
-            snprintf(e.message, sizeof(e.message), "the session has no memory: call llama_flash_session_set_memory before decoding");
-            s.fail(e);
+            fail_call(s, "the session has no memory: call llama_flash_session_set_memory before decoding");
+        } else if (s.forked()) {
+            fail_call(s, "a model with weights on flash does not survive a fork: load it in the child");
+        } else if (s.file_changed) {
+            s.check_file(s.records[t.first_record]);
         }
         if (!s.failed()) {
             first();
@@ -93,6 +106,7 @@ static void run_waves(llama_flash_session & s, const ggml_compute_params * param
     for (;;) {
         ggml_barrier(params->threadpool);
         if (s.op.stop) {
+            ggml_barrier(params->threadpool); // all have seen it before the leader lets another op in
             break;
         }
         const bool more = s.op.more;
@@ -132,7 +146,15 @@ static void run_waves(llama_flash_session & s, const ggml_compute_params * param
             }
             s.op.wave.clear();
             s.op.arrived.clear();
+        } else {
+            // a file that changed while it was read; and the device has work until the next op
+            s.op.checked = nullptr;
+            if (!s.op.read || s.check_file(*s.op.read)) {
+                s.settle_reads(false);
+                pump_panels(s);
+            }
         }
+        s.cache.end_op();
         s.stats.op_ns += (uint64_t) (flash_now_ns() - s.op.begin_ns);
         s.mutex.unlock();
     }
@@ -159,7 +181,7 @@ static void fail_internal(llama_flash_session & s, const flash_tensor & t, const
 static bool fetch_to_slot(llama_flash_session & s, uint32_t index, bool evict) {
     flash_record & r = s.records[index];
     int32_t        evicted;
-    const int32_t  slot = s.cache.take(s.tensors[r.tensor].size_class, index, s.op.stamp, evict, &evicted);
+    const int32_t  slot = s.cache.take(s.tensors[r.tensor].size_class, index, evict, &evicted);
     if (slot == slot_cache::NONE) {
         return false;
     }
@@ -211,7 +233,20 @@ static void add_to_wave(llama_flash_session & s, const flash_tensor & t, uint32_
     }
 }
 
-static void first_expert_wave(llama_flash_session & s, const flash_tensor & t, const ggml_tensor * op) {
+// More tokens than this have at most `rank` of the op's experts.
+static uint32_t count_of_rank(llama_flash_session & s, size_t rank) {
+    if (rank >= s.op.distinct.size()) {
+        return 0;
+    }
+    s.op.counts.clear();
+    for (uint32_t e : s.op.distinct) {
+        s.op.counts.push_back(s.op.count[e]);
+    }
+    std::nth_element(s.op.counts.begin(), s.op.counts.begin() + (ptrdiff_t) rank, s.op.counts.end(), std::greater<uint32_t>());
+    return s.op.counts[rank] + 1;
+}
+
+static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const ggml_tensor * op) {
     const ggml_tensor * ids    = op->src[2];
     const bool          decode = ids->ne[1] <= DECODE_TOKENS;
 
@@ -225,13 +260,22 @@ static void first_expert_wave(llama_flash_session & s, const flash_tensor & t, c
                 return;
             }
             if (s.op.seen[(size_t) e] != s.op.stamp) {
-                s.op.seen[(size_t) e] = s.op.stamp;
+                s.op.seen[(size_t) e]  = s.op.stamp;
+                s.op.count[(size_t) e] = 0;
                 s.op.distinct.push_back((uint32_t) e);
             }
+            s.op.count[(size_t) e]++;
         }
     }
     if (!decode) {
         std::sort(s.op.distinct.begin(), s.op.distinct.end());
+    }
+    // the last layer sees only the tokens whose output is asked for: its clock follows the others'
+    const uint32_t n_tokens = (uint32_t) ids->ne[1];
+    t.tokens                = std::max(t.tokens + n_tokens, s.tokens);
+    s.tokens                = t.tokens;
+    for (uint32_t e : s.op.distinct) {
+        s.cache.use(t.first_record + e, t.tokens, n_tokens, s.op.count[e]);
     }
 
     s.settle_reads(false);
@@ -240,15 +284,20 @@ static void first_expert_wave(llama_flash_session & s, const flash_tensor & t, c
     s.op.plan.clear();
     s.op.planned = 0;
 
-    // lock what is there before anything is evicted
+    // hold what is there before anything is evicted
     for (uint32_t e : s.op.distinct) {
         const uint32_t index = t.first_record + e;
         flash_record & r     = s.records[index];
         const bool     there = r.state == record_state::ready || r.state == record_state::raw;
-        if (r.place == record_place::slot && (decode || !there)) {
-            s.cache.touch(r.index, s.op.stamp);
+        if (r.place == record_place::slot) {
+            s.cache.hold(r.index);
         }
-        (there && !r.fetched ? s.stats.hits : s.stats.misses)++;
+        if (!there || r.fetched) {
+            s.stats.misses++;
+            s.op.read = &r;
+        } else {
+            s.stats.hits++;
+        }
         r.fetched = false;
         if (there) {
             add_to_wave(s, t, index);
@@ -256,12 +305,21 @@ static void first_expert_wave(llama_flash_session & s, const flash_tensor & t, c
             s.op.missing.push_back(index);
         }
     }
+    // a prompt fills empty slots only, with the experts that it uses most, and leaves the other tensors their share
+    auto to_slot = [&](const flash_tensor & tensor, uint32_t index) {
+        if (decode) {
+            return fetch_to_slot(s, index, true);
+        }
+        const uint32_t share = s.cache.n_slots(tensor.size_class) / s.class_tensors[tensor.size_class];
+        return s.cache.n_empty(tensor.size_class) > 0 && s.op.count[index - tensor.first_record] >= count_of_rank(s, share) &&
+               fetch_to_slot(s, index, false);
+    };
     for (uint32_t index : s.op.missing) {
         if (s.records[index].state == record_state::absent) {
             if (!s.check_file(s.records[index])) {
                 return;
             }
-            if (!fetch_to_slot(s, index, decode)) {
+            if (!to_slot(t, index)) {
                 s.op.plan.push_back(index);
             }
         }
@@ -269,25 +327,35 @@ static void first_expert_wave(llama_flash_session & s, const flash_tensor & t, c
     const bool streaming = !s.op.plan.empty();
 
     // the layer's other tensors will ask for the same experts: their reads overlap this op's computing
+    auto comes_later = [&](const flash_tensor & other) {
+        // false: already computed in this pass, or not yet known to come
+        return other.order > t.order && other.n_records == t.n_records;
+    };
     for (uint32_t sibling : s.groups[t.group]) {
         const flash_tensor & other = s.tensors[sibling];
-        if (other.order <= t.order || other.n_records != t.n_records) {
-            continue; // already computed in this pass, or not yet known to come
+        for (size_t i = 0; decode && comes_later(other) && i < s.op.distinct.size(); i++) {
+            const flash_record & r = s.records[other.first_record + s.op.distinct[i]];
+            if (r.place == record_place::slot) {
+                s.cache.hold(r.index);
+            }
+        }
+    }
+    for (uint32_t sibling : s.groups[t.group]) {
+        const flash_tensor & other = s.tensors[sibling];
+        if (!comes_later(other)) {
+            continue;
         }
         for (uint32_t e : s.op.distinct) {
             const uint32_t index = other.first_record + e;
             flash_record & r     = s.records[index];
             if (r.state != record_state::absent) {
-                if (r.place == record_place::slot && decode) {
-                    s.cache.touch(r.index, s.op.stamp);
-                }
                 continue;
             }
             // in a cache too small for a whole layer, the ring keeps this from evicting what was just fetched
             if (!s.check_file(r)) {
                 return;
             }
-            if (streaming || !fetch_to_slot(s, index, decode)) {
+            if ((decode && streaming) || !to_slot(other, index)) {
                 s.op.plan.push_back(index);
             }
             r.fetched = true;
@@ -358,11 +426,11 @@ static void note_use(llama_flash_session & s, flash_tensor & t) {
     });
 }
 
-void flash_mul_mat_id(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
+void flash_mul_mat_id(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
     run_waves(
-        s, params,
+        s, t, params,
         [&] {
-            note_use(s, const_cast<flash_tensor &>(t));
+            note_use(s, t);
             first_expert_wave(s, t, op);
         },
         [&] { stock_mul_mat_id(t.kernel, params, op, s.op.table.data()); },
@@ -453,15 +521,16 @@ static void next_panel(llama_flash_session & s, const flash_tensor & t, uint32_t
     s.op.rows = r.rows;
     s.op.any  = true;
     s.op.more = i + 1 < t.n_records;
+    s.op.read = &r;
     s.stats.panel_reads++;
 }
 
-void flash_mul_mat(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
+void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
     uint32_t i = 0; // thread 0: next panel
     run_waves(
-        s, params,
+        s, t, params,
         [&] {
-            seek_panels(s, const_cast<flash_tensor &>(t));
+            seek_panels(s, t);
             pump_panels(s);
             if (t.n_pinned == 0) {
                 next_panel(s, t, i++);
@@ -481,4 +550,13 @@ void flash_mul_mat(llama_flash_session & s, const flash_tensor & t, const ggml_c
             pump_panels(s);
             next_panel(s, t, i++);
         });
+}
+
+void flash_fail_unbound(llama_flash_session & s, const ggml_tensor * weight) {
+    std::lock_guard<std::mutex> lock(s.mutex);
+    llama_flash_error           e = {};
+    e.code                        = LLAMA_FLASH_E_INTERNAL;
+    snprintf(e.message, sizeof(e.message), "the graph uses a part of tensor %s, which must then not stay on flash", weight->name);
+    snprintf(e.tensor, sizeof(e.tensor), "%s", weight->name);
+    s.fail(e);
 }

@@ -12,6 +12,18 @@
 
 // flash_file
 
+// some file systems accept O_DIRECT and then refuse the reads, or want larger sectors than ours
+static bool reads_sectors(int fd) {
+    std::unique_ptr<uint8_t[]> buffer(new uint8_t[2 * FLASH_SECTOR]);
+
+    uint8_t * sector = (uint8_t *) flash_sector_ceil((uint64_t) (uintptr_t) buffer.get());
+    ssize_t   n;
+    do {
+        n = pread(fd, sector, FLASH_SECTOR, 0);
+    } while (n < 0 && errno == EINTR);
+    return n > 0 || (n < 0 && errno != EINVAL);
+}
+
 std::unique_ptr<flash_file> flash_file::reopen(int fd, llama_flash_error * err) {
     std::unique_ptr<flash_file> file(new flash_file());
 
@@ -22,8 +34,11 @@ std::unique_ptr<flash_file> flash_file::reopen(int fd, llama_flash_error * err) 
     file->path = n > 0 ? std::string(name, (size_t) n) : std::string(link);
 
     file->fd     = open(link, O_RDONLY | O_DIRECT | O_CLOEXEC);
-    file->direct = file->fd >= 0;
+    file->direct = file->fd >= 0 && reads_sectors(file->fd);
     if (!file->direct) {
+        if (file->fd >= 0) {
+            close(file->fd);
+        }
         file->fd = open(link, O_RDONLY | O_CLOEXEC);
     }
     struct stat st;
@@ -60,7 +75,8 @@ bool flash_file::unchanged() const {
 std::unique_ptr<reader> reader::create(const llama_flash_params & params, llama_flash_error * err) {
     std::unique_ptr<reader> r(new reader());
     r->depth      = params.io_depth ? params.io_depth : 32;
-    r->piece_size = (uint32_t) flash_sector_ceil(params.read_bytes ? params.read_bytes : 1u << 20);
+    r->piece_size = (uint32_t) flash_sector_ceil(params.read_bytes ? std::min(params.read_bytes, 1u << 30) : 1u << 20);
+    r->reserve(1024, 4096);
 
     const uint32_t threads = params.io_threads ? params.io_threads : 8;
     std::string    no_uring;
@@ -86,11 +102,22 @@ reader::~reader() {
     }
 }
 
+void reader::reserve(size_t n_jobs, size_t n_pieces) {
+    while (pieces.size() < n_pieces) {
+        pieces.emplace_back();
+        pieces.back().next = free_pieces;
+        free_pieces        = &pieces.back();
+    }
+    while (jobs.size() < n_jobs) {
+        jobs.emplace_back();
+        jobs.back().next = free_jobs;
+        free_jobs        = &jobs.back();
+    }
+}
+
 read_piece * reader::new_piece() {
     if (!free_pieces) {
-        pieces.emplace_back();
-        pieces.back().next = nullptr;
-        free_pieces        = &pieces.back();
+        reserve(0, pieces.size() + 1);
     }
     read_piece * piece = free_pieces;
     free_pieces        = piece->next;
@@ -99,9 +126,7 @@ read_piece * reader::new_piece() {
 
 read_job * reader::new_job() {
     if (!free_jobs) {
-        jobs.emplace_back();
-        jobs.back().next = nullptr;
-        free_jobs        = &jobs.back();
+        reserve(jobs.size() + 1, 0);
     }
     read_job * job = free_jobs;
     free_jobs      = job->next;
@@ -136,6 +161,7 @@ void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8
         piece->size   = (uint32_t) flash_sector_ceil(need);
         piece->dst    = base + (at - first);
         piece->result = 0;
+        piece->tries  = 0;
         piece->job    = job;
         piece->next   = nullptr;
         job->pending++;
@@ -172,7 +198,9 @@ bool reader::settle(read_piece * piece) {
     read_job * job = piece->job;
     reads++;
 
-    if (piece->result == -EINTR || piece->result == -EAGAIN) {
+    // ECANCELED: io_uring gives up reads whose thread has ended; another thread asks again
+    const bool again = piece->result == -EINTR || piece->result == -EAGAIN || piece->result == -ECANCELED;
+    if (again && piece->tries++ < MAX_TRIES) {
         retries++;
         requeue(piece);
         return false;
@@ -186,6 +214,7 @@ bool reader::settle(read_piece * piece) {
             piece->dst += got;
             piece->need -= got;
             piece->size -= got;
+            piece->tries = 0;
             requeue(piece);
             return false;
         }

@@ -8,6 +8,7 @@
 
 #include "llama_flash.h"
 
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -61,6 +62,7 @@ struct read_piece {
     uint32_t     need;   // bytes that must arrive (less than size at the end of the file)
     uint8_t *    dst;
     int64_t      result; // bytes read or -errno, set by the engine
+    uint32_t     tries;  // times in a row that it ended without a byte, for no fault of the device
     read_job *   job;
     read_piece * next;   // the engine's and the reader's lists
 };
@@ -125,6 +127,9 @@ class reader {
   private:
     reader() = default;
 
+    static constexpr uint32_t MAX_TRIES = 1000;
+
+    void         reserve(size_t n_jobs, size_t n_pieces);
     read_piece * new_piece();
     read_job *   new_job();
     void         requeue(read_piece * piece);

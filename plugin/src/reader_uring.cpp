@@ -6,6 +6,7 @@
 #    include <cerrno>
 #    include <cstring>
 #    include <liburing.h>
+#    include <unistd.h>
 
 namespace {
 
@@ -36,10 +37,9 @@ class uring_engine : public io_engine {
     }
 
     void flush() override {
-        int n;
-        do {
-            n = io_uring_submit(&ring);
-        } while (n == -EINTR || n == -EAGAIN || n == -EBUSY);
+        // what the kernel does not take now (EAGAIN, EBUSY, ENOMEM) stays in the ring and goes with the next call
+        while (io_uring_submit(&ring) == -EINTR) {
+        }
     }
 
     read_piece * finished(bool wait) override {
@@ -47,12 +47,14 @@ class uring_engine : public io_engine {
             return nullptr;
         }
         io_uring_cqe * cqe = nullptr;
-        int            n   = io_uring_peek_cqe(&ring, &cqe);
-        while (n != 0 && wait) {
-            n = io_uring_wait_cqe(&ring, &cqe);
-        }
-        if (n != 0) {
-            return nullptr;
+        while (io_uring_peek_cqe(&ring, &cqe) != 0) {
+            if (!wait) {
+                return nullptr;
+            }
+            const int n = io_uring_submit_and_wait(&ring, 1);
+            if (n < 0 && n != -EINTR) {
+                usleep(100); // the kernel is out of memory for now
+            }
         }
         read_piece * piece = (read_piece *) io_uring_cqe_get_data(cqe);
         piece->result      = cqe->res;

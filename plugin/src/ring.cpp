@@ -4,6 +4,7 @@ void ring::configure(uint8_t * memory_, size_t bytes, uint32_t max_entries) {
     memory    = memory_;
     size      = bytes;
     head      = 0;
+    high_water = 0;
     first     = 0;
     n_entries = 0;
     entries.assign(max_entries, entry{ 0, 0, 0, false });
@@ -32,6 +33,7 @@ int32_t ring::take(size_t bytes, uint32_t record) {
     const uint32_t i = (uint32_t) ((first + n_entries) % entries.size());
     entries[i]       = { begin, begin + bytes, record, false };
     head             = begin + bytes;
+    high_water       = head > high_water ? head : high_water;
     n_entries++;
     return (int32_t) i;
 }

@@ -27,7 +27,8 @@ class ring {
     // oldest entry not yet given back, NONE if empty
     int32_t oldest() const { return n_entries ? (int32_t) first : NONE; }
 
-    size_t capacity() const { return size; }
+    // bytes from the start that have ever been taken
+    size_t touched() const { return high_water; }
 
   private:
     struct entry {
@@ -40,6 +41,7 @@ class ring {
     uint8_t *          memory = nullptr;
     size_t             size   = 0;
     size_t             head   = 0; // next byte to take
+    size_t             high_water = 0;
     std::vector<entry> entries;    // circular
     uint32_t           first     = 0;
     uint32_t           n_entries = 0;

@@ -55,8 +55,11 @@ mapping mapping::reserve(size_t bytes) {
 
 mapping mapping::allocate(size_t bytes) {
     mapping m = map_pages(bytes, PROT_READ | PROT_WRITE);
-    if (m.data && bytes >= HUGE_PAGE) {
-        madvise(m.data, bytes, MADV_HUGEPAGE); // a wish: small pages do as well
+    if (m.data) {
+        madvise(m.data, bytes, MADV_DONTFORK); // reads may be under way into it, and a child has no use for it
+        if (bytes >= HUGE_PAGE) {
+            madvise(m.data, bytes, MADV_HUGEPAGE); // a wish: small pages do as well
+        }
     }
     return m;
 }
@@ -66,6 +69,7 @@ mapping mapping::allocate(size_t bytes) {
 llama_flash_session * llama_flash_session::create(const llama_flash_params & params, llama_flash_error * err) {
     auto * s  = new llama_flash_session();
     s->params = params;
+    s->pid    = getpid();
     s->reads  = reader::create(params, err);
     if (!s->reads) {
         delete s;
@@ -75,7 +79,23 @@ llama_flash_session * llama_flash_session::create(const llama_flash_params & par
     return s;
 }
 
-llama_flash_session::~llama_flash_session() = default;
+llama_flash_session::~llama_flash_session() {
+    if (forked()) {
+        // the reads under way, and the threads, are the parent's
+        (void) reads.release();
+        for (auto & m : slot_memory) {
+            m.data = nullptr;
+        }
+        for (auto & m : homes) {
+            m.data = nullptr;
+        }
+        ring_memory.data = nullptr;
+    }
+}
+
+bool llama_flash_session::forked() const {
+    return getpid() != pid;
+}
 
 void llama_flash_session::unref() {
     if (--refs == 0) {
@@ -137,7 +157,7 @@ static int64_t panel_rows(const ggml_tensor & weight, uint64_t bytes) {
     return rows % 64 == 0 ? 64 : rows;
 }
 
-void llama_flash_session::make_records() {
+int32_t llama_flash_session::make_records(llama_flash_error * err) {
     const uint64_t panel_bytes = params.panel_bytes ? params.panel_bytes : 4u << 20;
 
     std::map<std::string, uint32_t> group_of; // by the name up to the layer's number
@@ -157,6 +177,10 @@ void llama_flash_session::make_records() {
                 r.rows         = (uint32_t) std::min(rows, t.weight.ne[1] - row);
                 r.offset       = t.offset + e * t.weight.nb[2] + (uint64_t) row * t.weight.nb[1];
                 r.bytes        = (uint32_t) (r.rows * t.weight.nb[1]);
+                if (r.rows * t.weight.nb[1] + 2 * FLASH_SECTOR > UINT32_MAX) {
+                    return flash_fail(err, LLAMA_FLASH_E_FORMAT, "tensor %s cannot stay on flash: a part of it that is read at once has more than 4 GiB",
+                                      t.name.c_str());
+                }
                 records.push_back(r);
             }
         }
@@ -182,10 +206,13 @@ void llama_flash_session::make_records() {
             auto c = class_of.emplace((uint32_t) span, (uint32_t) class_bytes.size());
             if (c.second) {
                 class_bytes.push_back((uint32_t) span);
+                class_tensors.push_back(0);
             }
+            class_tensors[c.first->second]++;
             t.size_class = c.first->second;
         }
     }
+    return LLAMA_FLASH_OK;
 }
 
 int32_t llama_flash_session::end_binding(llama_flash_error * err) {
@@ -197,10 +224,15 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
         has_failed = false;
         return error.code;
     }
-    make_records();
+    const int32_t code = make_records(err);
+    if (code != LLAMA_FLASH_OK) {
+        return code;
+    }
 
     op.table.resize(n_expert_max);
     op.seen.assign(n_expert_max, 0);
+    op.count.assign(n_expert_max, 0);
+    op.counts.reserve(n_expert_max);
     op.distinct.reserve(n_expert_max);
     size_t widest = 0; // records of one layer
     for (const auto & group : groups) {
@@ -226,7 +258,7 @@ static uint64_t record_span(const flash_record & r) {
 }
 
 uint64_t llama_flash_session::bookkeeping_bytes() const {
-    return records.size() * (sizeof(flash_record) + 64) + tensors.size() * sizeof(flash_tensor) + (1u << 18);
+    return records.size() * (sizeof(flash_record) + 64) + class_bytes.size() * 4096 + tensors.size() * sizeof(flash_tensor) + (1u << 18);
 }
 
 uint64_t llama_flash_session::ring_minimum(bool experts) const {
@@ -279,8 +311,10 @@ void llama_flash_session::drop_all() {
     panel_order_known = false;
     panel_next        = 0;
     for (auto & t : tensors) {
-        t.order = 0;
+        t.order  = 0;
+        t.tokens = 0;
     }
+    tokens = 0;
     slot_memory.clear();
     slot_data.clear();
     homes.clear();
@@ -300,21 +334,21 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
                           (unsigned long long) bytes, (unsigned long long) need.min_memory);
     }
     drop_all();
+    has_failed = false; // what is forgotten may have failed, that no longer matters
 
     memory.total       = bytes;
     memory.bookkeeping = bookkeeping_bytes();
     uint64_t left      = bytes - memory.bookkeeping;
 
-    // rings: enough to keep the device busy while a wave computes, but never more than an eighth
-    auto ring_bytes = [&](bool experts, uint64_t total, uint64_t cap) -> uint64_t {
-        const uint64_t least = ring_minimum(experts);
-        const uint64_t wish  = std::min({ cap, (bytes / 8) & ~(FLASH_SECTOR - 1), flash_sector_ceil(total + least) });
-        return std::max(least, wish);
+    // rings: their minimum, and of the rest up to an eighth each, enough to keep the device busy while a wave computes
+    const bool     everything = bytes >= need.max_memory;
+    const uint64_t spare      = everything ? 0 : left - ring_minimum(true) - ring_minimum(false);
+    auto           ring_bytes = [&](bool experts, uint64_t records_bytes, uint64_t most) -> uint64_t {
+        return ring_minimum(experts) + flash_sector_floor(std::min({ most, spare / 8, records_bytes }));
     };
-    const bool     everything  = bytes >= need.max_memory;
-    const uint64_t expert_ring_bytes = need.n_experts ? (everything ? ring_minimum(true) : ring_bytes(true, need.expert_bytes, 96u << 20)) : 0;
-    const uint64_t panel_ring_bytes  = need.n_panels ? (everything ? ring_minimum(false) : ring_bytes(false, need.panel_bytes, 64u << 20)) : 0;
-    memory.stream = expert_ring_bytes + panel_ring_bytes;
+    const uint64_t expert_ring_bytes = ring_bytes(true, need.expert_bytes, 32u << 20);
+    const uint64_t panel_ring_bytes  = ring_bytes(false, need.panel_bytes, 32u << 20);
+    memory.stream                    = expert_ring_bytes + panel_ring_bytes;
     left -= memory.stream;
 
     // panels before experts: a pinned panel saves its bytes on every token, a slot only on a hit
@@ -323,7 +357,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     for (const auto & r : records) {
         all_span += tensors[r.tensor].is_experts ? 0 : record_span(r);
     }
-    const double share = all_span == 0 ? 0.0 : std::min(1.0, (double) pin_left / (double) (all_span + need.n_panels * FLASH_SECTOR));
+    const double share = all_span == 0 ? 0.0 : everything ? 1.0 : std::min(1.0, (double) pin_left / (double) (all_span + need.n_panels * FLASH_SECTOR));
     double       due   = 0.0; // bytes this share comes to so far: spreads the streamed rest evenly over the layers
     for (auto & t : tensors) {
         if (t.is_experts) {
@@ -383,7 +417,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         memory.slots += (uint64_t) n * class_bytes[c];
         memory.n_slots += n;
     }
-    cache.configure(slots_per_class);
+    cache.configure(slots_per_class, records.size());
 
     if (memory.stream) {
         ring_memory = mapping::allocate(memory.stream);
@@ -413,6 +447,12 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     }
     while (!reads->idle()) {
         settle_reads(true);
+    }
+    for (const auto & t : tensors) {
+        op.checked = nullptr;
+        if (t.n_pinned > 0 && !check_file(records[t.first_record])) {
+            break;
+        }
     }
     if (failed()) {
         if (err) {
@@ -456,10 +496,11 @@ bool llama_flash_session::check_file(const flash_record & wanted) {
     if (t.file == op.checked) {
         return true;
     }
-    if (t.file->unchanged()) {
+    if (!file_changed && t.file->unchanged()) {
         op.checked = t.file;
         return true;
     }
+    file_changed = true; // for good: what was read since cannot be told from what was there
     llama_flash_error e;
     flash_fail(&e, LLAMA_FLASH_E_READ, "%s changed since it was loaded: tensor %s at offset %llu was not read; load the model again",
                t.file->path.c_str(), t.name.c_str(), (unsigned long long) wanted.offset);

@@ -18,6 +18,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <sys/types.h>
 #include <unordered_map>
 #include <vector>
 
@@ -54,6 +55,7 @@ struct flash_tensor {
     uint32_t           n_pinned;     // panels [0, n_pinned) are pinned, side by side at `home`
     uint32_t           size_class;   // experts: class of slots
     uint32_t           group;        // experts: tensors of one layer that share their ids
+    uint64_t           tokens;       // experts: number of the last token computed
     uint64_t           order;        // when it was first used, counted over the session's ops; 0: not yet
     uint8_t *          home;         // panels: reserved addresses, congruent with offset
     bool               is_experts;
@@ -86,7 +88,7 @@ struct llama_flash_session {
     bool    bind(const ggml_tensor * tensor, int fd, uint64_t offset);
     int32_t end_binding(llama_flash_error * err);
 
-    const flash_tensor * find(const void * tensor_data) const {
+    flash_tensor * find(const void * tensor_data) {
         auto it = by_address.find(tensor_data);
         return it == by_address.end() ? nullptr : &tensors[it->second];
     }
@@ -108,6 +110,8 @@ struct llama_flash_session {
     void      fail(const llama_flash_error & e);
     bool      check_file(const flash_record & wanted); // false (and failed) if its file changed since it was bound
 
+    bool forked() const; // this process is a child of the one that made the session
+
     bool failed() const { return has_failed.load(std::memory_order_acquire); }
 
     // state
@@ -120,14 +124,18 @@ struct llama_flash_session {
     llama_flash_memory       memory = {};
     llama_flash_stats        stats  = {};
     bool                     bound  = false;
+    bool                     file_changed = false; // since it was bound: nothing is read or computed any more
 
+    pid_t                                    pid = 0;
     std::vector<std::unique_ptr<flash_file>> files;
     std::vector<flash_tensor>                tensors;
     std::vector<flash_record>                records;
     std::unordered_map<const void *, size_t> by_address;
     std::vector<std::vector<uint32_t>>       groups;      // tensors by group
-    std::vector<uint32_t>                    class_bytes; // slot size by class
+    std::vector<uint32_t>                    class_bytes;   // slot size by class
+    std::vector<uint32_t>                    class_tensors; // how many tensors share it
     uint32_t                                 n_expert_max = 0;
+    uint64_t                                 tokens       = 0; // the most that any tensor has seen
 
     slot_cache            cache;
     std::vector<uint8_t *> slot_data;  // by slot
@@ -144,6 +152,7 @@ struct llama_flash_session {
     struct op_state {
         uint64_t                  stamp = 0;
         const flash_file *        checked = nullptr; // known to be unchanged, for this op
+        const flash_record *      read    = nullptr; // a record of the op's tensor that it has waited for
         std::vector<const void *> table;   // n_expert addresses of this wave
         std::vector<uint32_t>     missing; // records the op still waits for
         std::vector<uint32_t>     arrived; // records of this wave that need repacking
@@ -151,6 +160,8 @@ struct llama_flash_session {
         std::vector<uint32_t>     plan;    // experts to stream, in order
         size_t                    planned  = 0;
         std::vector<uint64_t>     seen;    // by expert: stamp of the op that last asked for it
+        std::vector<uint32_t>     count;   // by expert: tokens of the op that use it
+        std::vector<uint32_t>     counts;  // of the distinct ones
         std::vector<uint32_t>     distinct;
         std::atomic<int64_t>      repack_next{ 0 };
         std::vector<int64_t>      repack_ends; // running count of row groups in `arrived`
@@ -172,7 +183,7 @@ struct llama_flash_session {
     llama_flash_session() = default;
     ~llama_flash_session();
 
-    void     make_records();
+    int32_t  make_records(llama_flash_error * err);
     void     drop_all();
     uint64_t bookkeeping_bytes() const;
     uint64_t ring_minimum(bool experts) const;

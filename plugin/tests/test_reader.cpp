@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 #include <sys/stat.h>
+#include <thread>
 #include <unistd.h>
 #include <vector>
 
@@ -240,6 +241,23 @@ void an_abandoned_reader_waits_for_the_device(llama_flash_io_engine engine) {
     }
 }
 
+// io_uring cancels what a thread has asked for when the thread ends
+void reads_outlive_the_thread_that_asked_for_them(llama_flash_io_engine engine) {
+    temporary_file source(FILE_BYTES);
+    auto           file = reopen(source.fd);
+    auto           r    = make_reader(engine, 32, 2, 1u << 16);
+    for (uint32_t round = 0; round < 20; round++) {
+        destination d(4000, FILE_BYTES - 4000);
+        std::thread([&] {
+            r->read(*file, d.offset, d.bytes, d.data(), round);
+            r->submit();
+        }).join();
+        reader::done done;
+        CHECK(r->next(done, true) && done.tag == round && done.error == 0, "round %u: %s", round, strerror(done.error));
+        d.check_bytes(source.fd);
+    }
+}
+
 void a_changed_file_is_noticed() {
     temporary_file source(FILE_BYTES);
     auto           file = reopen(source.fd);
@@ -282,6 +300,7 @@ int main() {
         reads_beyond_the_end_fail_alone(engine);
         an_error_of_the_system_is_passed_on(engine);
         an_abandoned_reader_waits_for_the_device(engine);
+        reads_outlive_the_thread_that_asked_for_them(engine);
         printf("reader, %s: ok\n", engine == LLAMA_FLASH_IO_PREAD ? "pread" : "io_uring");
     }
     CHECK(available(LLAMA_FLASH_IO_AUTO), "the pread pool is always there");

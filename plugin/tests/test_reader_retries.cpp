@@ -15,7 +15,7 @@
 
 namespace {
 
-enum disturbance { NONE, INTERRUPTED, BUSY, SHORT, SHORT_WITHIN_SECTOR, END, FAILED };
+enum disturbance { NONE, INTERRUPTED, BUSY, CANCELED, SHORT, SHORT_WITHIN_SECTOR, END, FAILED };
 
 std::atomic<int>      what{ NONE };
 std::atomic<uint32_t> left{ 0 };      // reads still to be disturbed
@@ -41,6 +41,9 @@ extern "C" ssize_t pread(int fd, void * buf, size_t bytes, off_t offset) {
             return -1;
         case BUSY:
             errno = EAGAIN;
+            return -1;
+        case CANCELED: // io_uring's word for a read whose thread has ended
+            errno = ECANCELED;
             return -1;
         case SHORT:
             bytes = bytes > FLASH_SECTOR ? FLASH_SECTOR : bytes;
@@ -90,7 +93,7 @@ int main() {
         auto r                    = reader::create(params, &err);
         CHECK(r, "%s", err.message);
 
-        for (int kind : { INTERRUPTED, BUSY, SHORT, SHORT_WITHIN_SECTOR, END, FAILED }) {
+        for (int kind : { INTERRUPTED, BUSY, CANCELED, SHORT, SHORT_WITHIN_SECTOR, END, FAILED }) {
             for (uint32_t n : { 1u, 5u, 20u }) {
                 const uint64_t offset = 1000;
                 const uint64_t bytes  = N - 1000;
@@ -110,11 +113,23 @@ int main() {
                 }
                 CHECK(done.error == 0, "kind %d: %s", kind, strerror(done.error));
                 CHECK(memcmp(base + offset, contents.data() + offset, bytes) == 0, "kind %d: other bytes than the file's", kind);
-                const bool cut = (kind == SHORT || kind == SHORT_WITHIN_SECTOR) && piece_bytes > FLASH_SECTOR;
-                CHECK(r->retries > retries || (!cut && kind != INTERRUPTED && kind != BUSY), "kind %d: nothing was continued", kind);
+                const bool shortened = kind == SHORT || kind == SHORT_WITHIN_SECTOR;
+                CHECK(r->retries > retries || (shortened && piece_bytes <= FLASH_SECTOR), "kind %d: nothing was continued", kind);
             }
         }
     }
+
+    // a system that never gets round to it
+    llama_flash_params params = {};
+    params.io_engine          = LLAMA_FLASH_IO_PREAD;
+    auto r                    = reader::create(params, &err);
+    left                      = UINT32_MAX;
+    what                      = BUSY;
+    r->read(*file, 0, N, base, 0);
+    reader::done done;
+    CHECK(r->next(done, true) && done.error == EAGAIN, "error %d", done.error);
+    what = NONE;
+
     close(fd);
     printf("reader, disturbed reads: ok\n");
     return 0;

@@ -39,13 +39,14 @@ void random_operations(uint64_t seed) {
     std::vector<uint8_t> memory(capacity);
     ring                 r;
     r.configure(memory.data(), capacity, max_entries);
-    CHECK(r.empty() && r.oldest() == ring::NONE && r.capacity() == capacity, "a new ring");
+    CHECK(r.empty() && r.oldest() == ring::NONE && r.touched() == 0, "a new ring");
 
     std::deque<live> alive;
     uint32_t         next_record = 0;
     uint64_t         n_taken     = 0;
     uint64_t         n_full      = 0;
     uint64_t         n_wrapped   = 0;
+    size_t           high_water  = 0;
     const size_t     typical     = 1 + random.below(capacity);
     for (int step = 0; step < 3000; step++) {
         if (random.chance(55)) {
@@ -71,6 +72,9 @@ void random_operations(uint64_t seed) {
             n_wrapped += !alive.empty() && begin < alive.back().begin;
             memset(r.address(entry), (int) (record % 251), bytes);
             alive.push_back({ entry, begin, bytes, record, false });
+            high_water = begin + bytes > high_water ? begin + bytes : high_water;
+            CHECK(r.touched() == high_water, "seed %llu step %d: %zu bytes touched, expected %zu", (unsigned long long) seed, step, r.touched(),
+                  high_water);
         } else if (!alive.empty()) {
             // mostly in order, as records are computed; sometimes not, as reads fail
             live & chosen = alive[random.chance(70) ? 0 : random.below(alive.size())];

@@ -1,182 +1,251 @@
-// slot_cache against a reference that keeps each class as a plain list: random takes, touches, reads and drops.
+// slot_cache against a reference that keeps plain lists: random uses, takes, holds, reads and drops.
 #include "cache.h"
 #include "check.h"
 
 #include <algorithm>
-#include <list>
+#include <cmath>
+#include <map>
 #include <set>
 #include <vector>
 
 namespace {
 
-struct held {
-    int32_t  slot;
-    uint32_t record;
-    uint64_t stamp;
-    bool     reading;
-};
+// as in cache.h
+constexpr int64_t BUCKETS     = 256;
+constexpr double  PER_OCTAVE  = 4.0;
+constexpr double  SCALE_BEGIN = 16.0;
 
 struct reference_class {
-    std::set<int32_t> empty;
-    std::list<held>   order; // least recently used first
+    std::set<int32_t>                       empty;
+    std::map<int64_t, std::vector<int32_t>> buckets; // slots that may go, oldest first
+    int64_t                                 lowest = 0;
+
+    void insert(int32_t slot, double score) {
+        const double  x      = (score + SCALE_BEGIN) * PER_OCTAVE;
+        const int64_t bucket = x > (double) lowest ? (int64_t) x : lowest;
+        if (bucket >= lowest + BUCKETS) {
+            lowest = bucket - BUCKETS + 1;
+            std::vector<int32_t> fallen;
+            while (!buckets.empty() && buckets.begin()->first <= lowest) {
+                const auto & slots = buckets.begin()->second;
+                fallen.insert(fallen.end(), slots.begin(), slots.end());
+                buckets.erase(buckets.begin());
+            }
+            if (!fallen.empty()) {
+                buckets[lowest] = fallen;
+            }
+        }
+        buckets[bucket].push_back(slot);
+    }
+
+    void remove(int32_t slot) {
+        for (auto it = buckets.begin(); it != buckets.end(); ++it) {
+            auto found = std::find(it->second.begin(), it->second.end(), slot);
+            if (found != it->second.end()) {
+                it->second.erase(found);
+                if (it->second.empty()) {
+                    buckets.erase(it);
+                }
+                return;
+            }
+        }
+        CHECK(false, "slot %d is in no bucket of the reference", slot);
+    }
+};
+
+struct held_slot {
+    uint32_t record;
+    uint32_t size_class;
+    bool     held;
+    bool     reading;
 };
 
 struct reference {
     std::vector<reference_class> classes;
-
-    explicit reference(const std::vector<uint32_t> & slots_per_class) {
-        int32_t next = 0;
-        for (uint32_t n : slots_per_class) {
-            classes.emplace_back();
-            for (uint32_t i = 0; i < n; i++) {
-                classes.back().empty.insert(next++);
-            }
-        }
-    }
-
-    uint32_t used() const {
-        size_t n = 0;
-        for (const auto & c : classes) {
-            n += c.order.size();
-        }
-        return (uint32_t) n;
-    }
-
-    // a held slot of any class, or nullptr
-    held * any(random_source & random, reference_class *& owner) {
-        uint64_t n = used();
-        if (n == 0) {
-            return nullptr;
-        }
-        n = random.below(n);
-        for (auto & c : classes) {
-            if (n < c.order.size()) {
-                owner = &c;
-                return &*std::next(c.order.begin(), (ptrdiff_t) n);
-            }
-            n -= c.order.size();
-        }
-        return nullptr;
-    }
+    std::map<int32_t, held_slot> used;
+    std::vector<int32_t>         holding;
+    std::vector<long double>     uses; // by record: each use times 2^(token / half life)
 };
 
-void compare(const slot_cache & cache, const reference & expected, uint64_t seed, int step) {
-    CHECK(cache.used() == expected.used(), "seed %llu step %d: %u slots used, expected %u", (unsigned long long) seed, step,
-          cache.used(), expected.used());
-    for (const auto & c : expected.classes) {
-        for (const held & h : c.order) {
-            CHECK(cache.record_in(h.slot) == h.record, "seed %llu step %d: slot %d holds %u, expected %u", (unsigned long long) seed,
-                  step, h.slot, cache.record_in(h.slot), h.record);
-        }
+void check_all(const slot_cache & cache, const reference & expected, unsigned long long seed, int step) {
+    CHECK(cache.used() == expected.used.size(), "seed %llu step %d: %u slots used, expected %zu", seed, step, cache.used(), expected.used.size());
+    for (const auto & entry : expected.used) {
+        CHECK(cache.record_in(entry.first) == entry.second.record, "seed %llu step %d: slot %d holds %u, expected %u", seed, step,
+              entry.first, cache.record_in(entry.first), entry.second.record);
+    }
+    for (uint32_t c = 0; c < expected.classes.size(); c++) {
+        CHECK(cache.n_empty(c) == expected.classes[c].empty.size(), "seed %llu step %d: class %u has %u empty slots, expected %zu", seed, step, c,
+              cache.n_empty(c), expected.classes[c].empty.size());
     }
 }
 
-void take(slot_cache & cache, reference & expected, uint32_t size_class, uint32_t record, uint64_t stamp, bool evict, uint64_t seed, int step) {
+void take(slot_cache & cache, reference & expected, uint32_t size_class, uint32_t record, bool evict, unsigned long long seed, int step) {
     reference_class & c = expected.classes[size_class];
     int32_t           evicted;
-    const int32_t     slot = cache.take(size_class, record, stamp, evict, &evicted);
-
+    const int32_t     slot = cache.take(size_class, record, evict, &evicted);
     if (!c.empty.empty()) {
-        CHECK(c.empty.count(slot) == 1, "seed %llu step %d: class %u has empty slots, but %d is none of them", (unsigned long long) seed, step,
-              size_class, slot);
-        CHECK(evicted == slot_cache::NONE, "seed %llu step %d: record %d lost its slot for nothing", (unsigned long long) seed, step, evicted);
-        c.empty.erase(slot);
-    } else if (!evict || c.order.empty() || c.order.front().reading || c.order.front().stamp == stamp) {
-        CHECK(slot == slot_cache::NONE, "seed %llu step %d: slot %d was not to be had", (unsigned long long) seed, step, slot);
-        CHECK(evicted == slot_cache::NONE, "seed %llu step %d: record %d lost its slot to nobody", (unsigned long long) seed, step, evicted);
+        CHECK(c.empty.erase(slot) == 1, "seed %llu step %d: class %u has empty slots, but %d is none of them", seed, step, size_class, slot);
+        CHECK(evicted == slot_cache::NONE, "seed %llu step %d: record %d lost its slot for nothing", seed, step, evicted);
+    } else if (!evict || c.buckets.empty()) {
+        CHECK(slot == slot_cache::NONE, "seed %llu step %d: slot %d was not to be had", seed, step, slot);
+        CHECK(evicted == slot_cache::NONE, "seed %llu step %d: record %d lost its slot to nobody", seed, step, evicted);
         return;
     } else {
-        const held & oldest = c.order.front();
-        CHECK(slot == oldest.slot, "seed %llu step %d: slot %d, but %d is the least recently used", (unsigned long long) seed, step, slot,
-              oldest.slot);
-        CHECK(evicted == (int32_t) oldest.record, "seed %llu step %d: evicted %d, expected %u", (unsigned long long) seed, step, evicted,
-              oldest.record);
-        c.order.pop_front();
+        const int32_t victim = c.buckets.begin()->second.front();
+        CHECK(slot == victim, "seed %llu step %d: slot %d was taken, expected %d", seed, step, slot, victim);
+        CHECK(evicted == (int32_t) expected.used[victim].record, "seed %llu step %d: evicted %d, expected %u", seed, step, evicted,
+              expected.used[victim].record);
+        c.remove(victim);
     }
-    c.order.push_back({ slot, record, stamp, false });
+    expected.used[slot] = { record, size_class, true, false };
+    expected.holding.push_back(slot);
 }
 
-void random_operations(uint64_t seed) {
+void end_op(slot_cache & cache, reference & expected) {
+    cache.end_op();
+    std::vector<int32_t> still;
+    for (int32_t slot : expected.holding) {
+        held_slot & h = expected.used[slot];
+        if (h.reading) {
+            still.push_back(slot);
+        } else {
+            h.held = false;
+            expected.classes[h.size_class].insert(slot, cache.score(h.record));
+        }
+    }
+    expected.holding = still;
+}
+
+void random_operations(unsigned long long seed) {
     random_source         random(seed);
-    std::vector<uint32_t> slots_per_class(1 + random.below(4));
+    constexpr uint32_t    N_RECORDS = 60;
+    std::vector<uint32_t> slots_per_class(1 + random.below(3));
     for (auto & n : slots_per_class) {
         n = (uint32_t) random.below(9); // a class may have none
     }
     slot_cache cache;
-    cache.configure({ 3 }); // configured anew: nothing of it may stay
+    cache.configure({ 3 }, 100); // configured anew: nothing of it may stay
     int32_t evicted;
-    cache.take(0, 99, 1, false, &evicted);
-    cache.configure(slots_per_class);
-    reference expected(slots_per_class);
+    cache.take(0, 99, false, &evicted);
+    cache.configure(slots_per_class, N_RECORDS);
+
+    reference expected;
+    expected.uses.assign(N_RECORDS, 0.0L);
+    int32_t first = 0;
     for (uint32_t c = 0; c < slots_per_class.size(); c++) {
         CHECK(cache.n_slots(c) == slots_per_class[c], "class %u has %u slots, expected %u", c, cache.n_slots(c), slots_per_class[c]);
+        expected.classes.emplace_back();
+        for (uint32_t i = 0; i < slots_per_class[c]; i++) {
+            expected.classes.back().empty.insert(first++);
+        }
     }
 
-    uint64_t stamp       = 1;
-    uint32_t next_record = 0;
-    for (int step = 0; step < 2000; step++) {
-        reference_class * owner = nullptr;
-        held *            h     = nullptr;
-        switch (random.below(8)) {
-            case 0: // the next op
-                stamp++;
-                break;
-            case 1:
-            case 2:
-                if ((h = expected.any(random, owner))) {
-                    cache.touch(h->slot, stamp);
-                    held moved  = *h;
-                    moved.stamp = stamp;
-                    owner->order.remove_if([&](const held & other) { return other.slot == moved.slot; });
-                    owner->order.push_back(moved);
+    // leaps in time make the buckets go round
+    const uint64_t leap = random.chance(50) ? 3 : 400;
+    uint64_t       now  = 0;
+    for (int step = 0; step < 1500; step++) {
+        if (expected.used.empty() || random.chance(40)) {
+            const uint32_t record   = (uint32_t) random.below(N_RECORDS);
+            const uint32_t n_tokens = (uint32_t) (random.chance(70) ? 1 : 1 + random.below(40));
+            const uint32_t count    = (uint32_t) (1 + random.below(n_tokens));
+            now += n_tokens + random.below(leap);
+            cache.use(record, now, n_tokens, count);
+            for (uint32_t k = 0; k < n_tokens; k++) {
+                expected.uses[record] += (long double) count / n_tokens * exp2l((long double) ((double) now - k) / slot_cache::HALF_LIFE);
+            }
+            const double score = (double) log2l(expected.uses[record]);
+            CHECK(std::fabs(cache.score(record) - score) < 1e-6 * (1 + std::fabs(score)), "seed %llu step %d: score %f, expected %f", seed, step,
+                  cache.score(record), score);
+
+            int32_t there = slot_cache::NONE;
+            for (const auto & entry : expected.used) {
+                there = entry.second.record == record ? entry.first : there;
+            }
+            if (there == slot_cache::NONE) {
+                take(cache, expected, (uint32_t) (record % slots_per_class.size()), record, random.chance(80), seed, step);
+            } else {
+                cache.hold(there);
+                held_slot & h = expected.used[there];
+                if (!h.held) {
+                    expected.classes[h.size_class].remove(there);
+                    h.held = true;
+                    expected.holding.push_back(there);
                 }
-                break;
-            case 3:
-                if ((h = expected.any(random, owner))) {
-                    h->reading = random.chance(40);
-                    cache.set_reading(h->slot, h->reading);
+            }
+        } else if (random.chance(30)) {
+            end_op(cache, expected);
+        } else {
+            auto it = std::next(expected.used.begin(), (ptrdiff_t) random.below(expected.used.size()));
+            if (random.chance(85)) { // only what is held can be read into
+                it->second.reading = it->second.held && random.chance(40);
+                cache.set_reading(it->first, it->second.reading);
+            } else {
+                cache.drop(it->first);
+                reference_class & c = expected.classes[it->second.size_class];
+                if (it->second.held) {
+                    expected.holding.erase(std::find(expected.holding.begin(), expected.holding.end(), it->first));
+                } else {
+                    c.remove(it->first);
                 }
-                break;
-            case 4:
-                if (random.chance(50) && (h = expected.any(random, owner))) {
-                    const int32_t slot = h->slot;
-                    cache.drop(slot);
-                    owner->order.remove_if([&](const held & other) { return other.slot == slot; });
-                    owner->empty.insert(slot);
-                }
-                break;
-            default:
-                take(cache, expected, (uint32_t) random.below(slots_per_class.size()), next_record++, stamp, random.chance(80), seed, step);
+                c.empty.insert(it->first);
+                expected.used.erase(it);
+            }
         }
-        compare(cache, expected, seed, step);
+        check_all(cache, expected, seed, step);
     }
 }
 
 void an_op_cannot_evict_what_it_uses() {
     slot_cache cache;
-    cache.configure({ 2, 1 });
+    cache.configure({ 2, 1 }, 20);
     int32_t       evicted;
-    const int32_t a = cache.take(0, 10, 1, true, &evicted);
-    const int32_t b = cache.take(0, 11, 1, true, &evicted);
+    const int32_t a = cache.take(0, 10, true, &evicted);
+    const int32_t b = cache.take(0, 11, true, &evicted);
     CHECK(a != b && a != slot_cache::NONE && b != slot_cache::NONE, "slots %d and %d", a, b);
-    CHECK(cache.take(0, 12, 1, true, &evicted) == slot_cache::NONE, "both slots are in use by op 1");
-
-    // op 2 uses a: b goes, then nothing is left
-    cache.touch(a, 2);
-    CHECK(cache.take(0, 12, 2, true, &evicted) == b && evicted == 11, "evicted %d, expected 11", evicted);
-    CHECK(cache.take(0, 13, 2, true, &evicted) == slot_cache::NONE, "both slots are in use by op 2");
-    CHECK(cache.take(1, 14, 2, true, &evicted) != slot_cache::NONE && evicted == slot_cache::NONE, "another class has room of its own");
+    CHECK(cache.take(0, 12, true, &evicted) == slot_cache::NONE, "the op uses both slots");
+    cache.end_op();
+    cache.hold(a);
+    CHECK(cache.take(0, 12, true, &evicted) == b && evicted == 11, "evicted %d, expected 11", evicted);
+    CHECK(cache.take(0, 13, true, &evicted) == slot_cache::NONE, "the next op uses both slots");
+    CHECK(cache.take(1, 14, true, &evicted) != slot_cache::NONE && evicted == slot_cache::NONE, "another class has room of its own");
 }
 
 void a_read_under_way_keeps_its_slot() {
     slot_cache cache;
-    cache.configure({ 1 });
+    cache.configure({ 1 }, 20);
     int32_t       evicted;
-    const int32_t slot = cache.take(0, 10, 1, true, &evicted);
+    const int32_t slot = cache.take(0, 10, true, &evicted);
     cache.set_reading(slot, true);
-    CHECK(cache.take(0, 11, 2, true, &evicted) == slot_cache::NONE, "the device still writes to slot %d", slot);
+    cache.end_op();
+    CHECK(cache.take(0, 11, true, &evicted) == slot_cache::NONE, "the device still writes to slot %d", slot);
     cache.set_reading(slot, false);
-    CHECK(cache.take(0, 11, 2, true, &evicted) == slot && evicted == 10, "evicted %d, expected 10", evicted);
+    cache.end_op();
+    CHECK(cache.take(0, 11, true, &evicted) == slot && evicted == 10, "evicted %d, expected 10", evicted);
+}
+
+void the_seldom_used_one_goes_and_old_uses_fade() {
+    slot_cache cache;
+    cache.configure({ 2 }, 20);
+    int32_t evicted;
+    for (uint64_t now = 1; now <= 10; now++) { // record 0: ten uses, then none
+        cache.use(0, now, 1, 1);
+    }
+    cache.take(0, 0, true, &evicted);
+    cache.use(1, 12, 1, 1);
+    cache.take(0, 1, true, &evicted);
+    cache.end_op();
+    cache.use(2, 13, 1, 1);
+    const int32_t slot = cache.take(0, 2, true, &evicted);
+    CHECK(evicted == 1, "evicted %d: the last used one, but used once", evicted);
+    cache.end_op();
+    for (uint64_t now = 414; now < 417; now++) {
+        cache.use(2, now, 1, 1);
+        cache.hold(slot);
+        cache.end_op();
+    }
+    cache.use(3, 420, 1, 1);
+    cache.take(0, 3, true, &evicted);
+    CHECK(evicted == 0, "evicted %d: ten uses of long ago count for little", evicted);
 }
 
 } // namespace
@@ -184,7 +253,8 @@ void a_read_under_way_keeps_its_slot() {
 int main() {
     an_op_cannot_evict_what_it_uses();
     a_read_under_way_keeps_its_slot();
-    for (uint64_t seed = 0; seed < 200; seed++) {
+    the_seldom_used_one_goes_and_old_uses_fade();
+    for (uint64_t seed = 0; seed < 100; seed++) {
         random_operations(seed);
     }
     printf("slot_cache: ok\n");

@@ -151,7 +151,7 @@ class llama_flash_stats(ctypes.Structure):
     ops: int  # flash ops computed
     retries: int  # short reads and EINTR that were continued
     errors: int
-    resident_bytes: int  # slots, pins and ring in use now
+    resident_bytes: int  # slots, pins and ring touched so far
     slots_used: int
     io_engine: int  # the engine in use
     reserved: int
