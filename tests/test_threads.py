@@ -87,7 +87,7 @@ def test_contexts_of_one_model_take_turns(form: str, model_file: ModelFile) -> N
 
         decode_other()
         with meanwhile(decode_other):
-            for _ in range(5):
+            for _ in range(3):
                 assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
 
 
@@ -119,7 +119,7 @@ def test_statistics_and_memory_may_change_while_a_model_decodes(form: str, model
             assert llm.flash.stats().total.bytes_read > 0
 
         with meanwhile(disturb):
-            for _ in range(5):
+            for _ in range(3):
                 assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
 
 
@@ -130,5 +130,5 @@ def test_models_decode_side_by_side(model_file: ModelFile) -> None:
     ):
         expected_one, expected_two = logits_of(one, PROMPT, DECODED), logits_of(two, PROMPT, DECODED)
         with meanwhile(lambda: assert_same_logits(logits_of(two, PROMPT, DECODED), expected_two, N)):
-            for _ in range(5):
+            for _ in range(3):
                 assert_same_logits(logits_of(one, PROMPT, DECODED), expected_one, N)

@@ -76,8 +76,7 @@ static void fail_call(llama_flash_session & s, const char * what) {
 
 // Runs the waves. first and next: thread 0 only; both set op.any, op.more and, in op.arrived, what must be repacked before.
 template <typename First, typename Compute, typename Next>
-static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, First first, Compute compute,
-                      Next next) {
+static void run_waves(llama_flash_session & s, const ggml_compute_params * params, First first, Compute compute, Next next) {
     const bool leader = params->ith == 0;
     if (leader) {
         s.mutex.lock();
@@ -94,8 +93,6 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             fail_call(s, "the session has no memory: call llama_flash_session_set_memory before decoding");
         } else if (s.forked()) {
             fail_call(s, "a model with weights on flash does not survive a fork: load it in the child");
-        } else if (s.file_changed) {
-            s.check_file(s.records[t.first_record]);
         }
         if (!s.failed()) {
             first();
@@ -186,12 +183,7 @@ static bool fetch_to_slot(llama_flash_session & s, uint32_t index, bool evict) {
         return false;
     }
     if (evicted != slot_cache::NONE) {
-        flash_record & old = s.records[(size_t) evicted];
-        old.state          = record_state::absent;
-        old.place          = record_place::none;
-        old.data           = nullptr;
-        old.index          = -1;
-        old.fetched        = false;
+        s.forget(s.records[(size_t) evicted]);
         s.stats.evictions++;
     }
     r.place = record_place::slot;
@@ -428,7 +420,7 @@ static void note_use(llama_flash_session & s, flash_tensor & t) {
 
 void flash_mul_mat_id(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
     run_waves(
-        s, t, params,
+        s, params,
         [&] {
             note_use(s, t);
             first_expert_wave(s, t, op);
@@ -528,7 +520,7 @@ static void next_panel(llama_flash_session & s, const flash_tensor & t, uint32_t
 void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
     uint32_t i = 0; // thread 0: next panel
     run_waves(
-        s, t, params,
+        s, params,
         [&] {
             seek_panels(s, t);
             pump_panels(s);

@@ -295,11 +295,7 @@ void llama_flash_session::drop_all() {
         settle_reads(true);
     }
     for (auto & r : records) {
-        r.state   = record_state::absent;
-        r.place   = record_place::none;
-        r.data    = nullptr;
-        r.index   = -1;
-        r.fetched = false;
+        forget(r);
     }
     for (auto & t : tensors) {
         t.n_pinned = 0;
@@ -496,11 +492,11 @@ bool llama_flash_session::check_file(const flash_record & wanted) {
     if (t.file == op.checked) {
         return true;
     }
-    if (!file_changed && t.file->unchanged()) {
+    if (t.file->unchanged()) {
         op.checked = t.file;
         return true;
     }
-    file_changed = true; // for good: what was read since cannot be told from what was there
+    file_changed = true;
     llama_flash_error e;
     flash_fail(&e, LLAMA_FLASH_E_READ, "%s changed since it was loaded: tensor %s at offset %llu was not read; load the model again",
                t.file->path.c_str(), t.name.c_str(), (unsigned long long) wanted.offset);
@@ -524,6 +520,18 @@ int32_t llama_flash_session::take_error(llama_flash_error * err) {
     // reads still under way belong to the call that failed: their errors must not meet the next one
     while (!reads->idle()) {
         settle_reads(true);
+    }
+    if (file_changed) {
+        // what was read since the change cannot be told from what was read before: all is read again, if the file is itself again
+        file_changed = false;
+        drop_ring(expert_ring);
+        drop_ring(panel_ring);
+        for (auto & r : records) {
+            if (r.place == record_place::slot) {
+                cache.drop(r.index);
+                forget(r);
+            }
+        }
     }
     if (err) {
         *err = error;
@@ -553,16 +561,21 @@ void llama_flash_session::fetch(uint32_t index) {
     stats.bytes_used += r.bytes;
 }
 
+void llama_flash_session::forget(flash_record & r) {
+    r.state   = record_state::absent;
+    r.place   = record_place::none;
+    r.data    = nullptr;
+    r.index   = -1;
+    r.fetched = false;
+}
+
 void llama_flash_session::release(uint32_t index) {
     flash_record & r = records[index];
     if (r.place != record_place::ring) {
         return;
     }
     (tensors[r.tensor].is_experts ? expert_ring : panel_ring).give(r.index);
-    r.state = record_state::absent;
-    r.place = record_place::none;
-    r.data  = nullptr;
-    r.index = -1;
+    forget(r);
 }
 
 void llama_flash_session::drop_ring(ring & ring) {
@@ -608,10 +621,7 @@ bool llama_flash_session::settle_reads(bool wait) {
         // the record is absent again, so that the next call may try once more
         if (r.place == record_place::slot) {
             cache.drop(r.index);
-            r.state = record_state::absent;
-            r.place = record_place::none;
-            r.data  = nullptr;
-            r.index = -1;
+            forget(r);
         } else if (r.place == record_place::ring) {
             release(done.tag);
         }

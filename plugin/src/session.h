@@ -104,6 +104,7 @@ struct llama_flash_session {
 
     uint8_t * ring_room(ring & r, flash_record & record, uint32_t index);
     void      fetch(uint32_t index);           // starts the read of a record that has a place
+    void      forget(flash_record & record);   // it is on flash only
     void      release(uint32_t index);         // a ring record has been computed
     void      drop_ring(ring & r);             // empties a ring; waits for reads into it
     bool      settle_reads(bool wait);         // takes note of reads that have ended; false: none was under way
@@ -124,7 +125,7 @@ struct llama_flash_session {
     llama_flash_memory       memory = {};
     llama_flash_stats        stats  = {};
     bool                     bound  = false;
-    bool                     file_changed = false; // since it was bound: nothing is read or computed any more
+    bool                     file_changed = false; // seen during the call that has failed
 
     pid_t                                    pid = 0;
     std::vector<std::unique_ptr<flash_file>> files;
