@@ -92,7 +92,7 @@ def the_error(result: subprocess.CompletedProcess[str]) -> str:
 
 def test_second_build_has_nothing_to_do() -> None:
     start = time.monotonic()
-    result = run(ROOT, "make", "build")
+    result = run(ROOT, "make", "--no-print-directory", "build")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "build: up to date"
     assert time.monotonic() - start < 10

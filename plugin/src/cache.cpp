@@ -34,38 +34,30 @@ void slot_cache::use(uint32_t record, uint64_t now, uint32_t n_tokens, uint32_t 
     scores[record]      = origin + std::log2(std::exp2(scores[record] - origin) + added);
 }
 
+// all of `newer` behind all of `older`
+slot_cache::list slot_cache::join(const list & older, const list & newer) {
+    if (older.newest == NONE || newer.oldest == NONE) {
+        return older.newest == NONE ? newer : older;
+    }
+    slots[(size_t) older.newest].newer = newer.oldest;
+    slots[(size_t) newer.oldest].older = older.newest;
+    return { newer.newest, older.oldest };
+}
+
 // the buckets below `lowest` become one with it, their slots the older ones there
 void slot_cache::raise(size_class_state & c, int64_t lowest) {
     const int64_t end = std::min(lowest, c.lowest + BUCKETS);
     list          fallen;
     for (int64_t b = c.lowest; b < end; b++) {
-        list & l = c.buckets[position(b)];
-        if (l.oldest == NONE) {
-            continue;
-        }
-        if (fallen.newest != NONE) {
-            slots[(size_t) fallen.newest].newer = l.oldest;
-            slots[(size_t) l.oldest].older      = fallen.newest;
-            fallen.newest                       = l.newest;
-        } else {
-            fallen = l;
-        }
-        l = list();
+        fallen                 = join(fallen, c.buckets[position(b)]);
+        c.buckets[position(b)] = list();
         c.occupied[position(b) / 64] &= ~(1ull << (position(b) % 64));
     }
     c.lowest = lowest;
-    if (fallen.oldest == NONE) {
-        return;
+    if (fallen.oldest != NONE) {
+        c.buckets[position(lowest)] = join(fallen, c.buckets[position(lowest)]);
+        c.occupied[position(lowest) / 64] |= 1ull << (position(lowest) % 64);
     }
-    list & l = c.buckets[position(lowest)];
-    if (l.oldest != NONE) {
-        slots[(size_t) fallen.newest].newer = l.oldest;
-        slots[(size_t) l.oldest].older      = fallen.newest;
-        l.oldest                            = fallen.oldest;
-    } else {
-        l = fallen;
-    }
-    c.occupied[position(lowest) / 64] |= 1ull << (position(lowest) % 64);
 }
 
 void slot_cache::insert(int32_t i) {

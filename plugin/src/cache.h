@@ -80,6 +80,7 @@ class slot_cache {
         uint64_t occupied[BUCKETS / 64] = {};
     };
 
+    list     join(const list & older, const list & newer);
     void     raise(size_class_state & c, int64_t lowest);
     void     insert(int32_t slot);
     void     remove(int32_t slot);
