@@ -16,7 +16,7 @@ from benchlib.runs import run, stop_on_sigterm
 from rich.console import Console
 
 _SHIPPED_MOE = Path(__file__).resolve().parent.parent / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
-_PROMPT = "def read_lines(path):\n    "
+_PROMPT = 'class Stack:\n    """A stack of items.\n'
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -148,7 +148,7 @@ def _generate(llm: Any, spec: Spec) -> dict[str, Any]:
     started = time.perf_counter()
     n_tokens = 0
     print(spec.prompt, end="", flush=True)
-    for chunk in llm(spec.prompt, max_tokens=spec.tokens, temperature=0.8, seed=1, stream=True):
+    for chunk in llm(spec.prompt, max_tokens=spec.tokens, temperature=0.7, seed=3, stream=True):
         print(chunk["choices"][0]["text"], end="", flush=True)
         n_tokens += 1
     print()

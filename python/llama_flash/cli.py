@@ -91,7 +91,7 @@ def run(
         str | None, typer.Option("--cap", help="Run in a memory cgroup: a size, or a share of the model file (50%).")
     ] = None,
     n_tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option("--temp", min=0.0, help="0: always the likeliest token.")] = 0.0,
+    temperature: Annotated[float, typer.Option("--temp", min=0.0, help="0: always the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampler.")] = 1,
     dram_budget: Annotated[
         str, typer.Option("--dram-budget", help='"auto", a size, or a share of the model file.')
