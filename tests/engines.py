@@ -23,6 +23,21 @@ class Model(Llama):  # type: ignore[misc]
 
 Logits = npt.NDArray[np.float32]
 
+
+def _io_engines() -> tuple[str, ...]:
+    """Those that work here: io_uring needs liburing at build time and a kernel that allows it."""
+    library = _bindings.load()
+    works = []
+    for name, number in (("io_uring", 1), ("pread", 2)):
+        session = library.llama_flash_session_new(_bindings.llama_flash_params(io_engine=number), None)
+        if session:
+            library.llama_flash_session_free(session)
+            works.append(name)
+    return tuple(works)
+
+
+IO_ENGINES = _io_engines()
+
 # memory for the flash tensors above the least that works, as a share of their size
 LEAST, QUARTER, MOST = 0.0, 0.25, 0.9
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ModelFile
 from engines import (
+    IO_ENGINES,
     LEAST,
     MOST,
     QUARTER,
@@ -36,7 +37,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "n_threads": (1, 2),
     "share": (LEAST, QUARTER, MOST),
     "n_shards": (1, 3),
-    "io_engine": ("io_uring", "pread"),
+    "io_engine": IO_ENGINES,
     "what": ("auto", "all"),
 }
 CASES = pairwise(FACTORS)

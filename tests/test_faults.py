@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ModelFile
+from engines import IO_ENGINES
 
 from gguf_tools.synthetic import tiny, write
 
@@ -45,7 +46,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, model_file: ModelFile)
     return Path(shutil.copy(model_file(request.param, "Q4_0"), path))
 
 
-@pytest.mark.parametrize("io_engine", ["io_uring", "pread"])
+@pytest.mark.parametrize("io_engine", IO_ENGINES)
 @pytest.mark.parametrize(
     "scenario",
     [

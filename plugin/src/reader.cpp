@@ -98,7 +98,7 @@ std::unique_ptr<reader> reader::create(const llama_flash_params & params, llama_
 // no piece may be under way when its memory goes: the session drains before it frees
 reader::~reader() {
     done ignored;
-    while (next(ignored, true)) {
+    while (engine && next(ignored, true)) {
     }
 }
 

@@ -285,8 +285,23 @@ bool available(llama_flash_io_engine engine) {
 
 } // namespace
 
+// a queue deeper than the kernel allows: io_uring then fails as where it is forbidden or not built in
+void an_engine_that_cannot_be_had_is_an_error() {
+    llama_flash_params params = {};
+    llama_flash_error  err    = {};
+    params.io_depth           = 1u << 20;
+    params.io_engine          = LLAMA_FLASH_IO_URING;
+    CHECK(!reader::create(params, &err) && err.code == LLAMA_FLASH_E_INVALID && strstr(err.message, "io_uring"), "%s", err.message);
+    CHECK(!reader::create(params, nullptr), "without a place for the error");
+
+    params.io_engine = LLAMA_FLASH_IO_AUTO;
+    auto r           = reader::create(params, &err);
+    CHECK(r && r->engine_kind() == LLAMA_FLASH_IO_PREAD, "auto takes the pread pool instead");
+}
+
 int main() {
     a_changed_file_is_noticed();
+    an_engine_that_cannot_be_had_is_an_error();
     for (llama_flash_io_engine engine : { LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_IO_URING }) {
         if (!available(engine)) {
             continue;
