@@ -22,7 +22,7 @@ from llama_flash import FlashReadError
 
 PROMPT, DECODED = tokens(70, seed=1), tokens(6, seed=2)
 N = len(PROMPT) + len(DECODED)
-EIO, EINTR, SHORT, END_OF_FILE = 1, 2, 3, 4  # as in faults.c
+EIO, EINTR, SHORT, END_OF_FILE, EIO_SLOWLY = 1, 2, 3, 4, 5  # as in faults.c
 
 
 def truncated_file_raises_and_the_next_call_works_once_it_is_whole(path: Path, io_engine: str) -> None:
@@ -71,6 +71,15 @@ def eio_raises_and_the_next_call_works(path: Path, io_engine: str) -> None:
             assert error.offset < path.stat().st_size
             assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
         assert llm.flash.stats().total.errors >= 3
+
+
+def errors_of_a_failed_call_do_not_meet_the_next(path: Path, io_engine: str) -> None:
+    """Reads that were under way when the decode stopped fail later, and are that call's."""
+    with open_flash(path, share=QUARTER, io_engine=io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+        with faults(EIO_SLOWLY, 1 << 30):
+            failing(llm)
+        assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
 
 
 def eio_while_decoding_raises(path: Path, io_engine: str) -> None:

@@ -12,7 +12,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { NONE, FAIL_EIO, FAIL_EINTR, SHORT, END_OF_FILE };
+enum { NONE, FAIL_EIO, FAIL_EINTR, SHORT, END_OF_FILE, FAIL_EIO_SLOWLY };
 
 struct control {
     _Atomic int32_t what;
@@ -42,11 +42,19 @@ static int is_model(int fd) {
 
 static ssize_t disturbed(ssize_t (*real)(int, void *, size_t, off_t), int fd, void * buf, size_t size, off_t offset) {
     struct control * c = control();
-    if (c->what == NONE || !is_model(fd) || atomic_fetch_sub(&c->left, 1) <= 0) {
+    if (c->what == NONE || !is_model(fd)) {
+        return real(fd, buf, size, offset);
+    }
+    const int32_t left = atomic_fetch_sub(&c->left, 1);
+    if (left <= 0) {
         return real(fd, buf, size, offset);
     }
     switch (c->what) {
         case FAIL_EIO:
+            errno = EIO;
+            return -1;
+        case FAIL_EIO_SLOWLY: // every other one when the first has long stopped the decode
+            usleep(left % 2 ? 200000 : 0);
             errno = EIO;
             return -1;
         case FAIL_EINTR:

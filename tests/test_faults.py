@@ -64,6 +64,7 @@ def test_file_on_disk(scenario: str, io_engine: str, model: Path) -> None:
     "scenario",
     [
         "eio_raises_and_the_next_call_works",
+        "errors_of_a_failed_call_do_not_meet_the_next",
         pytest.param("eio_while_decoding_raises", marks=pytest.mark.sanitize),
         pytest.param("eintr_and_short_reads_are_continued", marks=pytest.mark.sanitize),
         "end_of_file_where_there_should_be_bytes_raises",

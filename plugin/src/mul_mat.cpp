@@ -7,6 +7,8 @@
 // one call of a stock kernel, so waves do not change a bit of it.
 #include "mul_mat.h"
 
+#include "status.h"
+
 #include "ggml-cpu-impl.h"
 
 #include <algorithm>
@@ -67,16 +69,17 @@ static void note_repacked(llama_flash_session & s) {
     s.op.arrived.clear();
 }
 
-static void fail_call(llama_flash_session & s, const char * what) {
-    llama_flash_error e = {};
-    e.code              = LLAMA_FLASH_E_INVALID;
-    snprintf(e.message, sizeof(e.message), "%s", what);
+static void fail_op(llama_flash_session & s, int32_t code, const char * tensor, const char * what) {
+    llama_flash_error e;
+    flash_fail(&e, code, "tensor %s: %s", tensor, what);
+    snprintf(e.tensor, sizeof(e.tensor), "%s", tensor);
     s.fail(e);
 }
 
 // Runs the waves. first and next: thread 0 only; both set op.any, op.more and, in op.arrived, what must be repacked before.
 template <typename First, typename Compute, typename Next>
-static void run_waves(llama_flash_session & s, const ggml_compute_params * params, First first, Compute compute, Next next) {
+static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, First first, Compute compute,
+                      Next next) {
     const bool leader = params->ith == 0;
     if (leader) {
         s.mutex.lock();
@@ -90,9 +93,9 @@ static void run_waves(llama_flash_session & s, const ggml_compute_params * param
         s.op.arrived.clear();
         s.op.wave.clear();
         if (s.memory.total == 0) {
-            fail_call(s, "the session has no memory: call llama_flash_session_set_memory before decoding");
+            fail_op(s, LLAMA_FLASH_E_INVALID, t.name.c_str(), "the session has no memory: call llama_flash_session_set_memory before decoding");
         } else if (s.forked()) {
-            fail_call(s, "a model with weights on flash does not survive a fork: load it in the child");
+            fail_op(s, LLAMA_FLASH_E_INVALID, t.name.c_str(), "a model with weights on flash does not survive a fork: load it in the child");
         }
         if (!s.failed()) {
             first();
@@ -165,11 +168,7 @@ static bool wait_for_reads(llama_flash_session & s) {
 }
 
 static void fail_internal(llama_flash_session & s, const flash_tensor & t, const char * what) {
-    llama_flash_error e = {};
-    e.code              = LLAMA_FLASH_E_INTERNAL;
-    snprintf(e.message, sizeof(e.message), "tensor %s: %s", t.name.c_str(), what);
-    snprintf(e.tensor, sizeof(e.tensor), "%s", t.name.c_str());
-    s.fail(e);
+    fail_op(s, LLAMA_FLASH_E_INTERNAL, t.name.c_str(), what);
 }
 
 // experts
@@ -343,10 +342,10 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
             if (r.state != record_state::absent) {
                 continue;
             }
-            // in a cache too small for a whole layer, the ring keeps this from evicting what was just fetched
             if (!s.check_file(r)) {
                 return;
             }
+            // in a cache too small for a whole layer, the ring keeps this from evicting what was just fetched
             if ((decode && streaming) || !to_slot(other, index)) {
                 s.op.plan.push_back(index);
             }
@@ -420,7 +419,7 @@ static void note_use(llama_flash_session & s, flash_tensor & t) {
 
 void flash_mul_mat_id(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
     run_waves(
-        s, params,
+        s, t, params,
         [&] {
             note_use(s, t);
             first_expert_wave(s, t, op);
@@ -520,7 +519,7 @@ static void next_panel(llama_flash_session & s, const flash_tensor & t, uint32_t
 void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
     uint32_t i = 0; // thread 0: next panel
     run_waves(
-        s, params,
+        s, t, params,
         [&] {
             seek_panels(s, t);
             pump_panels(s);
@@ -546,9 +545,5 @@ void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute
 
 void flash_fail_unbound(llama_flash_session & s, const ggml_tensor * weight) {
     std::lock_guard<std::mutex> lock(s.mutex);
-    llama_flash_error           e = {};
-    e.code                        = LLAMA_FLASH_E_INTERNAL;
-    snprintf(e.message, sizeof(e.message), "the graph uses a part of tensor %s, which must then not stay on flash", weight->name);
-    snprintf(e.tensor, sizeof(e.tensor), "%s", weight->name);
-    s.fail(e);
+    fail_op(s, LLAMA_FLASH_E_INTERNAL, weight->name, "the graph uses a part of it: it must not stay on flash");
 }

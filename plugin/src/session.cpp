@@ -145,6 +145,11 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     return true;
 }
 
+// bytes of the whole sectors that hold the record
+static uint64_t record_span(const flash_record & r) {
+    return flash_sector_ceil(r.offset + r.bytes) - flash_sector_floor(r.offset);
+}
+
 // rows of a panel: about `bytes`, and a multiple of what any kernel tiles by, so that every row of the output is
 // computed as it would be in the whole matrix
 static int64_t panel_rows(const ggml_tensor & weight, uint64_t bytes) {
@@ -200,8 +205,7 @@ int32_t llama_flash_session::make_records(llama_flash_error * err) {
 
             uint64_t span = 0;
             for (uint32_t r = t.first_record; r < t.first_record + t.n_records; r++) {
-                const uint64_t first = flash_sector_floor(records[r].offset);
-                span = std::max(span, flash_sector_ceil(records[r].offset + records[r].bytes) - first);
+                span = std::max(span, record_span(records[r]));
             }
             auto c = class_of.emplace((uint32_t) span, (uint32_t) class_bytes.size());
             if (c.second) {
@@ -252,10 +256,6 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
 }
 
 // memory
-
-static uint64_t record_span(const flash_record & r) {
-    return flash_sector_ceil(r.offset + r.bytes) - flash_sector_floor(r.offset);
-}
 
 uint64_t llama_flash_session::bookkeeping_bytes() const {
     return records.size() * (sizeof(flash_record) + 64) + class_bytes.size() * 4096 + tensors.size() * sizeof(flash_tensor) + (1u << 18);
@@ -425,7 +425,10 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     expert_ring.configure(ring_memory.data, expert_ring_bytes, 4096);
     panel_ring.configure(ring_memory.data ? ring_memory.data + expert_ring_bytes : nullptr, panel_ring_bytes, 4096);
 
-    // read what is pinned
+    return read_pinned(err);
+}
+
+int32_t llama_flash_session::read_pinned(llama_flash_error * err) {
     for (auto & t : tensors) {
         for (uint32_t i = 0; i < t.n_pinned; i++) {
             flash_record & r = records[t.first_record + i];
@@ -487,6 +490,19 @@ void llama_flash_session::fail(const llama_flash_error & e) {
     }
 }
 
+void llama_flash_session::fail_read(const flash_record & r, int32_t sys_errno, uint64_t offset, const char * why) {
+    const flash_tensor & t = tensors[r.tensor];
+    llama_flash_error    e;
+    flash_fail(&e, LLAMA_FLASH_E_READ, "cannot read tensor %s from %s at offset %llu (%u bytes): %s", t.name.c_str(), t.file->path.c_str(),
+               (unsigned long long) offset, r.bytes, why);
+    e.sys_errno = sys_errno;
+    e.offset    = offset;
+    e.size      = r.bytes;
+    snprintf(e.file, sizeof(e.file), "%s", t.file->path.c_str());
+    snprintf(e.tensor, sizeof(e.tensor), "%s", t.name.c_str());
+    fail(e);
+}
+
 bool llama_flash_session::check_file(const flash_record & wanted) {
     const flash_tensor & t = tensors[wanted.tensor];
     if (t.file == op.checked) {
@@ -497,15 +513,7 @@ bool llama_flash_session::check_file(const flash_record & wanted) {
         return true;
     }
     file_changed = true;
-    llama_flash_error e;
-    flash_fail(&e, LLAMA_FLASH_E_READ, "%s changed since it was loaded: tensor %s at offset %llu was not read; load the model again",
-               t.file->path.c_str(), t.name.c_str(), (unsigned long long) wanted.offset);
-    e.sys_errno = ESTALE;
-    e.offset    = wanted.offset;
-    e.size      = wanted.bytes;
-    snprintf(e.file, sizeof(e.file), "%s", t.file->path.c_str());
-    snprintf(e.tensor, sizeof(e.tensor), "%s", t.name.c_str());
-    fail(e);
+    fail_read(wanted, ESTALE, wanted.offset, "the file changed since it was loaded: load the model again");
     return false;
 }
 
@@ -606,17 +614,7 @@ bool llama_flash_session::settle_reads(bool wait) {
             r.state = tensors[r.tensor].kernel.extra ? record_state::raw : record_state::ready;
             continue;
         }
-        const flash_tensor & t = tensors[r.tensor];
-        llama_flash_error    e;
-        flash_fail(&e, LLAMA_FLASH_E_READ, "cannot read tensor %s from %s at offset %llu (%u bytes): %s", t.name.c_str(),
-                   done.file->path.c_str(), (unsigned long long) done.error_offset, r.bytes,
-                   done.error == ENODATA ? "the file ends before it" : strerror(done.error));
-        e.sys_errno = done.error;
-        e.offset    = done.error_offset;
-        e.size      = r.bytes;
-        snprintf(e.file, sizeof(e.file), "%s", done.file->path.c_str());
-        snprintf(e.tensor, sizeof(e.tensor), "%s", t.name.c_str());
-        fail(e);
+        fail_read(r, done.error, done.error_offset, done.error == ENODATA ? "the file ends before it" : strerror(done.error));
 
         // the record is absent again, so that the next call may try once more
         if (r.place == record_place::slot) {

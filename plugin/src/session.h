@@ -185,6 +185,8 @@ struct llama_flash_session {
     ~llama_flash_session();
 
     int32_t  make_records(llama_flash_error * err);
+    int32_t  read_pinned(llama_flash_error * err);
+    void     fail_read(const flash_record & r, int32_t sys_errno, uint64_t offset, const char * why);
     void     drop_all();
     uint64_t bookkeeping_bytes() const;
     uint64_t ring_minimum(bool experts) const;
