@@ -20,6 +20,7 @@ BINDINGS = ROOT / "python/llama_flash/_bindings.py"
 SCALARS = {
     "bool": "c_bool",
     "char": "c_char",
+    "float": "c_float",
     "int32_t": "c_int32",
     "int64_t": "c_int64",
     "size_t": "c_size_t",
@@ -27,8 +28,8 @@ SCALARS = {
     "uint32_t": "c_uint32",
     "uint64_t": "c_uint64",
 }
-PYTHON_TYPES = {"c_bool": "bool", "c_char": "bytes"}  # of a field, all others are int
-TYPEDEFS = "".join(f"typedef int {name};" for name in SCALARS if name != "char")
+PYTHON_TYPES = {"c_bool": "bool", "c_char": "bytes", "c_float": "float"}  # of a field, all others are int
+TYPEDEFS = "".join(f"typedef int {name};" for name in SCALARS if name not in ("char", "float"))
 
 PROLOGUE = '''\
 """The plugin's C interface: structures, enums and prototypes of libllama_flash.
@@ -44,7 +45,7 @@ import functools
 import os
 from enum import IntEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 '''
 
 LOADER = '''
@@ -168,6 +169,8 @@ class Generator:
         lines += ["    ]", ""]
         for name, ctype, line in fields:
             python = PYTHON_TYPES.get(ctype.split(" *")[0].removeprefix("ctypes."), "int")
+            if ctype.startswith("ctypes.POINTER") or ctype in self.header.structs:
+                python = "Any" if ctype.startswith("ctypes") else ctype
             lines.append(self._commented(f"    {name}: {python}", line))
         return "\n".join(lines)
 

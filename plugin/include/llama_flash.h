@@ -5,10 +5,12 @@
 // Life of a session, in this order:
 //   llama_flash_register()                  once per process, before the first model is loaded
 //   llama_flash_session_new()               one session per model
+//   llama_flash_session_add_bundle()        for each layer whose feed-forward block the file stores as neuron bundles
 //   llama_flash_session_bind_begin()        on the thread that loads the model
 //     llama_model_load_from_file()          with tensor_buft_overrides that name llama_flash_buffer_type()
 //   llama_flash_session_bind_end()
 //     llama_init_from_model()               with llama_flash_abort as abort callback, the session as its data
+//   llama_flash_session_set_neurons()       with bundles: how their active sets are found; before set_memory
 //   llama_flash_session_set_memory()        nothing can be computed before; may be called again between decodes
 //     llama_decode() ...                    after each: llama_flash_session_take_error()
 //   llama_flash_session_free()              before or after the model is freed: the model's buffers hold a reference
@@ -34,7 +36,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 1
+#define LLAMA_FLASH_API_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -68,6 +70,59 @@ struct llama_flash_params {
     uint32_t panel_bytes; // a panel is a run of rows of about this many bytes; 0: 4 MiB
 };
 
+// the function between up (gate) and down, see docs/format.md
+enum llama_flash_activation {
+    LLAMA_FLASH_RELU    = 0,  // gated: relu(gate) * up
+    LLAMA_FLASH_RELU2   = 1,
+    LLAMA_FLASH_FATRELU = 2,
+    LLAMA_FLASH_DRELU   = 3,
+};
+
+// how a token's active neurons are found
+enum llama_flash_neuron_mode {
+    LLAMA_FLASH_NEURONS_LOWRANK = 0,  // by the predictors; layers without one as in OFF
+    LLAMA_FLASH_NEURONS_EXACT   = 1,  // gate (without gate: up) resident and computed in full
+    LLAMA_FLASH_NEURONS_OFF     = 2,  // not at all: whole layers are read
+};
+
+struct llama_flash_bundle_part {
+    int32_t  type;    // enum ggml_type; -1: the bundle has no such part
+    uint32_t reserved;
+    uint64_t offset;  // of the part in a record, bytes
+};
+
+// One layer's neuron bundles, as docs/format.md describes them. Everything that is pointed to is copied.
+struct llama_flash_bundle {
+    int32_t  layer;         // N of blk.N.ffn_bundle.weight
+    uint32_t n_ff;          // neurons
+    uint32_t n_embd;        // elements of a part
+    uint32_t activation;    // enum llama_flash_activation
+    float    threshold;     // of FATRELU
+    uint32_t split;         // layout: 0 bundled, 1 split
+    uint64_t record_bytes;
+    struct llama_flash_bundle_part gate;
+    struct llama_flash_bundle_part up;
+    struct llama_flash_bundle_part down;
+    const float * up_bias;    // [n_ff] or NULL
+    const float * gate_bias;  // [n_ff] or NULL
+    uint32_t      predictor_rank;      // 0: no predictor
+    int32_t       predictor_in_type;   // enum ggml_type
+    int32_t       predictor_out_type;
+    uint32_t      reserved;
+    const void *  predictor_in;        // [rank] rows of n_embd
+    const void *  predictor_out;       // [n_ff] rows of rank
+    const float * predictor_bias;      // [n_ff]
+};
+
+struct llama_flash_neuron_params {
+    uint32_t mode;       // enum llama_flash_neuron_mode
+    uint32_t window;     // previous tokens whose neurons stay; UINT32_MAX: as many as have room
+    uint32_t n_ubatch;   // most tokens computed at once
+    uint32_t merge_gap;  // bytes not wanted that a read may cover to reach the next neuron
+    uint32_t lookahead;  // 1: read ahead what the next layer's predictor expects (LOWRANK)
+    uint32_t reserved;
+};
+
 struct llama_flash_error {
     int32_t  code;         // enum llama_flash_code
     int32_t  sys_errno;    // errno of the failed call, 0 if none
@@ -87,6 +142,11 @@ struct llama_flash_requirements {
     uint64_t n_experts;       // expert records (one expert's slice of one tensor)
     uint64_t n_panels;        // panel records (a run of rows of one matrix)
     uint64_t largest_record;  // bytes of the largest record
+    uint64_t n_bundles;       // layers with neuron bundles
+    uint64_t n_neurons;
+    uint64_t neuron_bytes;    // all of their records
+    uint64_t neuron_resident; // bytes that the mode keeps resident (EXACT)
+    uint64_t neuron_record;   // bytes of the largest record's part that stays on flash
     uint64_t min_memory;      // smallest value set_memory takes
     uint64_t max_memory;      // from here on every record has its own slot
 };
@@ -94,20 +154,23 @@ struct llama_flash_requirements {
 // how set_memory has split the memory
 struct llama_flash_memory {
     uint64_t total;         // as given
-    uint64_t slots;         // cache of experts
+    uint64_t slots;         // cache of experts and neurons
     uint64_t pinned;        // panels that never leave
     uint64_t stream;        // ring through which panels and prompts stream
-    uint64_t bookkeeping;   // tables, request pool
-    uint64_t n_slots;
+    uint64_t bookkeeping;   // tables, request pool, the neurons' work space
+    uint64_t resident;      // gate or up matrices that EXACT keeps
+    uint64_t n_slots;       // of experts
     uint64_t n_pinned;      // panels
+    uint64_t n_neuron_slots;
+    uint64_t n_neurons_pinned;
 };
 
 struct llama_flash_stats {
     uint64_t bytes_read;      // from flash, as asked of the device (whole sectors)
     uint64_t bytes_used;      // of these, bytes of records
     uint64_t reads;           // read requests completed
-    uint64_t hits;            // expert records found in slots
-    uint64_t misses;          // expert records that had to be read
+    uint64_t hits;            // experts and neurons found in slots
+    uint64_t misses;          // experts and neurons that had to be read
     uint64_t panel_hits;      // pinned panels used
     uint64_t panel_reads;     // panels streamed
     uint64_t evictions;
@@ -115,10 +178,17 @@ struct llama_flash_stats {
     uint64_t repack_ns;       // bringing records into the kernels' layout
     uint64_t op_ns;           // inside flash ops, all of the above included
     uint64_t ops;             // flash ops computed
+    uint64_t neurons_active;        // sum over tokens and layers of what was computed
+    uint64_t neurons_newly_active;  // of these, not active for any of the 5 tokens before
+    uint64_t neurons_expected;      // read ahead
+    uint64_t layers_repeated;       // passes made again because the graph's activations were not the expected ones
+    uint64_t predict_ns;      // finding active sets
+    uint64_t manage_ns;       // memory management: slots, copies into them
     uint64_t retries;         // short reads and EINTR that were continued
     uint64_t errors;
     uint64_t resident_bytes;  // slots, pins and ring touched so far
-    uint64_t slots_used;
+    uint64_t slots_used;      // of experts
+    uint64_t neuron_slots_used;
     uint32_t io_engine;       // the engine in use
     uint32_t reserved;
 };
@@ -145,6 +215,12 @@ LLAMA_FLASH_API void llama_flash_session_free(struct llama_flash_session * sessi
 
 LLAMA_FLASH_API int32_t llama_flash_session_bind_begin(struct llama_flash_session * session, struct llama_flash_error * err);
 LLAMA_FLASH_API int32_t llama_flash_session_bind_end(struct llama_flash_session * session, struct llama_flash_error * err);
+
+// LLAMA_FLASH_E_FORMAT, with the reason, if the description contradicts itself.
+LLAMA_FLASH_API int32_t llama_flash_session_add_bundle(struct llama_flash_session * session, const struct llama_flash_bundle * bundle, struct llama_flash_error * err);
+
+// After bind_end, before set_memory (which has to follow again after a change).
+LLAMA_FLASH_API int32_t llama_flash_session_set_neurons(struct llama_flash_session * session, const struct llama_flash_neuron_params * params, struct llama_flash_error * err);
 
 LLAMA_FLASH_API int32_t llama_flash_session_requirements(const struct llama_flash_session * session, struct llama_flash_requirements * out);
 

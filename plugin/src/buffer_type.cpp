@@ -105,13 +105,23 @@ namespace ggml::cpu::flash {
 
 class tensor_traits : public ggml::cpu::tensor_traits {
     bool work_size(int n_threads, const struct ggml_tensor * op, size_t & size) override {
+        ffn_part part;
+        if (const flash_bundle * b = session_of(op->src[0])->find_part(op->src[0]->data, part)) {
+            return part != ffn_part::down && stock_work_size(b->part(part).kernel, n_threads, op, size);
+        }
         const flash_tensor * t = session_of(op->src[0])->find(op->src[0]->data);
         return t && stock_work_size(t->kernel, n_threads, op, size);
     }
 
     bool compute_forward(struct ggml_compute_params * params, struct ggml_tensor * op) override {
         llama_flash_session * s = session_of(op->src[0]);
-        flash_tensor *        t = s->find(op->src[0]->data);
+        ffn_part              part;
+        flash_bundle *        b = s->find_part(op->src[0]->data, part);
+        if (b && op->op == GGML_OP_MUL_MAT && ggml_are_same_shape(op->src[0], &b->part(part).weight)) {
+            flash_ffn(*s, *b, part, params, op);
+            return true;
+        }
+        flash_tensor * t = s->find(op->src[0]->data);
         if (!t || !ggml_are_same_shape(op->src[0], &t->weight)) {
             if (params->ith == 0) {
                 flash_fail_unbound(*s, op->src[0]);
@@ -138,6 +148,10 @@ class extra_buffer_type : public ggml::cpu::extra_buffer_type {
         }
         if (op->src[1]->type != GGML_TYPE_F32 || (op->src[1]->buffer && !ggml_backend_buft_is_host(op->src[1]->buffer->buft))) {
             return false;
+        }
+        ffn_part part;
+        if (session_of(weight)->find_part(weight->data, part)) {
+            return op->op == GGML_OP_MUL_MAT;
         }
         const flash_tensor * t = session_of(weight)->find(weight->data);
         return t && t->is_experts == (op->op == GGML_OP_MUL_MAT_ID);

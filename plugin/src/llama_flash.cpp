@@ -60,6 +60,20 @@ void llama_flash_session_free(llama_flash_session * session) {
     }
 }
 
+int32_t llama_flash_session_add_bundle(llama_flash_session * session, const llama_flash_bundle * bundle, llama_flash_error * err) {
+    if (!session || !bundle) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_bundle: no session or no bundle");
+    }
+    return guarded(err, [&] { return session->add_bundle(*bundle, err); });
+}
+
+int32_t llama_flash_session_set_neurons(llama_flash_session * session, const llama_flash_neuron_params * params, llama_flash_error * err) {
+    if (!session || !params) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "set_neurons: no session or no parameters");
+    }
+    return guarded(err, [&] { return session->set_neurons(*params, err); });
+}
+
 int32_t llama_flash_session_bind_begin(llama_flash_session * session, llama_flash_error * err) {
     if (!session || session->bound) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "bind_begin: no session, or one that already has a model");
@@ -119,9 +133,8 @@ int32_t llama_flash_session_stats(const llama_flash_session * session, llama_fla
     *out                = session->stats;
     out->slots_used     = session->cache.used();
     out->resident_bytes = session->memory.pinned + session->expert_ring.touched() + session->panel_ring.touched() + session->memory.bookkeeping;
-    if (session->memory.n_slots) {
-        out->resident_bytes += session->memory.slots / session->memory.n_slots * out->slots_used;
-    }
+    out->neuron_slots_used = session->neurons.used();
+    out->resident_bytes += session->slots_touched() + session->memory.resident + session->neurons.touched();
     return LLAMA_FLASH_OK;
 }
 

@@ -7,17 +7,11 @@
 // one call of a stock kernel, so waves do not change a bit of it.
 #include "mul_mat.h"
 
-#include "status.h"
-
 #include "ggml-cpu-impl.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <functional>
 #include <vector>
-
-// an op of up to this many tokens is decoding (speculation included): it may evict; a longer one is a prompt and may not
-constexpr int64_t DECODE_TOKENS = 16;
 
 // a prompt's wave is at least so many experts (each wave quantises the activations again)
 constexpr size_t PROMPT_WAVE = 8;
@@ -69,34 +63,17 @@ static void note_repacked(llama_flash_session & s) {
     s.op.arrived.clear();
 }
 
-static void fail_op(llama_flash_session & s, int32_t code, const char * tensor, const char * what) {
-    llama_flash_error e;
-    flash_fail(&e, code, "tensor %s: %s", tensor, what);
-    snprintf(e.tensor, sizeof(e.tensor), "%s", tensor);
-    s.fail(e);
-}
-
 // Runs the waves. first and next: thread 0 only; both set op.any, op.more and, in op.arrived, what must be repacked before.
 template <typename First, typename Compute, typename Next>
 static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, First first, Compute compute,
                       Next next) {
     const bool leader = params->ith == 0;
     if (leader) {
-        s.mutex.lock();
-        s.op.begin_ns = flash_now_ns();
-        s.op.stamp++;
-        s.stats.ops++;
-        s.op.any     = false;
-        s.op.more    = false;
-        s.op.checked = nullptr;
-        s.op.read    = nullptr;
+        s.begin_op(t.name);
+        s.op.any  = false;
+        s.op.more = false;
         s.op.arrived.clear();
         s.op.wave.clear();
-        if (s.memory.total == 0) {
-            fail_op(s, LLAMA_FLASH_E_INVALID, t.name.c_str(), "the session has no memory: call llama_flash_session_set_memory before decoding");
-        } else if (s.forked()) {
-            fail_op(s, LLAMA_FLASH_E_INVALID, t.name.c_str(), "a model with weights on flash does not survive a fork: load it in the child");
-        }
         if (!s.failed()) {
             first();
         }
@@ -155,20 +132,12 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             }
         }
         s.cache.end_op();
-        s.stats.op_ns += (uint64_t) (flash_now_ns() - s.op.begin_ns);
-        s.mutex.unlock();
+        s.end_op();
     }
 }
 
-static bool wait_for_reads(llama_flash_session & s) {
-    const int64_t t0 = flash_now_ns();
-    const bool    ok = s.settle_reads(true);
-    s.stats.wait_ns += (uint64_t) (flash_now_ns() - t0);
-    return ok;
-}
-
 static void fail_internal(llama_flash_session & s, const flash_tensor & t, const char * what) {
-    fail_op(s, LLAMA_FLASH_E_INTERNAL, t.name.c_str(), what);
+    s.fail_op(LLAMA_FLASH_E_INTERNAL, t.name, what);
 }
 
 // experts
@@ -378,7 +347,7 @@ static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bo
             break;
         }
         if (reading > 0) {
-            wait_for_reads(s);
+            s.wait_for_reads();
         } else if (!pumped) {
             // the ring is full of experts that were read ahead for others
             if (s.expert_ring.empty()) {
@@ -493,7 +462,7 @@ static void next_panel(llama_flash_session & s, const flash_tensor & t, uint32_t
             return;
         }
         if (r.state == record_state::reading) {
-            wait_for_reads(s);
+            s.wait_for_reads();
         } else if (r.state == record_state::absent && !pumped) {
             if (s.panel_ring.empty()) {
                 fail_internal(s, t, "no room for a panel");
@@ -545,5 +514,5 @@ void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute
 
 void flash_fail_unbound(llama_flash_session & s, const ggml_tensor * weight) {
     std::lock_guard<std::mutex> lock(s.mutex);
-    fail_op(s, LLAMA_FLASH_E_INTERNAL, weight->name, "the graph uses a part of it: it must not stay on flash");
+    s.fail_op(LLAMA_FLASH_E_INTERNAL, weight->name, "the graph uses a part of it: it must not stay on flash");
 }

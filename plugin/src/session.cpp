@@ -89,6 +89,11 @@ llama_flash_session::~llama_flash_session() {
         for (auto & m : homes) {
             m.data = nullptr;
         }
+        for (auto & m : neuron_homes) {
+            m.data = nullptr;
+        }
+        neuron_slots.data       = nullptr;
+        neuron_ring_memory.data = nullptr;
         ring_memory.data = nullptr;
     }
 }
@@ -125,6 +130,11 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
         files.push_back(std::move(opened));
         file = files.back().get();
     }
+    bool ok = true;
+    if (bind_part(tensor, file, offset, ok)) {
+        has_failed = has_failed || !ok;
+        return true;
+    }
     if (offset + ggml_nbytes(tensor) > file->size) {
         flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short",
                    tensor->name, (unsigned long long) (offset + ggml_nbytes(tensor)), file->path.c_str(),
@@ -143,6 +153,176 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     by_address[tensor->data] = tensors.size();
     tensors.push_back(std::move(t));
     return true;
+}
+
+// A bundle's part, which the loader presents as an ordinary weight. ok: false if it contradicts the bundle's description.
+bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok) {
+    static const char * const names[FFN_PARTS] = { "ffn_gate", "ffn_up", "ffn_down" };
+    for (uint32_t k = 0; k < bundles.size(); k++) {
+        flash_bundle & b = bundles[k];
+        for (size_t p = 0; p < FFN_PARTS; p++) {
+            if (!b.parts[p].present || "blk." + std::to_string(b.layer) + "." + names[p] + ".weight" != tensor->name) {
+                continue;
+            }
+            const bool down = p == (size_t) ffn_part::down;
+            if (tensor->ne[0] != (down ? b.n_ff : b.n_embd) || tensor->ne[1] != (down ? b.n_embd : b.n_ff) || tensor->ne[2] != 1 ||
+                (!down && tensor->type != b.parts[p].type)) {
+                flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s is %s [%lld, %lld], its bundle holds %u neurons of %u %s", tensor->name,
+                           ggml_type_name(tensor->type), (long long) tensor->ne[0], (long long) tensor->ne[1], b.n_ff, b.n_embd,
+                           ggml_type_name(b.parts[p].type));
+                ok = false;
+                return true;
+            }
+            if (offset + b.tensor_bytes() > file->size) {
+                flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short", b.name.c_str(),
+                           (unsigned long long) (offset + b.tensor_bytes()), file->path.c_str(), (unsigned long long) file->size);
+                ok = false;
+                return true;
+            }
+            b.file            = file;
+            b.offset          = offset;
+            b.parts[p].weight = *tensor;
+            if (!down) {
+                b.parts[p].kernel = stock_kernel_for(tensor);
+            }
+            part_by_address[tensor->data] = { k, (ffn_part) p };
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool read_part(const llama_flash_bundle_part & from, uint32_t n_embd, bundle_part & to) {
+    to.present = from.type >= 0;
+    if (!to.present) {
+        return true;
+    }
+    to.type   = (ggml_type) from.type;
+    to.offset = from.offset;
+    if (!row_type_supported(to.type) || n_embd % ggml_blck_size(to.type) != 0) {
+        return false;
+    }
+    to.row_bytes = ggml_row_size(to.type, n_embd);
+    return true;
+}
+
+int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flash_error * err) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (bound || (!bundles.empty() && bundles.back().layer >= d.layer)) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_bundle: layers come in order, before the model is loaded");
+    }
+    flash_bundle b;
+    b.name         = "blk." + std::to_string(d.layer) + ".ffn_bundle.weight";
+    b.layer        = d.layer;
+    b.n_ff         = d.n_ff;
+    b.n_embd       = d.n_embd;
+    b.split        = d.split != 0;
+    b.gated        = d.gate.type >= 0;
+    b.record_bytes = d.record_bytes;
+    b.activation   = (llama_flash_activation) d.activation;
+    b.threshold    = d.threshold;
+
+    auto bad = [&](const char * what) { return flash_fail(err, LLAMA_FLASH_E_FORMAT, "tensor %s: %s", b.name.c_str(), what); };
+    if (d.n_ff == 0 || d.n_embd == 0 || d.up.type < 0 || d.down.type < 0) {
+        return bad("a bundle has an up and a down part of some length");
+    }
+    if (!read_part(d.gate, d.n_embd, b.part(ffn_part::gate)) || !read_part(d.up, d.n_embd, b.part(ffn_part::up)) ||
+        !read_part(d.down, d.n_embd, b.part(ffn_part::down))) {
+        return bad("a part's type cannot be computed on, or its blocks do not divide the row");
+    }
+    if (b.gated && d.gate.type != d.up.type) {
+        return bad("gate and up differ in type");
+    }
+    uint64_t end = 0; // parts follow one another: gate, up, down
+    for (auto & p : b.parts) {
+        if (p.present) {
+            if (p.offset != end) {
+                return bad("its parts do not follow one another");
+            }
+            end += p.row_bytes;
+        }
+    }
+    if (end != d.record_bytes) {
+        return bad("its record is not as long as its parts together");
+    }
+    if (d.activation > LLAMA_FLASH_DRELU || (!b.gated && (d.activation == LLAMA_FLASH_FATRELU || d.activation == LLAMA_FLASH_DRELU))) {
+        return bad("its activation does not fit its parts");
+    }
+    if (d.up_bias) {
+        b.up_bias.assign(d.up_bias, d.up_bias + d.n_ff);
+    }
+    if (d.gate_bias) {
+        b.gate_bias.assign(d.gate_bias, d.gate_bias + d.n_ff);
+    }
+    if (d.predictor_rank > 0) {
+        const ggml_type in  = (ggml_type) d.predictor_in_type;
+        const ggml_type out = (ggml_type) d.predictor_out_type;
+        if (!d.predictor_in || !d.predictor_out || !d.predictor_bias) {
+            return bad("its predictor is not complete");
+        }
+        if (!row_type_supported(in) || !row_type_supported(out) || d.n_embd % ggml_blck_size(in) != 0 || d.predictor_rank % ggml_blck_size(out) != 0) {
+            return bad("its predictor's type cannot be computed on");
+        }
+        predictor & p    = b.predict;
+        p.rank           = d.predictor_rank;
+        p.in             = row_kernel(in, d.n_embd);
+        p.out            = row_kernel(out, d.predictor_rank);
+        const auto * a   = (const uint8_t *) d.predictor_in;
+        const auto * c   = (const uint8_t *) d.predictor_out;
+        p.in_rows.assign(a, a + p.in.row_bytes * d.predictor_rank);
+        p.out_rows.assign(c, c + p.out.row_bytes * d.n_ff);
+        p.bias.assign(d.predictor_bias, d.predictor_bias + d.n_ff);
+    }
+    b.index = (uint32_t) bundles.size();
+    b.first = bundles.empty() ? 0 : bundles.back().first + bundles.back().n_ff;
+    bundles.push_back(std::move(b));
+    return LLAMA_FLASH_OK;
+}
+
+// every part of every bundle has met its tensor
+int32_t llama_flash_session::check_bundles(llama_flash_error * err) {
+    for (const auto & b : bundles) {
+        for (const auto & p : b.parts) {
+            if (p.present && !p.weight.data) {
+                return flash_fail(err, LLAMA_FLASH_E_FORMAT, "tensor %s: the model does not use all of its parts", b.name.c_str());
+            }
+        }
+    }
+    return LLAMA_FLASH_OK;
+}
+
+// What the mode reads of a record, and where it goes in a slot.
+void llama_flash_session::lay_out_bundles() {
+    for (auto & b : bundles) {
+        const ffn_part kept = b.gated ? ffn_part::gate : ffn_part::up;
+        b.streams.clear();
+        b.cached_bytes = 0;
+        for (size_t p = 0; p < FFN_PARTS; p++) {
+            bundle_part & part = b.parts[p];
+            part.cached        = part.present && !(neuron_params.mode == LLAMA_FLASH_NEURONS_EXACT && p == (size_t) kept);
+            if (!part.cached) {
+                continue;
+            }
+            part.slot_offset = b.cached_bytes;
+            if (b.split || b.streams.empty()) {
+                b.streams.push_back({ b.split ? b.n_ff * part.offset : part.offset, b.split ? part.row_bytes : b.record_bytes, 0, b.cached_bytes });
+            }
+            b.streams.back().bytes += part.row_bytes;
+            b.cached_bytes += part.row_bytes;
+        }
+        b.forget_evaluation();
+    }
+}
+
+int32_t llama_flash_session::set_neurons(const llama_flash_neuron_params & p, llama_flash_error * err) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!bound || p.mode > LLAMA_FLASH_NEURONS_OFF || p.n_ubatch == 0) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "set_neurons: before bind_end, or an unknown mode, or no n_ubatch");
+    }
+    drop_all();
+    neuron_params = p;
+    lay_out_bundles();
+    return LLAMA_FLASH_OK;
 }
 
 // bytes of the whole sectors that hold the record
@@ -228,10 +408,15 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
         has_failed = false;
         return error.code;
     }
-    const int32_t code = make_records(err);
+    int32_t code = check_bundles(err);
+    if (code == LLAMA_FLASH_OK) {
+        code = make_records(err);
+    }
     if (code != LLAMA_FLASH_OK) {
         return code;
     }
+    neuron_params = { LLAMA_FLASH_NEURONS_OFF, UINT32_MAX, 512, 0, 0, 0 };
+    lay_out_bundles();
 
     op.table.resize(n_expert_max);
     op.seen.assign(n_expert_max, 0);
@@ -271,6 +456,181 @@ uint64_t llama_flash_session::ring_minimum(bool experts) const {
     return 2 * largest; // one is computed while the next is read
 }
 
+// neurons
+
+constexpr uint32_t FEWEST_NEURON_SLOTS = 64;
+
+static size_t slot_bytes_of(const std::vector<flash_bundle> & bundles) {
+    size_t most = 0;
+    for (const auto & b : bundles) {
+        most = std::max(most, b.cached_bytes);
+    }
+    return (most + 63) / 64 * 64;
+}
+
+static uint64_t n_neurons_of(const std::vector<flash_bundle> & bundles) {
+    return bundles.empty() ? 0 : bundles.back().first + bundles.back().n_ff;
+}
+
+static uint64_t resident_bytes_of(const flash_bundle & b) {
+    uint64_t bytes = 0;
+    for (const auto & p : b.parts) {
+        bytes += p.present && !p.cached ? p.row_bytes * b.n_ff : 0;
+    }
+    return bytes;
+}
+
+uint64_t llama_flash_session::neuron_bookkeeping() const {
+    if (bundles.empty()) {
+        return 0;
+    }
+    // tables by neuron, active sets, and what evaluations share
+    return n_neurons_of(bundles) * 24 + ffn.bytes(bundles, neuron_params.n_ubatch) + (1u << 20);
+}
+
+// two runs: one is computed while the next is read
+uint64_t llama_flash_session::neuron_ring_minimum() const {
+    uint64_t run = 0;
+    for (const auto & b : bundles) {
+        run = std::max(run, b.record_bytes * std::min(b.n_ff, FFN_RUN_ROWS) + 2 * FFN_PARTS * FLASH_SECTOR);
+    }
+    return run == 0 ? 0 : 2 * std::max<uint64_t>(run, neuron_store::LONGEST + 2 * FLASH_SECTOR);
+}
+
+uint64_t llama_flash_session::neuron_minimum() const {
+    if (bundles.empty()) {
+        return 0;
+    }
+    uint64_t bytes = neuron_bookkeeping() + neuron_ring_minimum() + 2 * HUGE_PAGE;
+    for (const auto & b : bundles) {
+        bytes += resident_bytes_of(b);
+    }
+    if (neuron_params.mode != LLAMA_FLASH_NEURONS_OFF) {
+        bytes += (uint64_t) FEWEST_NEURON_SLOTS * slot_bytes_of(bundles);
+    }
+    return bytes;
+}
+
+// Splits `bytes` for the bundles: resident parts, ring, pinned records, slots. false: the kernel refused.
+bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
+    if (bundles.empty()) {
+        neurons.configure(0, 0, 0, nullptr, nullptr, 0);
+        return true;
+    }
+    uint64_t left = bytes - neuron_bookkeeping() - 2 * HUGE_PAGE;
+    auto     home = [&](uint64_t size) -> uint8_t * {
+        neuron_homes.push_back(mapping::allocate(size));
+        left -= size;
+        return neuron_homes.back().data;
+    };
+    uint64_t whole = 0; // bytes of all records
+    for (auto & b : bundles) {
+        whole += b.tensor_bytes() + 2 * FLASH_SECTOR;
+        for (auto & p : b.parts) {
+            p.resident = nullptr;
+            if (p.present && !p.cached) {
+                p.resident = home(p.row_bytes * b.n_ff);
+                if (!p.resident) {
+                    return false;
+                }
+                memory.resident += p.row_bytes * b.n_ff;
+            }
+        }
+    }
+    const bool     all        = left >= whole + neuron_ring_minimum() && !bundles[0].split;
+    const uint64_t ring_bytes = neuron_ring_minimum() + (all ? 0 : flash_sector_floor(std::min<uint64_t>(32u << 20, spare / 8)));
+    neuron_ring_memory        = mapping::allocate(ring_bytes);
+    if (!neuron_ring_memory.data) {
+        return false;
+    }
+    memory.stream += ring_bytes;
+    left -= ring_bytes;
+
+    // all of it, or with whole layers read anyway: what is pinned is not read. Whole runs, the same share of each layer.
+    const double part = all ? 1.0 : neuron_params.mode == LLAMA_FLASH_NEURONS_OFF ? (double) left / (double) whole : 0.0;
+    double       due  = 0.0; // runs
+    for (auto & b : bundles) {
+        const uint32_t runs = (b.n_ff + FFN_RUN_ROWS - 1) / FFN_RUN_ROWS;
+        due += part * runs;
+        b.n_pinned = b.split ? 0 : std::min(b.n_ff, std::min(runs, (uint32_t) due) * FFN_RUN_ROWS);
+        due -= (double) std::min(runs, (uint32_t) due);
+        b.home = nullptr;
+        if (b.n_pinned > 0) {
+            uint8_t * data = home(b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR);
+            if (!data) {
+                return false;
+            }
+            b.home = data + (b.offset - flash_sector_floor(b.offset));
+            memory.pinned += b.n_pinned * b.record_bytes;
+            memory.n_neurons_pinned += b.n_pinned;
+        }
+    }
+    const size_t slot_bytes = slot_bytes_of(bundles);
+    uint64_t     n          = 0;
+    if (neuron_params.mode != LLAMA_FLASH_NEURONS_OFF && memory.n_neurons_pinned < n_neurons_of(bundles)) {
+        n = std::min<uint64_t>(n_neurons_of(bundles), left / (slot_bytes + 64)); // a slot's entry in the cache
+    }
+    neuron_slots = n ? mapping::allocate(n * slot_bytes) : mapping();
+    if (n && !neuron_slots.data) {
+        return false;
+    }
+    memory.slots += n * slot_bytes;
+    memory.n_neuron_slots = n;
+    memory.bookkeeping += n * 64;
+    neurons.window    = neuron_params.window;
+    neurons.merge_gap = neuron_params.merge_gap;
+    neurons.configure((uint32_t) n_neurons_of(bundles), (uint32_t) n, slot_bytes, neuron_slots.data, neuron_ring_memory.data, ring_bytes);
+    ffn.reserve(bundles, neuron_params.n_ubatch);
+    return read_neurons();
+}
+
+// Reads pinned records and the parts that the mode keeps. false: failed.
+bool llama_flash_session::read_neurons() {
+    std::vector<uint8_t> scratch;
+    for (auto & b : bundles) {
+        op.checked = nullptr;
+        if (!check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+            return false;
+        }
+        if (b.n_pinned > 0) {
+            reads->read(*b.file, b.offset, b.n_pinned * b.record_bytes, (uint8_t *) b.home, PINNED_TAG);
+        }
+        const bool resident = resident_bytes_of(b) > 0;
+        if (resident) {
+            neurons.stream_begin(*this, b, 0, FFN_RUN_ROWS, false, true);
+            for (uint32_t done = 0; done < b.n_ff;) {
+                const neuron_store::run * run = neurons.stream_next(*this);
+                if (!run) {
+                    break;
+                }
+                for (size_t p = 0; p < FFN_PARTS; p++) {
+                    const bundle_part & part = b.parts[p];
+                    if (!part.resident) {
+                        continue;
+                    }
+                    uint8_t * rows = const_cast<uint8_t *>(part.resident) + done * part.row_bytes;
+                    for (uint32_t i = 0; i < run->count; i++) {
+                        memcpy(rows + i * part.row_bytes, run->data[p] + i * run->stride[p], part.row_bytes);
+                    }
+                    scratch.resize(part.row_bytes * STOCK_REPACK_ROWS);
+                    for (int64_t row = 0; part.kernel.extra && row < run->count; row += STOCK_REPACK_ROWS) {
+                        stock_repack(part.kernel, &part.weight, rows, row, std::min<int64_t>(STOCK_REPACK_ROWS, run->count - row), scratch.data());
+                    }
+                }
+                done += run->count;
+                neurons.stream_give();
+            }
+        }
+        while (!reads->idle()) {
+            settle_reads(true);
+        }
+        if (failed()) {
+            return false;
+        }
+    }
+    return true;
+}
+
 llama_flash_requirements llama_flash_session::requirements() const {
     llama_flash_requirements q = {};
     for (const auto & t : tensors) {
@@ -284,13 +644,22 @@ llama_flash_requirements llama_flash_session::requirements() const {
         q.largest_record = std::max<uint64_t>(q.largest_record, r.bytes);
         every += record_span(r);
     }
-    q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false);
+    for (const auto & b : bundles) {
+        q.n_bundles++;
+        q.n_neurons += b.n_ff;
+        q.neuron_bytes += b.tensor_bytes();
+        q.neuron_resident += resident_bytes_of(b);
+        q.neuron_record = std::max<uint64_t>(q.neuron_record, b.cached_bytes);
+        every += std::max<uint64_t>(b.tensor_bytes(), b.n_ff * (slot_bytes_of(bundles) + 64)) + 4 * FLASH_SECTOR;
+    }
+    q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false) + neuron_minimum();
     q.max_memory = q.min_memory + every + 4 * HUGE_PAGE + tensors.size() * 2 * FLASH_SECTOR;
     return q;
 }
 
 // forgets every record; no op is in progress
 void llama_flash_session::drop_all() {
+    neurons.forget_all(*this);
     while (!reads->idle()) {
         settle_reads(true);
     }
@@ -317,6 +686,15 @@ void llama_flash_session::drop_all() {
     ring_memory = mapping();
     home_bytes  = 0;
     memory      = {};
+    neurons.configure(0, 0, 0, nullptr, nullptr, 0);
+    neuron_homes.clear();
+    neuron_slots       = mapping();
+    neuron_ring_memory = mapping();
+    for (auto & b : bundles) {
+        b.n_pinned = 0;
+        b.tokens   = 0;
+        b.forget_evaluation();
+    }
 }
 
 int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err) {
@@ -333,8 +711,8 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     has_failed = false; // what is forgotten may have failed, that no longer matters
 
     memory.total       = bytes;
-    memory.bookkeeping = bookkeeping_bytes();
-    uint64_t left      = bytes - memory.bookkeeping;
+    memory.bookkeeping = bookkeeping_bytes() + neuron_bookkeeping();
+    uint64_t left      = bytes - bookkeeping_bytes() - neuron_minimum();
 
     // rings: their minimum, and of the rest up to an eighth each, enough to keep the device busy while a wave computes
     const bool     everything = bytes >= need.max_memory;
@@ -346,6 +724,24 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     const uint64_t panel_ring_bytes  = ring_bytes(false, need.panel_bytes, 32u << 20);
     memory.stream                    = expert_ring_bytes + panel_ring_bytes;
     left -= memory.stream;
+
+    // neurons: all there is, or beside panels that stream, half of it
+    const uint64_t neuron_rest = bundles.empty() ? 0 : need.n_panels + need.n_experts == 0 || everything ? left : left / 2;
+    const uint64_t neuron_most = std::min(neuron_rest, need.neuron_bytes + need.n_neurons * 128);
+    if (!give_neurons_memory(neuron_minimum() + neuron_most, neuron_most)) {
+        const bool              reading = failed();
+        const llama_flash_error e       = error;
+        has_failed                      = false;
+        drop_all();
+        if (reading) {
+            if (err) {
+                *err = e;
+            }
+            return e.code;
+        }
+        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused memory for neurons");
+    }
+    left -= neuron_most;
 
     // panels before experts: a pinned panel saves its bytes on every token, a slot only on a hit
     uint64_t pin_left = left;
@@ -385,7 +781,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
             memory.n_pinned += t.n_pinned;
         }
     }
-    memory.pinned = home_bytes;
+    memory.pinned += home_bytes;
     left -= home_bytes;
 
     // slots: the classes share by their bytes, so that one expert's parts are kept or dropped alike
@@ -490,30 +886,76 @@ void llama_flash_session::fail(const llama_flash_error & e) {
     }
 }
 
-void llama_flash_session::fail_read(const flash_record & r, int32_t sys_errno, uint64_t offset, const char * why) {
-    const flash_tensor & t = tensors[r.tensor];
-    llama_flash_error    e;
-    flash_fail(&e, LLAMA_FLASH_E_READ, "cannot read tensor %s from %s at offset %llu (%u bytes): %s", t.name.c_str(), t.file->path.c_str(),
-               (unsigned long long) offset, r.bytes, why);
+void llama_flash_session::fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size,
+                                    const char * why) {
+    llama_flash_error e;
+    flash_fail(&e, LLAMA_FLASH_E_READ, "cannot read tensor %s from %s at offset %llu (%llu bytes): %s", tensor.c_str(), file.path.c_str(),
+               (unsigned long long) offset, (unsigned long long) size, why);
     e.sys_errno = sys_errno;
     e.offset    = offset;
-    e.size      = r.bytes;
-    snprintf(e.file, sizeof(e.file), "%s", t.file->path.c_str());
-    snprintf(e.tensor, sizeof(e.tensor), "%s", t.name.c_str());
+    e.size      = size;
+    snprintf(e.file, sizeof(e.file), "%s", file.path.c_str());
+    snprintf(e.tensor, sizeof(e.tensor), "%s", tensor.c_str());
     fail(e);
+}
+
+void llama_flash_session::begin_op(const std::string & tensor) {
+    mutex.lock();
+    op.begin_ns = flash_now_ns();
+    op.stamp++;
+    op.checked = nullptr;
+    op.read    = nullptr;
+    stats.ops++;
+    if (memory.total == 0) {
+        fail_op(LLAMA_FLASH_E_INVALID, tensor, "the session has no memory: call llama_flash_session_set_memory before decoding");
+    } else if (forked()) {
+        fail_op(LLAMA_FLASH_E_INVALID, tensor, "a model with weights on flash does not survive a fork: load it in the child");
+    }
+}
+
+void llama_flash_session::end_op() {
+    stats.op_ns += (uint64_t) (flash_now_ns() - op.begin_ns);
+    mutex.unlock();
+}
+
+void llama_flash_session::fail_op(int32_t code, const std::string & tensor, const char * what) {
+    llama_flash_error e;
+    flash_fail(&e, code, "tensor %s: %s", tensor.c_str(), what);
+    snprintf(e.tensor, sizeof(e.tensor), "%s", tensor.c_str());
+    fail(e);
+}
+
+uint64_t llama_flash_session::slots_touched() const {
+    const uint64_t neuron_bytes = memory.n_neuron_slots * slot_bytes_of(bundles);
+    uint64_t       bytes        = memory.n_neuron_slots ? slot_bytes_of(bundles) * neurons.used() : 0;
+    if (memory.n_slots) {
+        bytes += (memory.slots - neuron_bytes) / memory.n_slots * cache.used();
+    }
+    return bytes;
+}
+
+bool llama_flash_session::wait_for_reads() {
+    const int64_t t0 = flash_now_ns();
+    const bool    ok = settle_reads(true);
+    stats.wait_ns += (uint64_t) (flash_now_ns() - t0);
+    return ok;
 }
 
 bool llama_flash_session::check_file(const flash_record & wanted) {
     const flash_tensor & t = tensors[wanted.tensor];
-    if (t.file == op.checked) {
+    return check_file(*t.file, t.name, wanted.offset, wanted.bytes);
+}
+
+bool llama_flash_session::check_file(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size) {
+    if (&file == op.checked) {
         return true;
     }
-    if (t.file->unchanged()) {
-        op.checked = t.file;
+    if (file.unchanged()) {
+        op.checked = &file;
         return true;
     }
     file_changed = true;
-    fail_read(wanted, ESTALE, wanted.offset, "the file changed since it was loaded: load the model again");
+    fail_read(file, tensor, ESTALE, offset, size, "the file changed since it was loaded: load the model again");
     return false;
 }
 
@@ -529,7 +971,13 @@ int32_t llama_flash_session::take_error(llama_flash_error * err) {
     while (!reads->idle()) {
         settle_reads(true);
     }
+    neurons.abandon(*this);
+    for (auto & b : bundles) {
+        b.forget_evaluation();
+    }
+    neurons.release();
     if (file_changed) {
+        neurons.forget_all(*this);
         // what was read since the change cannot be told from what was read before: all is read again, if the file is itself again
         file_changed = false;
         drop_ring(expert_ring);
@@ -602,7 +1050,18 @@ bool llama_flash_session::settle_reads(bool wait) {
     reader::done done;
     bool         any = false;
     while (reads->next(done, wait && !any)) {
-        any             = true;
+        any = true;
+        if (done.tag & neuron_store::TAG) {
+            const flash_bundle * b = done.tag == PINNED_TAG ? nullptr : neurons.bundle_of(done.tag & ~neuron_store::TAG);
+            if (done.error != 0) {
+                fail_read(*done.file, b ? b->name : "ffn_bundle", done.error, done.error_offset, b ? b->record_bytes : 0,
+                          done.error == ENODATA ? "the file ends before it" : strerror(done.error));
+            }
+            if (b) {
+                neurons.arrived(done.tag & ~neuron_store::TAG, done.error != 0);
+            }
+            continue;
+        }
         flash_record & r = records[done.tag];
         if (r.place == record_place::slot) {
             cache.set_reading(r.index, false);
@@ -614,7 +1073,8 @@ bool llama_flash_session::settle_reads(bool wait) {
             r.state = tensors[r.tensor].kernel.extra ? record_state::raw : record_state::ready;
             continue;
         }
-        fail_read(r, done.error, done.error_offset, done.error == ENODATA ? "the file ends before it" : strerror(done.error));
+        const flash_tensor & t = tensors[r.tensor];
+        fail_read(*t.file, t.name, done.error, done.error_offset, r.bytes, done.error == ENODATA ? "the file ends before it" : strerror(done.error));
 
         // the record is absent again, so that the next call may try once more
         if (r.place == record_place::slot) {

@@ -4,8 +4,11 @@
 // session. Whatever is written under it by thread 0 is read by the pool's other threads after a ggml_barrier.
 #pragma once
 
+#include "bundle.h"
 #include "cache.h"
+#include "ffn.h"
 #include "llama_flash.h"
+#include "neurons.h"
 #include "reader.h"
 #include "ring.h"
 #include "shadow.h"
@@ -21,6 +24,12 @@
 #include <sys/types.h>
 #include <unordered_map>
 #include <vector>
+
+// an op of up to this many tokens is decoding (speculation included): it may evict; a longer one is a prompt and may not
+constexpr int64_t DECODE_TOKENS = 16;
+
+// the reader's tag for pinned records of bundles
+constexpr uint32_t PINNED_TAG = UINT32_MAX;
 
 enum class record_state : uint8_t {
     absent,  // on flash only
@@ -93,15 +102,34 @@ struct llama_flash_session {
         return it == by_address.end() ? nullptr : &tensors[it->second];
     }
 
+    int32_t add_bundle(const llama_flash_bundle & description, llama_flash_error * err);
+
+    // the bundle whose part has these addresses
+    flash_bundle * find_part(const void * tensor_data, ffn_part & part) {
+        auto it = part_by_address.find(tensor_data);
+        if (it == part_by_address.end()) {
+            return nullptr;
+        }
+        part = it->second.second;
+        return &bundles[it->second.first];
+    }
+
     // memory
 
+    int32_t                  set_neurons(const llama_flash_neuron_params & params, llama_flash_error * err);
     llama_flash_requirements requirements() const;
     int32_t                  set_memory(uint64_t bytes, llama_flash_error * err);
 
+    uint64_t                 slots_touched() const; // bytes
+
     int32_t take_error(llama_flash_error * err);
 
-    // ops (mul_mat.cpp): thread 0 only, under the mutex
+    // ops (mul_mat.cpp, ffn.cpp): thread 0 only, under the mutex
 
+    void begin_op(const std::string & tensor); // takes the mutex; may fail
+    void end_op();                             // gives it back
+    void fail_op(int32_t code, const std::string & tensor, const char * what);
+    bool wait_for_reads();                     // false: none was under way
     uint8_t * ring_room(ring & r, flash_record & record, uint32_t index);
     void      fetch(uint32_t index);           // starts the read of a record that has a place
     void      forget(flash_record & record);   // it is on flash only
@@ -110,6 +138,7 @@ struct llama_flash_session {
     bool      settle_reads(bool wait);         // takes note of reads that have ended; false: none was under way
     void      fail(const llama_flash_error & e);
     bool      check_file(const flash_record & wanted); // false (and failed) if its file changed since it was bound
+    bool      check_file(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size);
 
     bool forked() const; // this process is a child of the one that made the session
 
@@ -147,8 +176,6 @@ struct llama_flash_session {
     std::vector<mapping>  homes;
     size_t                home_bytes = 0; // committed
 
-    std::unique_ptr<reader> reads; // after the memory it writes to: destroyed (drained) first
-
     // the op in progress, see mul_mat.cpp
     struct op_state {
         uint64_t                  stamp = 0;
@@ -175,18 +202,38 @@ struct llama_flash_session {
         int64_t                   begin_ns = 0;
     } op;
 
+    // neuron bundles, by layer
+    std::vector<flash_bundle>  bundles;
+    std::unordered_map<const void *, std::pair<uint32_t, ffn_part>> part_by_address;
+    llama_flash_neuron_params  neuron_params = {};
+    neuron_store               neurons;
+    ffn_work                   ffn;
+    mapping                    neuron_slots;
+    mapping                    neuron_ring_memory;
+    std::vector<mapping>       neuron_homes; // resident parts and pinned records
+
     // order in which panels are streamed
     std::vector<uint32_t> panel_order;       // unpinned panel records in order of use
     bool                  panel_order_known = false;
     size_t                panel_next        = 0; // next to fetch
+
+    std::unique_ptr<reader> reads; // after the memory it writes to: destroyed (drained) first
 
   private:
     llama_flash_session() = default;
     ~llama_flash_session();
 
     int32_t  make_records(llama_flash_error * err);
+    bool     bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok);
+    int32_t  check_bundles(llama_flash_error * err);
+    void     lay_out_bundles();
+    uint64_t neuron_bookkeeping() const;
+    uint64_t neuron_ring_minimum() const;
+    uint64_t neuron_minimum() const;
+    bool     give_neurons_memory(uint64_t bytes, uint64_t spare);
+    bool     read_neurons();
     int32_t  read_pinned(llama_flash_error * err);
-    void     fail_read(const flash_record & r, int32_t sys_errno, uint64_t offset, const char * why);
+    void     fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size, const char * why);
     void     drop_all();
     uint64_t bookkeeping_bytes() const;
     uint64_t ring_minimum(bool experts) const;

@@ -11,9 +11,9 @@ import functools
 import os
 from enum import IntEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 1
+LLAMA_FLASH_API_VERSION = 2
 
 
 class llama_flash_code(IntEnum):
@@ -31,6 +31,19 @@ class llama_flash_io_engine(IntEnum):
     LLAMA_FLASH_IO_PREAD = 2
 
 
+class llama_flash_activation(IntEnum):
+    LLAMA_FLASH_RELU = 0  # gated: relu(gate) * up
+    LLAMA_FLASH_RELU2 = 1
+    LLAMA_FLASH_FATRELU = 2
+    LLAMA_FLASH_DRELU = 3
+
+
+class llama_flash_neuron_mode(IntEnum):
+    LLAMA_FLASH_NEURONS_LOWRANK = 0  # by the predictors; layers without one as in OFF
+    LLAMA_FLASH_NEURONS_EXACT = 1  # gate (without gate: up) resident and computed in full
+    LLAMA_FLASH_NEURONS_OFF = 2  # not at all: whole layers are read
+
+
 class llama_flash_params(ctypes.Structure):
     _fields_: ClassVar = [
         ("io_engine", ctypes.c_uint32),
@@ -45,6 +58,82 @@ class llama_flash_params(ctypes.Structure):
     io_threads: int  # threads of the pread pool; 0: 8
     read_bytes: int  # a record is read in pieces of at most this many bytes; 0: 1 MiB
     panel_bytes: int  # a panel is a run of rows of about this many bytes; 0: 4 MiB
+
+
+class llama_flash_bundle_part(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("type", ctypes.c_int32),
+        ("reserved", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+    ]
+
+    type: int  # enum ggml_type; -1: the bundle has no such part
+    reserved: int
+    offset: int  # of the part in a record, bytes
+
+
+class llama_flash_bundle(ctypes.Structure):
+    """One layer's neuron bundles, as docs/format.md describes them. Everything that is pointed to is copied.."""
+
+    _fields_: ClassVar = [
+        ("layer", ctypes.c_int32),
+        ("n_ff", ctypes.c_uint32),
+        ("n_embd", ctypes.c_uint32),
+        ("activation", ctypes.c_uint32),
+        ("threshold", ctypes.c_float),
+        ("split", ctypes.c_uint32),
+        ("record_bytes", ctypes.c_uint64),
+        ("gate", llama_flash_bundle_part),
+        ("up", llama_flash_bundle_part),
+        ("down", llama_flash_bundle_part),
+        ("up_bias", ctypes.POINTER(ctypes.c_float)),
+        ("gate_bias", ctypes.POINTER(ctypes.c_float)),
+        ("predictor_rank", ctypes.c_uint32),
+        ("predictor_in_type", ctypes.c_int32),
+        ("predictor_out_type", ctypes.c_int32),
+        ("reserved", ctypes.c_uint32),
+        ("predictor_in", ctypes.c_void_p),
+        ("predictor_out", ctypes.c_void_p),
+        ("predictor_bias", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+    layer: int  # N of blk.N.ffn_bundle.weight
+    n_ff: int  # neurons
+    n_embd: int  # elements of a part
+    activation: int  # enum llama_flash_activation
+    threshold: float  # of FATRELU
+    split: int  # layout: 0 bundled, 1 split
+    record_bytes: int
+    gate: llama_flash_bundle_part
+    up: llama_flash_bundle_part
+    down: llama_flash_bundle_part
+    up_bias: Any  # [n_ff] or NULL
+    gate_bias: Any  # [n_ff] or NULL
+    predictor_rank: int  # 0: no predictor
+    predictor_in_type: int  # enum ggml_type
+    predictor_out_type: int
+    reserved: int
+    predictor_in: int  # [rank] rows of n_embd
+    predictor_out: int  # [n_ff] rows of rank
+    predictor_bias: Any  # [n_ff]
+
+
+class llama_flash_neuron_params(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("mode", ctypes.c_uint32),
+        ("window", ctypes.c_uint32),
+        ("n_ubatch", ctypes.c_uint32),
+        ("merge_gap", ctypes.c_uint32),
+        ("lookahead", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+    mode: int  # enum llama_flash_neuron_mode
+    window: int  # previous tokens whose neurons stay; UINT32_MAX: as many as have room
+    n_ubatch: int  # most tokens computed at once
+    merge_gap: int  # bytes not wanted that a read may cover to reach the next neuron
+    lookahead: int  # 1: read ahead what the next layer's predictor expects (LOWRANK)
+    reserved: int
 
 
 class llama_flash_error(ctypes.Structure):
@@ -78,6 +167,11 @@ class llama_flash_requirements(ctypes.Structure):
         ("n_experts", ctypes.c_uint64),
         ("n_panels", ctypes.c_uint64),
         ("largest_record", ctypes.c_uint64),
+        ("n_bundles", ctypes.c_uint64),
+        ("n_neurons", ctypes.c_uint64),
+        ("neuron_bytes", ctypes.c_uint64),
+        ("neuron_resident", ctypes.c_uint64),
+        ("neuron_record", ctypes.c_uint64),
         ("min_memory", ctypes.c_uint64),
         ("max_memory", ctypes.c_uint64),
     ]
@@ -89,6 +183,11 @@ class llama_flash_requirements(ctypes.Structure):
     n_experts: int  # expert records (one expert's slice of one tensor)
     n_panels: int  # panel records (a run of rows of one matrix)
     largest_record: int  # bytes of the largest record
+    n_bundles: int  # layers with neuron bundles
+    n_neurons: int
+    neuron_bytes: int  # all of their records
+    neuron_resident: int  # bytes that the mode keeps resident (EXACT)
+    neuron_record: int  # bytes of the largest record's part that stays on flash
     min_memory: int  # smallest value set_memory takes
     max_memory: int  # from here on every record has its own slot
 
@@ -102,17 +201,23 @@ class llama_flash_memory(ctypes.Structure):
         ("pinned", ctypes.c_uint64),
         ("stream", ctypes.c_uint64),
         ("bookkeeping", ctypes.c_uint64),
+        ("resident", ctypes.c_uint64),
         ("n_slots", ctypes.c_uint64),
         ("n_pinned", ctypes.c_uint64),
+        ("n_neuron_slots", ctypes.c_uint64),
+        ("n_neurons_pinned", ctypes.c_uint64),
     ]
 
     total: int  # as given
-    slots: int  # cache of experts
+    slots: int  # cache of experts and neurons
     pinned: int  # panels that never leave
     stream: int  # ring through which panels and prompts stream
-    bookkeeping: int  # tables, request pool
-    n_slots: int
+    bookkeeping: int  # tables, request pool, the neurons' work space
+    resident: int  # gate or up matrices that EXACT keeps
+    n_slots: int  # of experts
     n_pinned: int  # panels
+    n_neuron_slots: int
+    n_neurons_pinned: int
 
 
 class llama_flash_stats(ctypes.Structure):
@@ -129,10 +234,17 @@ class llama_flash_stats(ctypes.Structure):
         ("repack_ns", ctypes.c_uint64),
         ("op_ns", ctypes.c_uint64),
         ("ops", ctypes.c_uint64),
+        ("neurons_active", ctypes.c_uint64),
+        ("neurons_newly_active", ctypes.c_uint64),
+        ("neurons_expected", ctypes.c_uint64),
+        ("layers_repeated", ctypes.c_uint64),
+        ("predict_ns", ctypes.c_uint64),
+        ("manage_ns", ctypes.c_uint64),
         ("retries", ctypes.c_uint64),
         ("errors", ctypes.c_uint64),
         ("resident_bytes", ctypes.c_uint64),
         ("slots_used", ctypes.c_uint64),
+        ("neuron_slots_used", ctypes.c_uint64),
         ("io_engine", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
     ]
@@ -140,8 +252,8 @@ class llama_flash_stats(ctypes.Structure):
     bytes_read: int  # from flash, as asked of the device (whole sectors)
     bytes_used: int  # of these, bytes of records
     reads: int  # read requests completed
-    hits: int  # expert records found in slots
-    misses: int  # expert records that had to be read
+    hits: int  # experts and neurons found in slots
+    misses: int  # experts and neurons that had to be read
     panel_hits: int  # pinned panels used
     panel_reads: int  # panels streamed
     evictions: int
@@ -149,10 +261,17 @@ class llama_flash_stats(ctypes.Structure):
     repack_ns: int  # bringing records into the kernels' layout
     op_ns: int  # inside flash ops, all of the above included
     ops: int  # flash ops computed
+    neurons_active: int  # sum over tokens and layers of what was computed
+    neurons_newly_active: int  # of these, not active for any of the 5 tokens before
+    neurons_expected: int  # read ahead
+    layers_repeated: int  # passes made again because the graph's activations were not the expected ones
+    predict_ns: int  # finding active sets
+    manage_ns: int  # memory management: slots, copies into them
     retries: int  # short reads and EINTR that were continued
     errors: int
     resident_bytes: int  # slots, pins and ring touched so far
-    slots_used: int
+    slots_used: int  # of experts
+    neuron_slots_used: int
     io_engine: int  # the engine in use
     reserved: int
 
@@ -173,6 +292,9 @@ class llama_flash_context_memory(ctypes.Structure):
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_params,
+    llama_flash_bundle_part,
+    llama_flash_bundle,
+    llama_flash_neuron_params,
     llama_flash_error,
     llama_flash_requirements,
     llama_flash_memory,
@@ -196,6 +318,22 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "llama_flash_session_free": (None, [ctypes.c_void_p]),
     "llama_flash_session_bind_begin": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
     "llama_flash_session_bind_end": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
+    "llama_flash_session_add_bundle": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(llama_flash_bundle),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_set_neurons": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(llama_flash_neuron_params),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
     "llama_flash_session_requirements": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_requirements)]),
     "llama_flash_session_set_memory": (
         ctypes.c_int32,

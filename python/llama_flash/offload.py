@@ -19,7 +19,7 @@ from typing import Any
 
 from . import _bindings, engine
 from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
-from .errors import FlashError
+from .errors import FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
 from .plan import ContextShape, Plan, make_plan, work_bytes
@@ -35,6 +35,14 @@ _IO_ENGINES = {
     "io_uring": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_URING,
     "pread": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_PREAD,
 }
+_MODES = {
+    "exact": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_EXACT,
+    "lowrank": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_LOWRANK,
+    "off": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_OFF,
+}
+_NO_WINDOW = 0xFFFFFFFF
+_MERGE_GAP = 0.5  # of a record: what a read may cover without need to reach the next neuron
+_EXACT_SHARE = 0.10  # of the neurons: with room for fewer beside what exact keeps resident, lowrank is better
 _IO_NAMES = {int(number): name for name, number in _IO_ENGINES.items()}
 
 _NONE = Counters()
@@ -109,6 +117,8 @@ class FlashSession:
         self._context_params = context_params
         self._progress = _Progress()
         self._final: FlashStats | None = None
+        self._neuron_slots = 0
+        self.predictor = "none"  # how active neurons are found
         self.summary = ""  # the line about the load
 
         self._base = held_by_process() + _promised(self)
@@ -144,7 +154,7 @@ class FlashSession:
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
         params.io_engine = _IO_ENGINES[self.options.io_engine]
-        params.io_depth = self.options.io_depth
+        params.io_depth = self.options.io_depth or (128 if self.plan.bundles else 32)
         params.io_threads = self.options.io_threads
         params.panel_bytes = parse_size(self.options.panel_bytes)
         error = _bindings.llama_flash_error()
@@ -152,6 +162,8 @@ class FlashSession:
         if not self._handle:
             engine.raise_error(error)
         _live.add(self)
+        for bundle in self.plan.bundles.descriptions() if self.plan.bundles else ():
+            self._call("llama_flash_session_add_bundle", ctypes.byref(bundle))
 
     def _override(self, model_params: Any) -> None:
         """Names the flash tensors' buffer type to the loader. The arrays must outlive the load."""
@@ -225,9 +237,8 @@ class FlashSession:
         self._say(self._describe())
 
     def _divide(self) -> None:
-        needs = _bindings.llama_flash_requirements()
-        self._lib.llama_flash_session_requirements(self._handle, ctypes.byref(needs))
         left = self.budget.total - self.memory.total
+        needs = self._choose_predictor(left) if self.plan.bundles else self._requirements()
         if left < needs.min_memory:
             raise refuse(self.budget, self.memory, needs.min_memory, self.options.reserve)
         self._call("llama_flash_session_set_memory", min(left, needs.max_memory))
@@ -239,8 +250,47 @@ class FlashSession:
             pinned=given.pinned,
             stream=given.stream,
             bookkeeping=given.bookkeeping,
+            weights=self.memory.weights + given.resident,
         )
+        self._neuron_slots = given.n_neuron_slots
         self._progress = _Progress(seen=Counters.from_struct(self._raw()))
+
+    def _requirements(self) -> Any:
+        needs = _bindings.llama_flash_requirements()
+        self._lib.llama_flash_session_requirements(self._handle, ctypes.byref(needs))
+        return needs
+
+    def _choose_predictor(self, left: int) -> Any:
+        """How active neurons are found, and what that needs; left: bytes there are for it."""
+        bundles = self.plan.bundles
+        assert bundles is not None
+        asked = self.options.predictor
+        if asked == "lowrank" and not bundles.has_predictors:
+            raise FlashFormatError(
+                f"{self._path}: predictor='lowrank', but the file has no predictors for all layers: calibrate it "
+                "(python -m gguf_tools calibrate), or choose 'exact' or 'off'"
+            )
+        if asked != "auto":
+            return self._set_predictor(asked)
+        needs = self._set_predictor("exact")
+        rest = needs.neuron_bytes - needs.neuron_resident
+        if left >= needs.min_memory + int(_EXACT_SHARE * rest):
+            return needs
+        if bundles.has_predictors:
+            return self._set_predictor("lowrank")
+        return needs if left >= needs.min_memory else self._set_predictor("off")
+
+    def _set_predictor(self, mode: str) -> Any:
+        assert self.plan.bundles is not None
+        self.predictor = mode
+        params = _bindings.llama_flash_neuron_params()
+        params.mode = _MODES[mode]
+        params.window = _NO_WINDOW if self.options.window is None else self.options.window
+        params.n_ubatch = max(self._context_params.n_ubatch, 16)
+        params.merge_gap = int(_MERGE_GAP * self.plan.bundles.format.record_bytes)
+        params.lookahead = self.options.lookahead
+        self._call("llama_flash_session_set_neurons", ctypes.byref(params))
+        return self._requirements()
 
     def after_call(self, n_tokens: int) -> None:
         """After each llama_decode or llama_encode of `n_tokens` tokens, whatever it returned.
@@ -269,6 +319,7 @@ class FlashSession:
         done = progress.prompt + progress.decode
         return FlashStats(
             mode=self.plan.mode,
+            predictor=self.predictor,
             io_engine=io_engine,
             budget=self.budget,
             memory=self.memory,
@@ -344,11 +395,30 @@ class FlashSession:
         experts = plan.expert_bytes * n_used // n_expert
         missed = 1 - min(1.0, memory.slots / plan.expert_bytes) if plan.expert_bytes else 0.0
         per_token = int(experts * missed) + max(0, plan.panel_bytes - memory.pinned)
+        if plan.bundles:
+            return self._describe_neurons()
         return (
             f"{name}: {format_size(memory.weights)} of weights resident, {format_size(plan.flash_bytes)} on flash; "
             f"{budget}: {format_size(memory.slots)} of expert slots, {format_size(memory.pinned)} pinned, "
             f"{format_size(memory.stream)} ring; expected from flash: {format_size(per_token)} per token"
             + (" with uniform routing" if experts and missed else "")
+        )
+
+    def _describe_neurons(self) -> str:
+        plan, memory = self.plan, self.memory
+        assert plan.bundles is not None
+        how = {
+            "exact": "exact (gate resident)" if plan.bundles.format.gated else "exact (up resident)",
+            "lowrank": "by low-rank predictors (lossy)",
+            "off": "off: whole layers are read",
+        }[self.predictor]
+        count = sum(layer.n_ff for layer in plan.bundles.layers)
+        return (
+            f"{os.path.basename(self._path)}: {format_size(memory.weights)} of weights resident, "
+            f"{format_size(plan.flash_bytes)} on flash; active neurons {how}; DRAM budget "
+            f"{format_size(self.budget.total)} ({self.budget.reason}): {format_size(memory.slots)} of slots for "
+            f"{self._neuron_slots} of {count} neurons, {format_size(memory.pinned)} pinned, "
+            f"{format_size(memory.stream)} ring"
         )
 
     def _say(self, line: str) -> None:

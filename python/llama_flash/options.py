@@ -13,6 +13,7 @@ __all__ = ["FlashOffload", "reject_misspelt"]
 
 What = Literal["auto", "experts", "ffn", "all"]
 IoEngine = Literal["auto", "io_uring", "pread"]
+Predictor = Literal["auto", "exact", "lowrank", "off"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,14 @@ class FlashOffload:
         reserve: bytes of the budget left unused, for what cannot be counted beforehand. None: see budget.RESERVE_MIN.
         what: which weights stay on flash. "auto": none if the whole model fits, else as few kinds as the budget
             needs. "experts", "ffn" (experts and dense FFN) or "all" (attention and output too) choose by hand.
+        predictor: how the active neurons of a file with neuron bundles are found. "exact": gate (without gate: up)
+            stays resident and is computed in full, the answers are the resident run's. "lowrank": by the file's
+            predictors, which costs less memory and may miss a neuron. "off": not at all, whole layers are read.
+            "auto": exact where the budget allows, else lowrank where there are predictors.
+        window: tokens before the current one whose neurons stay in slots; None: as many as have room.
+        lookahead: read ahead the neurons that the next layer's predictor expects ("lowrank").
         io_engine: "io_uring", "pread" (a pool of threads) or "auto" (io_uring where it works).
-        io_depth: most reads in flight at once.
+        io_depth: most reads in flight at once; None: 32, and 128 where single neurons are read.
         io_threads: threads of the pread pool.
         panel_bytes: size of the runs of rows in which dense weights are streamed.
 
@@ -39,8 +46,11 @@ class FlashOffload:
     dram_budget: int | str = "auto"
     reserve: int | str | None = None
     what: What = "auto"
+    predictor: Predictor = "auto"
+    window: int | None = None
+    lookahead: bool = True
     io_engine: IoEngine = "auto"
-    io_depth: int = 32
+    io_depth: int | None = None
     io_threads: int = 8
     panel_bytes: int | str = "4MiB"
 
@@ -54,7 +64,11 @@ class FlashOffload:
             _checked("reserve", self.reserve)
         _one_of("what", self.what, get_args(What))
         _one_of("io_engine", self.io_engine, get_args(IoEngine))
-        _in_range("io_depth", self.io_depth, 1, 4096)
+        _one_of("predictor", self.predictor, get_args(Predictor))
+        if self.window is not None:
+            _in_range("window", self.window, 0, 1 << 20)
+        if self.io_depth is not None:
+            _in_range("io_depth", self.io_depth, 1, 4096)
         _in_range("io_threads", self.io_threads, 1, 256)
         _in_range("panel_bytes", _checked("panel_bytes", self.panel_bytes), 4096, 1 << 30)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .budget import Breakdown, Budget, refuse
+from .bundles import Bundles, read_bundles
 from .gguf_meta import GgufMeta, TensorInfo
 from .options import FlashOffload
 from .sizes import parse_size
@@ -27,6 +28,7 @@ _KINDS = {
     "all": re.compile(r"output\.weight|blk\.\d+\.attn_(q|k|v|qkv|output|q_a|q_b|kv_a_mqa)\.weight"),
 }
 _TIERS: tuple[tuple[str, ...], ...] = (("experts",), ("experts", "ffn"), ("experts", "ffn", "all"))
+_NEURON_SHARE = 0.04  # of all neurons: with fewer in slots, attention had better leave memory than they
 _SMALLEST = 64 << 10  # bytes of a weight that is worth a read
 
 # bytes per element of KV cache types (enum ggml_type)
@@ -60,20 +62,27 @@ class Plan:
     expert_bytes: int  # on flash
     panel_bytes: int  # on flash
     expected: Breakdown  # estimates; the flash part is empty
+    bundles: Bundles | None = None  # neuron bundles, always on flash
+
+    @property
+    def neuron_bytes(self) -> int:
+        """Of bundles, on flash."""
+        return self.bundles.neuron_bytes if self.bundles else 0
 
     @property
     def flash_bytes(self) -> int:
-        return self.expert_bytes + self.panel_bytes
+        return self.expert_bytes + self.panel_bytes + self.neuron_bytes
 
     def patterns(self) -> list[str]:
         """Regular expressions (ECMAScript) that match the names of the flash tensors and no others."""
         layers: dict[str, list[int]] = defaultdict(list)
         plain = []
-        for tensor in self.tensors:
-            if tensor.layer is None:
-                plain.append(tensor.name)
+        for name in [*(tensor.name for tensor in self.tensors), *(self.bundles.part_names() if self.bundles else ())]:
+            if name.startswith("blk."):
+                _, layer, kind = name.split(".", 2)
+                layers[kind].append(int(layer))
             else:
-                layers[tensor.name.split(".", 2)[2]].append(tensor.layer)
+                plain.append(name)
         return [
             *(f"^blk\\.({'|'.join(map(str, sorted(which)))})\\.{re.escape(kind)}$" for kind, which in layers.items()),
             *(f"^{re.escape(name)}$" for name in plain),
@@ -143,8 +152,10 @@ def make_plan(meta: GgufMeta, options: FlashOffload, budget: Budget, shape: Cont
 
     Raises:
         FlashBudgetError: if even with everything on flash the budget cannot work, or loading would overrun it.
+        FlashFormatError: the file's neuron bundles contradict themselves.
     """
-    weights = sum(tensor.size for tensor in meta.tensors.values())
+    bundles = read_bundles(meta)
+    weights = sum(tensor.size for tensor in meta.tensors.values()) - (bundles.neuron_bytes if bundles else 0)
     context = estimate(meta, shape)
     all_kinds = _TIERS[-1]
 
@@ -156,9 +167,10 @@ def make_plan(meta: GgufMeta, options: FlashOffload, budget: Budget, shape: Cont
         expected = Breakdown(
             interpreter + context.interpreter, resident, context.kv, context.compute, context.outputs, budget.reserve
         )
-        return Plan("flash" if tensors else "nothing", tensors, resident, experts, panels, expected)
+        mode: Literal["flash", "nothing"] = "flash" if tensors or bundles else "nothing"
+        return Plan(mode, tensors, resident, experts, panels, expected, bundles)
 
-    if not select(meta, all_kinds):
+    if not select(meta, all_kinds) and not bundles:
         return plan_for(())
     if options.what != "auto":
         tier = {"experts": 0, "ffn": 1, "all": 2}[options.what]
@@ -169,11 +181,12 @@ def make_plan(meta: GgufMeta, options: FlashOffload, budget: Budget, shape: Cont
         return chosen
 
     whole = plan_for(())
-    if max(whole.expected.total, _load_peak(meta, whole)) <= budget.total:
+    if not bundles and max(whole.expected.total, _load_peak(meta, whole)) <= budget.total:
         return Plan("resident", (), weights, 0, 0, whole.expected)
-    candidates = [plan for plan in map(plan_for, _TIERS) if plan.mode == "flash"]
+    candidates = [plan for plan in map(plan_for, ((), *_TIERS)) if plan.mode == "flash"]
     for plan in candidates:
-        if plan.expected.total + _beside(meta, plan, options) <= budget.total:
+        room = int(_NEURON_SHARE * plan.neuron_bytes)
+        if plan.expected.total + _beside(meta, plan, options) + room <= budget.total:
             return plan
     _check(meta, candidates[-1], options, budget)
     return candidates[-1]
@@ -189,7 +202,14 @@ def _least_flash(meta: GgufMeta, plan: Plan, options: FlashOffload) -> int:
     n_expert = max(1, meta.number("expert_count"))
     panel = parse_size(options.panel_bytes)
     records = (t.size // n_expert if len(t.shape) == 3 else min(t.size, panel) for t in plan.tensors)
-    return 8 * max(records, default=0) + (4 << 20)
+    neurons = 0
+    if plan.bundles:
+        # two runs of records, work space (a prompt's sums) and tables
+        widest = max(layer.n_ff for layer in plan.bundles.layers)
+        rows = meta.number("embedding_length") + (widest if plan.bundles.format.gated else 0) + 1024
+        count = sum(layer.n_ff for layer in plan.bundles.layers)
+        neurons = 3 * 256 * plan.bundles.format.record_bytes + 4 * 512 * rows + 24 * count + (6 << 20)
+    return 8 * max(records, default=0) + (4 << 20) + neurons
 
 
 def _load_peak(meta: GgufMeta, plan: Plan) -> int:
@@ -199,6 +219,8 @@ def _load_peak(meta: GgufMeta, plan: Plan) -> int:
     moment; the engine loads the largest of these first. The embedding is not repacked.
     """
     on_flash = {tensor.name for tensor in plan.tensors}
+    if plan.bundles:
+        on_flash.update(layer.tensor.name for layer in plan.bundles.layers)
     resident = [tensor for tensor in meta.tensors.values() if tensor.name not in on_flash]
     repacked = sorted((t.size for t in resident if len(t.shape) > 1 and t.name != "token_embd.weight"), reverse=True)
     plain = [t.size for t in resident if len(t.shape) <= 1 or t.name == "token_embd.weight"]

@@ -20,20 +20,26 @@ class Counters:
     bytes_read: int = 0  # from flash, as asked of the device (whole sectors)
     bytes_used: int = 0  # of these, bytes of records
     reads: int = 0
-    hits: int = 0  # expert records found in slots
-    misses: int = 0  # expert records that had to be read
+    hits: int = 0  # experts and neurons found in slots
+    misses: int = 0  # experts and neurons that had to be read
     panel_hits: int = 0  # panels that were pinned
     panel_reads: int = 0  # panels that were streamed
     evictions: int = 0
     wait_seconds: float = 0.0  # compute threads idle for a read
     repack_seconds: float = 0.0
     op_seconds: float = 0.0  # inside flash ops, all of the above included
+    neurons_active: int = 0  # sum over tokens and layers of the neurons that were computed
+    neurons_newly_active: int = 0  # of these, not active for any of the 5 tokens before
+    neurons_expected: int = 0  # read ahead
+    layers_repeated: int = 0  # passes made again because the graph's activations were not the expected ones
+    predict_seconds: float = 0.0  # finding active sets
+    manage_seconds: float = 0.0  # memory management: slots, copies into them
     retries: int = 0
     errors: int = 0
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of expert records found in slots; None if none was asked for."""
+        """Share of experts and neurons found in slots; None if none was asked for."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else None
 
@@ -71,6 +77,12 @@ class Counters:
             wait_seconds=raw.wait_ns / 1e9,
             repack_seconds=raw.repack_ns / 1e9,
             op_seconds=raw.op_ns / 1e9,
+            neurons_active=raw.neurons_active,
+            neurons_newly_active=raw.neurons_newly_active,
+            neurons_expected=raw.neurons_expected,
+            layers_repeated=raw.layers_repeated,
+            predict_seconds=raw.predict_ns / 1e9,
+            manage_seconds=raw.manage_ns / 1e9,
             retries=raw.retries,
             errors=raw.errors,
         )
@@ -94,6 +106,7 @@ class FlashStats:
     """
 
     mode: str  # "flash", "resident" (the whole model fits) or "nothing" (the file has nothing to offload)
+    predictor: str  # how active neurons are found: "exact", "lowrank" or "off"; "none" without neuron bundles
     io_engine: str  # "io_uring", "pread" or "none"
     budget: Budget
     memory: Breakdown  # where the budget goes; the flash part as granted
@@ -109,6 +122,7 @@ class FlashStats:
         """For JSON."""
         return {
             "mode": self.mode,
+            "predictor": self.predictor,
             "io_engine": self.io_engine,
             "budget": self.budget.total,
             "budget_reason": self.budget.reason,
@@ -120,8 +134,10 @@ class FlashStats:
         }
 
     def __str__(self) -> str:
+        neurons = "" if self.predictor == "none" else f", predictor {self.predictor}"
         lines = [
-            f"mode {self.mode}, I/O {self.io_engine}, budget {format_size(self.budget.total)} ({self.budget.reason})",
+            f"mode {self.mode}{neurons}, I/O {self.io_engine}, "
+            f"budget {format_size(self.budget.total)} ({self.budget.reason})",
             f"memory: {self.memory}",
         ]
         for name in ("prompt", "decode", "total"):

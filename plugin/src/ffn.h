@@ -1,0 +1,51 @@
+// MUL_MAT with a part of a neuron bundle: gate, up or down of a feed-forward block. See docs/neurons.md.
+#pragma once
+
+#include "bundle.h"
+#include "neurons.h"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+struct ggml_compute_params;
+struct ggml_tensor;
+struct llama_flash_session;
+
+// Neurons of a run that are computed together: a multiple of every kernel's interleave.
+constexpr uint32_t FFN_RUN_ROWS = 256;
+
+// What the threads of an op share. Sized by reserve(), so that nothing is allocated while decoding.
+struct ffn_work {
+    void   reserve(const std::vector<flash_bundle> & bundles, uint32_t n_ubatch);
+    size_t bytes(const std::vector<flash_bundle> & bundles, uint32_t n_ubatch) const;
+
+    std::vector<std::vector<uint32_t>> picked; // by thread: neurons of its range
+    std::vector<float>    projected;           // [tokens][rank]
+    std::vector<uint32_t> list;                // of the op, ascending
+    std::vector<uint32_t> left;                // of the chunk, not there yet
+    std::vector<uint32_t> there;               // of the chunk, to be computed now
+    std::vector<uint64_t> asked;               // by neuron: stamp of the op whose chunk has it
+    size_t                begin = 0;           // chunk [begin, end) of the list
+    size_t                end   = 0;
+    std::atomic<int64_t>  next{ 0 };
+    bool                  land = false;        // reads have arrived
+    bool                  same = false;        // the sums made in passing are the ones asked for
+    bool                  has_read = false;    // the op has computed on bytes that it waited for
+
+    // evaluations of whole layers
+    const neuron_store::run * run = nullptr;
+    neuron_store::run         home;            // a run of pinned records
+    std::vector<uint8_t>      compact;         // rows of one part of the run
+    std::vector<float>        other;           // [tokens][n_ff]: gate, or the part whose op has not come yet
+    std::vector<float>        sums;            // [tokens][n_embd]
+    std::vector<uint32_t>     value_row;       // [tokens][FFN_RUN_ROWS]: rows with a value
+    std::vector<float>        value;
+    std::vector<uint32_t>     n_values;        // [tokens]
+    std::vector<uint32_t>     uses;            // by row of the run: tokens that use it
+    std::vector<uint64_t>     digests;         // by thread
+};
+
+// Entered by all threads of the pool.
+void flash_ffn(llama_flash_session & s, flash_bundle & b, ffn_part part, const ggml_compute_params * params, ggml_tensor * op);

@@ -1,0 +1,486 @@
+#include "neurons.h"
+
+#include "session.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+void neuron_store::configure(uint32_t n_neurons, uint32_t n_slots, size_t bytes, uint8_t * slot_memory, uint8_t * ring_memory, size_t ring_bytes) {
+    cache.configure({ n_slots }, n_neurons);
+    neuron_ring.configure(ring_memory, ring_bytes, 4096);
+    slots      = slot_memory;
+    slot_bytes = bytes;
+    slot_of.assign(n_neurons, slot_cache::NONE);
+    last_use.assign(n_neurons, 0);
+    pending.assign(n_slots, 0);
+    uses.clear();
+}
+
+// uses
+
+void neuron_store::use(llama_flash_session & s, const flash_bundle & b, uint32_t n_tokens) {
+    constexpr uint64_t PAPERS_WINDOW = 5; // what "newly active" is counted against
+    s.stats.neurons_active += b.active.size();
+    for (uint32_t i : b.active) {
+        const uint32_t n = b.first + i;
+        if (last_use[n] == 0 || b.tokens - n_tokens - (last_use[n] - 1) >= PAPERS_WINDOW) {
+            s.stats.neurons_newly_active++;
+        }
+        last_use[n] = b.tokens + 1;
+        if (i < b.n_pinned) {
+            continue;
+        }
+        cache.use(n, b.tokens, n_tokens, 1);
+        if (window != NO_WINDOW) {
+            uses.push_back({ n, b.tokens + 1 });
+        }
+    }
+}
+
+// drops what none of the last `window` tokens before this one used
+void neuron_store::expire(llama_flash_session & s, uint64_t now) {
+    while (!uses.empty() && uses.front().token + window <= now) {
+        const use_note note = uses.front();
+        uses.pop_front();
+        if (last_use[note.neuron] <= note.token && slot_of[note.neuron] >= 0 && pending[(size_t) slot_of[note.neuron]] == 0) {
+            drop(note.neuron);
+            s.stats.evictions++;
+        }
+    }
+}
+
+void neuron_store::drop(uint32_t neuron) {
+    cache.drop(slot_of[neuron]);
+    slot_of[neuron] = slot_cache::NONE;
+}
+
+// demand
+
+bool neuron_store::take(llama_flash_session & s, uint32_t neuron) {
+    int32_t       evicted;
+    const int32_t slot = cache.take(0, neuron, true, &evicted);
+    if (slot == slot_cache::NONE) {
+        return false;
+    }
+    if (evicted != slot_cache::NONE) {
+        slot_of[(size_t) evicted] = slot_cache::NONE;
+        s.stats.evictions++;
+    }
+    slot_of[neuron] = slot;
+    cache.set_reading(slot, true);
+    n_coming++;
+    return true;
+}
+
+// a stream of the neuron has come, or will not
+void neuron_store::note_here(int32_t slot) {
+    if (--pending[(size_t) slot] == 0) {
+        cache.set_reading(slot, false);
+        n_coming--;
+    }
+}
+
+// The neuron will not come.
+void neuron_store::give_up(const flash_bundle & b, const item & i) {
+    const uint32_t neuron = b.first + i.neuron;
+    if (slot_of[neuron] == i.slot && pending[(size_t) i.slot] > 0) { // once, if several of its streams fail
+        pending[(size_t) i.slot] = 1;
+        note_here(i.slot);
+        drop(neuron);
+    }
+}
+
+void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n, bool count) {
+    cancel_ahead();
+    if (streaming()) {
+        stream_end(s);
+    }
+    if (window != NO_WINDOW) {
+        expire(s, b.tokens);
+    }
+    size_t missing = 0;
+    for (size_t k = 0; k < n; k++) { // hold what is there before anything is evicted
+        const uint32_t neuron = b.first + list[k];
+        if (list[k] < b.n_pinned) {
+            continue;
+        }
+        if (slot_of[neuron] >= 0) {
+            cache.hold(slot_of[neuron]);
+        } else {
+            missing++;
+        }
+    }
+    if (count) {
+        s.stats.hits += n - missing;
+        s.stats.misses += missing;
+    }
+    if (missing == 0 || !s.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+        return;
+    }
+    wanted.clear();
+    for (size_t k = 0; k < n; k++) {
+        if (list[k] >= b.n_pinned && slot_of[b.first + list[k]] < 0) {
+            if (!take(s, b.first + list[k])) { // what is held and coming leaves room for a chunk
+                s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "no slot for a neuron");
+                break;
+            }
+            wanted.push_back({ list[k], slot_of[b.first + list[k]] });
+        }
+    }
+    plan(b, false);
+    pump(s);
+}
+
+void neuron_store::expect(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n) {
+    wanted.clear();
+    for (size_t k = 0; k < n && !b.split; k++) {
+        const uint32_t neuron = b.first + list[k];
+        if (list[k] < b.n_pinned || slot_of[neuron] >= 0) {
+            continue;
+        }
+        if (n_coming >= n_slots() / 4 || !take(s, neuron)) {
+            break; // the demand that follows must find slots
+        }
+        wanted.push_back({ list[k], slot_of[neuron] });
+        if (window != NO_WINDOW) {
+            uses.push_back({ neuron, b.tokens + 2 });
+        }
+    }
+    s.stats.neurons_expected += wanted.size();
+    plan(b, true);
+    pump(s);
+}
+
+// reads
+
+uint32_t neuron_store::new_read(const flash_bundle & b, const bundle_stream * stream) {
+    if (free_reads.empty()) {
+        free_reads.push_back((uint32_t) reads.size());
+        reads.emplace_back();
+    }
+    const uint32_t index = free_reads.back();
+    free_reads.pop_back();
+    read & r = reads[index];
+    r.bundle = &b;
+    r.stream = stream;
+    r.entry  = ring::NONE;
+    r.jobs   = 0;
+    r.failed = false;
+    r.items.clear();
+    return index;
+}
+
+void neuron_store::free_read(uint32_t index) {
+    if (reads[index].entry != ring::NONE) {
+        neuron_ring.give(reads[index].entry);
+    }
+    free_reads.push_back(index);
+}
+
+// Makes reads of `wanted` (ascending): neighbours in the file, and those with little between them, together.
+void neuron_store::plan(const flash_bundle & b, bool ahead) {
+    for (const auto & stream : b.streams) {
+        size_t k = 0;
+        while (k < wanted.size()) {
+            const uint32_t index = new_read(b, &stream);
+            read &         r     = reads[index];
+            const uint64_t begin = wanted[k].neuron * stream.stride;
+            uint64_t       end   = begin;
+            while (k < wanted.size()) {
+                const uint64_t next = wanted[k].neuron * stream.stride;
+                if (next > end + merge_gap || next + stream.bytes > begin + std::max(LONGEST, stream.bytes)) {
+                    break;
+                }
+                pending[(size_t) wanted[k].slot]++;
+                r.items.push_back(wanted[k++]);
+                end = next + stream.bytes;
+            }
+            r.ahead = ahead;
+            (ahead ? planned_ahead : planned).push_back(index);
+        }
+    }
+}
+
+// Reads that were only expected and have not begun: a demand comes first, and may be for other neurons.
+void neuron_store::cancel_ahead() {
+    for (uint32_t index : planned_ahead) {
+        for (const item & i : reads[index].items) {
+            give_up(*reads[index].bundle, i);
+        }
+        free_read(index);
+    }
+    planned_ahead.clear();
+}
+
+bool neuron_store::start(llama_flash_session & s, uint32_t index) {
+    read &               r      = reads[index];
+    const bundle_stream & stream = *r.stream;
+    const uint64_t       begin  = r.bundle->offset + stream.base + r.items.front().neuron * stream.stride;
+    const uint64_t       end    = r.bundle->offset + stream.base + r.items.back().neuron * stream.stride + stream.bytes;
+    const uint64_t       floor  = flash_sector_floor(begin);
+
+    r.entry = neuron_ring.take(flash_sector_ceil(end) - floor, index);
+    if (r.entry == ring::NONE) {
+        return false;
+    }
+    r.data = neuron_ring.address(r.entry) + (begin - floor);
+    r.jobs = 1;
+    n_started++;
+    s.reads->read(*r.bundle->file, begin, end - begin, r.data, TAG | index);
+    s.stats.bytes_used += r.items.size() * stream.bytes;
+    return true;
+}
+
+void neuron_store::pump(llama_flash_session & s) {
+    for (auto * queue : { &planned, &planned_ahead }) {
+        while (!queue->empty() && start(s, queue->front())) {
+            queue->pop_front();
+        }
+    }
+    s.reads->submit();
+}
+
+void neuron_store::arrived(uint32_t index, bool error) {
+    read & r = reads[index];
+    r.failed = r.failed || error;
+    if (--r.jobs > 0 || !r.stream) {
+        return; // a run waits in `runs`
+    }
+    if (!r.failed) {
+        done.push_back(index);
+        return;
+    }
+    n_started--;
+    for (const item & i : r.items) {
+        give_up(*r.bundle, i);
+    }
+    free_read(index);
+}
+
+// landing
+
+bool neuron_store::begin_landing() {
+    landing.clear();
+    landing_reads.swap(done);
+    for (uint32_t index : landing_reads) {
+        for (uint32_t i = 0; i < reads[index].items.size(); i++) {
+            const item & it = reads[index].items[i];
+            if (slot_of[reads[index].bundle->first + it.neuron] == it.slot) {
+                landing.push_back({ index, i });
+            }
+        }
+    }
+    next_item.store(0, std::memory_order_relaxed);
+    return !landing_reads.empty();
+}
+
+uint8_t * neuron_store::copy(const read & r, uint32_t k) const {
+    const item & i   = r.items[k];
+    uint8_t *    dst = slots + (size_t) i.slot * slot_bytes;
+    memcpy(dst + r.stream->slot_offset, r.data + (i.neuron - r.items.front().neuron) * r.stream->stride, r.stream->bytes);
+    return dst;
+}
+
+void neuron_store::end_landing() {
+    for (const landing_item & l : landing) {
+        note_here(reads[l.read].items[l.item].slot);
+    }
+    for (uint32_t index : landing_reads) {
+        n_started--;
+        free_read(index);
+    }
+    landing.clear();
+    landing_reads.clear();
+}
+
+// streaming
+
+bool neuron_store::start_run(llama_flash_session & s) {
+    const flash_bundle & b     = *stream_bundle;
+    const uint32_t       count = std::min(stream_rows, b.n_ff - stream_first);
+
+    struct extent {
+        uint64_t begin;
+        uint64_t end;
+        size_t   part;
+    };
+    extent extents[FFN_PARTS];
+    size_t n     = 0;
+    size_t bytes = 0;
+    for (size_t p = 0; p < FFN_PARTS; p++) {
+        if (!b.split && n == 1) {
+            break; // whole records
+        }
+        if (!b.parts[p].present || (b.split && b.parts[p].cached == stream_resident)) {
+            continue;
+        }
+        const uint64_t base   = b.offset + (b.split ? b.n_ff * b.parts[p].offset : 0);
+        const uint64_t stride = b.split ? b.parts[p].row_bytes : b.record_bytes;
+        extents[n]            = { base + stream_first * stride, base + (stream_first + count) * stride, p };
+        bytes += flash_sector_ceil(extents[n].end) - flash_sector_floor(extents[n].begin);
+        n++;
+    }
+    const uint32_t index = new_read(b, nullptr);
+    read &         r     = reads[index];
+    r.entry              = neuron_ring.take(bytes, index);
+    if (r.entry == ring::NONE) {
+        free_read(index);
+        return false;
+    }
+    r.whole          = {};
+    r.whole.first    = stream_first;
+    r.whole.count    = count;
+    r.jobs           = (uint32_t) n;
+    uint8_t * memory = neuron_ring.address(r.entry);
+    for (size_t k = 0; k < n; k++) {
+        const extent & e    = extents[k];
+        uint8_t *      data = memory + (e.begin - flash_sector_floor(e.begin));
+        for (size_t p = 0; p < FFN_PARTS; p++) {
+            if (b.parts[p].present && (!b.split || p == e.part)) {
+                r.whole.data[p]   = b.split ? data : data + b.parts[p].offset;
+                r.whole.stride[p] = b.split ? b.parts[p].row_bytes : b.record_bytes;
+            }
+        }
+        s.reads->read(*b.file, e.begin, e.end - e.begin, data, TAG | index);
+        s.stats.bytes_used += e.end - e.begin;
+        memory += flash_sector_ceil(e.end) - flash_sector_floor(e.begin);
+    }
+    runs.push_back(index);
+    s.stats.panel_reads++;
+
+    stream_first += count;
+    if (stream_first == b.n_ff) {
+        stream_bundle = stream_ahead && b.index + 1 < s.bundles.size() ? &s.bundles[b.index + 1] : nullptr;
+        stream_first  = stream_bundle ? stream_bundle->n_pinned : 0;
+    }
+    return true;
+}
+
+void neuron_store::stream_begin(llama_flash_session & s, const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident) {
+    cancel_ahead();
+    if (!runs.empty()) {
+        const read & r = reads[runs.front()];
+        if (r.bundle != &b || r.whole.first != first || stream_rows != rows) {
+            stream_end(s);
+        }
+    }
+    while (n_started > 0 && !s.failed()) { // neurons that were expected are in the ring's way
+        if (begin_landing()) {
+            land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
+            end_landing();
+        } else {
+            s.wait_for_reads();
+        }
+    }
+    stream_ahead    = ahead;
+    stream_rows     = rows;
+    stream_resident = resident;
+    if (runs.empty()) {
+        stream_bundle = first < b.n_ff ? &b : nullptr;
+        stream_first  = first;
+    } else if (!stream_bundle && ahead) {
+        const read & last = reads[runs.back()];
+        if (last.bundle == &b && b.index + 1 < s.bundles.size()) {
+            stream_bundle = &s.bundles[b.index + 1];
+            stream_first  = stream_bundle->n_pinned;
+        }
+    }
+    if (stream_bundle && !s.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+        return;
+    }
+    while (stream_bundle && !s.failed() && start_run(s)) {
+    }
+    s.reads->submit();
+}
+
+const neuron_store::run * neuron_store::stream_next(llama_flash_session & s) {
+    for (;;) {
+        while (stream_bundle && !s.failed() && start_run(s)) {
+        }
+        s.reads->submit();
+        if (s.failed() || runs.empty()) {
+            return nullptr;
+        }
+        if (reads[runs.front()].jobs == 0) {
+            return reads[runs.front()].failed ? nullptr : &reads[runs.front()].whole;
+        }
+        s.wait_for_reads();
+    }
+}
+
+void neuron_store::stream_give() {
+    free_read(runs.front());
+    runs.pop_front();
+}
+
+void neuron_store::stream_end(llama_flash_session & s) {
+    stream_bundle = nullptr;
+    while (!runs.empty()) {
+        while (reads[runs.front()].jobs > 0 && s.settle_reads(true)) {
+        }
+        stream_give();
+    }
+}
+
+void neuron_store::keep(const flash_bundle & b, const run & r, const uint32_t * uses_of, uint32_t n_tokens, uint64_t now) {
+    const uint64_t share = (uint64_t) n_slots() * (r.first + r.count) / slot_of.size() - (uint64_t) n_slots() * r.first / slot_of.size();
+    uint32_t       least = 1; // uses that earn a slot
+    if (share < r.count) {
+        std::vector<uint32_t> counts(uses_of, uses_of + r.count);
+        std::nth_element(counts.begin(), counts.begin() + (ptrdiff_t) share, counts.end(), std::greater<uint32_t>());
+        least = counts[share] + 1;
+    }
+    for (uint32_t k = 0; k < r.count; k++) {
+        const uint32_t neuron = b.first + r.first + k;
+        if (uses_of[k] < least || slot_of[neuron] >= 0) {
+            continue;
+        }
+        cache.use(neuron, now, n_tokens, uses_of[k]);
+        int32_t       evicted;
+        const int32_t slot = cache.take(0, neuron, false, &evicted);
+        if (slot == slot_cache::NONE) {
+            break;
+        }
+        slot_of[neuron] = slot;
+        for (size_t p = 0; p < FFN_PARTS; p++) {
+            if (b.parts[p].cached) {
+                memcpy(slots + (size_t) slot * slot_bytes + b.parts[p].slot_offset, r.data[p] + k * r.stride[p], b.parts[p].row_bytes);
+            }
+        }
+        last_use[neuron] = now + 1;
+        if (window != NO_WINDOW) {
+            uses.push_back({ neuron, now + 1 });
+        }
+    }
+    cache.end_op();
+}
+
+void neuron_store::abandon(llama_flash_session & s) {
+    cancel_ahead();
+    while (!s.reads->idle()) {
+        s.settle_reads(true);
+    }
+    stream_end(s);
+    const std::vector<uint32_t> waiting(planned.begin(), planned.end());
+    planned.clear();
+    done.insert(done.end(), waiting.begin(), waiting.end());
+    for (uint32_t index : done) {
+        for (const item & i : reads[index].items) {
+            give_up(*reads[index].bundle, i);
+        }
+        n_started -= reads[index].entry != ring::NONE;
+        free_read(index);
+    }
+    done.clear();
+}
+
+void neuron_store::forget_all(llama_flash_session & s) {
+    abandon(s);
+    for (uint32_t neuron = 0; neuron < slot_of.size(); neuron++) {
+        if (slot_of[neuron] >= 0) {
+            drop(neuron);
+        }
+    }
+    uses.clear();
+}

@@ -1,0 +1,186 @@
+// Neurons of bundles in slots, and the reads that bring them there. Thread 0's, under the session's mutex, but for land().
+//
+// A missing neuron gets a slot at once; neighbours in the file are read together into a ring and copied from there. Which neurons
+// stay is the cache's business (cache.h); with a window, a neuron that none of the last `window` tokens used gives up its slot.
+#pragma once
+
+#include "bundle.h"
+#include "cache.h"
+#include "ring.h"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+struct llama_flash_session;
+
+class neuron_store {
+  public:
+    static constexpr uint32_t TAG        = 1u << 31;  // of the reader's tags: the rest numbers a read
+    static constexpr size_t   LONGEST    = 256u << 10; // bytes of a read of single neurons
+    static constexpr uint32_t NO_WINDOW  = UINT32_MAX;
+
+    // slots of slot_bytes each; ring_bytes of ring at ring_memory; neither is owned
+    void configure(uint32_t n_neurons, uint32_t n_slots, size_t slot_bytes, uint8_t * slots, uint8_t * ring_memory, size_t ring_bytes);
+
+    // A new evaluation of the bundle by n_tokens tokens, the last of which is number b.tokens: notes the use of its active set.
+    void use(llama_flash_session & s, const flash_bundle & b, uint32_t n_tokens);
+
+    // Sees to it that the listed neurons (ascending; at most n_slots()) are in slots or on their way, and holds them there.
+    // count: this is the evaluation's first demand for them.
+    void demand(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n, bool count);
+
+    // Reads the listed neurons if slots can be had; not held. For an evaluation that is expected soon.
+    void expect(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
+
+    // Lets go of what demand() held.
+    void release() { cache.end_op(); }
+
+    // Starts planned reads as far as the ring has room.
+    void pump(llama_flash_session & s);
+
+    // The neuron's cached bytes; nullptr while it is not there.
+    const uint8_t * find(const flash_bundle & b, uint32_t neuron) const {
+        if (neuron < b.n_pinned) {
+            return b.home + neuron * b.record_bytes + b.streams[0].base;
+        }
+        const int32_t slot = slot_of[b.first + neuron];
+        return slot >= 0 && pending[(size_t) slot] == 0 ? slots + (size_t) slot * slot_bytes : nullptr;
+    }
+
+    // reads that have ended wait here until their neurons are copied
+
+    // the reader is done with read `index`; error: its neurons lose their slots
+    void arrived(uint32_t index, bool error);
+
+    // Any thread: takes neurons of arrived reads one by one and copies them; calls f(bundle, neuron, slot data, stream) for each.
+    template <typename F> void land(F f) {
+        for (;;) {
+            const int64_t i = next_item.fetch_add(1, std::memory_order_relaxed);
+            if (i >= (int64_t) landing.size()) {
+                return;
+            }
+            const landing_item & item = landing[(size_t) i];
+            const read &         r    = reads[item.read];
+            uint8_t *            dst  = copy(r, item.item);
+            f(*r.bundle, r.items[item.item].neuron, dst, r.stream);
+        }
+    }
+
+    bool begin_landing();                        // thread 0: gathers what has arrived; false: nothing
+    void end_landing();                          // thread 0: after all threads are through land()
+    bool under_way() const { return n_started > 0 || !planned.empty(); } // demanded or expected, and not yet landed
+
+    // whole runs of records, for evaluations that use all neurons: in order, through the same ring
+
+    struct run {
+        uint32_t        first;             // neurons [first, first + count)
+        uint32_t        count;
+        const uint8_t * data[FFN_PARTS];   // of neuron `first`; nullptr: not read
+        size_t          stride[FFN_PARTS]; // from one neuron to the next
+    };
+
+    // The next runs to be asked for begin with neuron `first` of b, `rows` at a time, to its end; then, if `ahead`, those of
+    // the bundle after it. resident: to fill the parts that are not cached, else for those that are.
+    void stream_begin(llama_flash_session & s, const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident = false);
+    // Waits for the next run; nullptr: the session has failed. To be given back with stream_give() once computed.
+    const run * stream_next(llama_flash_session & s);
+    void        stream_give();
+    // Ends reading ahead; waits for what is under way.
+    void        stream_end(llama_flash_session & s);
+
+    bool streaming() const { return !runs.empty(); }
+
+    // Copies the run's most used neurons into empty slots, as many as the run's share of all neurons allows; uses: by row of the
+    // run, of n_tokens tokens the last of which is number `now`.
+    void keep(const flash_bundle & b, const run & r, const uint32_t * uses, uint32_t n_tokens, uint64_t now);
+
+    uint32_t n_empty() const { return cache.n_slots(0) - cache.used(); }
+
+    // After a failed op: waits for what is under way, and forgets what has not landed.
+    void abandon(llama_flash_session & s);
+
+    // Forgets every neuron; no op is in progress.
+    void forget_all(llama_flash_session & s);
+
+    const flash_bundle * bundle_of(uint32_t read_index) const { return reads[read_index].bundle; }
+
+    uint32_t n_slots() const { return (uint32_t) pending.size(); }
+    uint32_t used() const { return cache.used(); }
+    size_t   touched() const { return neuron_ring.touched(); }
+
+    uint32_t window    = NO_WINDOW;
+    uint32_t merge_gap = 0; // bytes not wanted that a read may cover to reach the next neuron
+
+  private:
+    struct item {
+        uint32_t neuron;
+        int32_t  slot;
+    };
+
+    struct read {
+        const flash_bundle *  bundle;
+        const bundle_stream * stream; // nullptr: a run
+        run                   whole;
+        uint8_t *             data;   // where the first item's bytes, or the run's, begin
+        int32_t               entry;  // in the ring
+        uint32_t              jobs;   // the reader has not yet ended
+        bool                  ahead;  // nobody has demanded it yet
+        bool                  failed;
+        std::vector<item>     items;
+    };
+
+    struct landing_item {
+        uint32_t read;
+        uint32_t item;
+    };
+
+    struct use_note {
+        uint32_t neuron;
+        uint64_t token;
+    };
+
+    uint32_t  new_read(const flash_bundle & b, const bundle_stream * stream);
+    void      free_read(uint32_t index);
+    bool      start(llama_flash_session & s, uint32_t index);
+    void      plan(const flash_bundle & b, bool ahead);
+    void      cancel_ahead();
+    void      expire(llama_flash_session & s, uint64_t now);
+    bool      take(llama_flash_session & s, uint32_t neuron);
+    void      drop(uint32_t neuron);
+    void      note_here(int32_t slot);
+    void      give_up(const flash_bundle & b, const item & i);
+    uint8_t * copy(const read & r, uint32_t item) const;
+    bool      start_run(llama_flash_session & s);
+
+    slot_cache            cache;
+    ring                  neuron_ring;
+    uint8_t *             slots      = nullptr;
+    size_t                slot_bytes = 0;
+    std::vector<int32_t>  slot_of;    // by neuron of all bundles
+    std::vector<uint8_t>  pending;    // by slot: streams still to come
+    std::vector<uint64_t> last_use;   // by neuron: token number + 1, 0: never
+    std::deque<use_note>  uses;       // with a window: oldest first
+
+    std::vector<item>     wanted;     // missing neurons that have just got slots
+    std::deque<read>      reads;      // pool; addresses stay
+    std::vector<uint32_t> free_reads;
+    std::deque<uint32_t>  planned;    // demanded, not yet started
+    std::deque<uint32_t>  planned_ahead;
+    std::vector<uint32_t> done;       // arrived, to be landed
+    std::vector<uint32_t> landing_reads;
+    std::vector<landing_item> landing;
+    std::atomic<int64_t>  next_item{ 0 };
+    uint32_t              n_started = 0; // reads of neurons in the ring
+    uint32_t              n_coming  = 0; // slots whose neuron is not there yet
+
+    // streaming
+    const flash_bundle *  stream_bundle = nullptr; // of the next run to plan
+    uint32_t              stream_first  = 0;
+    uint32_t              stream_rows   = 0;
+    bool                  stream_ahead  = false;
+    bool                  stream_resident = false;
+    std::deque<uint32_t>  runs;       // started and not yet given back, in order
+};

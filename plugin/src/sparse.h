@@ -1,0 +1,46 @@
+// Arithmetic on single rows of any ggml type: dot products with an activation, and weighted sums of rows.
+#pragma once
+
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+// Dot products of rows of one type and length. The activation is first converted to the type's dot type.
+struct row_kernel {
+    ggml_type       type      = GGML_TYPE_F32;
+    int64_t         n         = 0; // elements of a row
+    size_t          row_bytes = 0;
+    size_t          x_bytes   = 0; // of a converted activation
+    ggml_vec_dot_t  vec_dot   = nullptr;
+    ggml_from_float_t from_float = nullptr; // nullptr: the dot type is float
+
+    row_kernel() = default;
+    row_kernel(ggml_type type, int64_t n);
+
+    // x_bytes bytes; x: n floats
+    void convert(const float * x, uint8_t * out) const;
+
+    float dot(const uint8_t * row, const uint8_t * x) const {
+        float s;
+        vec_dot((int) n, &s, 0, row, 0, x, 0, 1);
+        return s;
+    }
+};
+
+// whether rows of this type can be computed on
+bool row_type_supported(ggml_type type);
+
+// Columns that a weighted sum deals in at once: a multiple of every type's block.
+constexpr int64_t SUM_COLUMNS = 256;
+
+// Columns [first, last) that thread ith of nth sums; boundaries are multiples of `type`'s block.
+void sum_columns(ggml_type type, int64_t n, int ith, int nth, int64_t & first, int64_t & last);
+
+// Converts elements [first, first + n) of a row to float; first is a multiple of the type's block, n too or the row's rest.
+void row_to_float(ggml_type type, const uint8_t * row, int64_t first, int64_t n, float * out);
+
+// sum[0, n) += weight * x[0, n)
+void add_scaled(float * sum, const float * x, float weight, int64_t n);
