@@ -1,0 +1,21 @@
+"""The error that all of gguf_tools raises for a file, an option or a model that it cannot work with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class GgufToolsError(ValueError):
+    """Something is wrong with a file, or with what is asked of it.
+
+    Attributes:
+        file: the file's path as given, "" if no file is meant.
+        tensor: name of the tensor that it is about, "" if none.
+        key: the key-value that it is about, "" if none.
+    """
+
+    def __init__(self, message: str, *, file: Path | str = "", tensor: str = "", key: str = "") -> None:
+        super().__init__(": ".join(part for part in (str(file), tensor or key, message) if part))
+        self.file = str(file)
+        self.tensor = tensor
+        self.key = key
