@@ -1,4 +1,7 @@
-"""python -m gguf_tools.synthetic --preset qwen3-30b-a3b-12l --routing skewed OUT.gguf"""
+"""python -m gguf_tools.synthetic --preset qwen3-30b-a3b-12l --routing skewed OUT.gguf
+
+Sparse OPT models with planted activation statistics: python -m gguf_tools.synthetic opt-6.7b-slice --help
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from gguf_tools.progress import byte_progress
-from gguf_tools.synthetic import PRESETS, SKEWED, types_named, write
+from gguf_tools.synthetic import PRESETS, SKEWED, opt_cli, types_named, write
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gguf_tools.synthetic", description=__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in opt_cli.OPT_PRESETS:
+        return opt_cli.main(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m gguf_tools.synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="file to write")
     parser.add_argument("--preset", choices=sorted(PRESETS), required=True)
     parser.add_argument("--routing", choices=("uniform", "skewed"), default="uniform")
