@@ -1,7 +1,7 @@
 # Everything there is to do, from a clean clone: `make` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-full lint sanitize bench demo bindings patch-apply patch-export clean
+.PHONY: help build test test-full lint sanitize bench reproduce demo bindings patch-apply patch-export clean
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -29,6 +29,10 @@ sanitize: build  ## engine and plugin under ASan, UBSan and TSan
 
 bench: build  ## the speed table, as JSON and text (ARGS="--help" for its options)
 	$(BIN)/python ci/bench.py $(ARGS)
+
+reproduce: build  ## the paper's figures and tables on this machine, in build/reproduce (ARGS="--help" for its options)
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/python -m pip install --quiet "matplotlib>=3.8"
+	$(BIN)/python ci/reproduce.py $(ARGS)
 
 demo: build  ## a model larger than its memory cap: naive, with flash offload, resident
 	$(BIN)/python ci/demo.py $(ARGS)

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 
 from gguf_tools.bundle import BundlePlan
 from gguf_tools.bundle import bundle as write_bundle
+from gguf_tools.calibrate_cli import calibrate, reorder
 from gguf_tools.convert_cli import command as convert
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.format import ACTIVATIONS, Activation
@@ -38,6 +39,8 @@ app = typer.Typer(
 )
 
 app.command("convert")(convert)
+app.command("calibrate")(calibrate)
+app.command("reorder")(reorder)
 
 Input = Annotated[Path, typer.Argument(help="A GGUF file, or the first shard of a model.", metavar="IN")]
 Output = Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT")]

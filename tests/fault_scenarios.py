@@ -1,6 +1,8 @@
 """What happens when reads fail. Each scenario runs in a process of its own, started by test_faults.py:
 
-python fault_scenarios.py SCENARIO MODEL.gguf IO_ENGINE
+python fault_scenarios.py SCENARIO MODEL.gguf IO_ENGINE [PREDICTOR]
+
+PREDICTOR: the model holds neuron bundles, whose active neurons are found so.
 """
 
 from __future__ import annotations
@@ -16,17 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import LEAST, QUARTER, Logits, assert_same_logits, logits_of, open_flash, tokens
+from engines import LEAST, QUARTER, Logits, Model, assert_same_logits, logits_of, open_flash, tokens
+from neurons import open_neurons
 
 from llama_flash import FlashReadError
 
 PROMPT, DECODED = tokens(70, seed=1), tokens(6, seed=2)
 N = len(PROMPT) + len(DECODED)
 EIO, EINTR, SHORT, END_OF_FILE, EIO_SLOWLY = 1, 2, 3, 4, 5  # as in faults.c
+PREDICTOR = sys.argv[4] if len(sys.argv) > 4 else None
+
+
+def opened(path: Path, share: float, io_engine: str) -> Model:
+    if PREDICTOR is None:
+        return open_flash(path, share=share, io_engine=io_engine)
+    return open_neurons(path, predictor=PREDICTOR, share=share, io_engine=io_engine)
 
 
 def truncated_file_raises_and_the_next_call_works_once_it_is_whole(path: Path, io_engine: str) -> None:
-    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+    with opened(path, LEAST, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
         with hidden_tail(path) as size:
             error = failing(llm)
@@ -39,7 +49,7 @@ def truncated_file_raises_and_the_next_call_works_once_it_is_whole(path: Path, i
 
 
 def changed_file_raises(path: Path, io_engine: str) -> None:
-    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+    with opened(path, LEAST, io_engine) as llm:
         logits_of(llm, PROMPT, DECODED)
         with path.open("r+b") as file:
             file.seek(-1, os.SEEK_END)
@@ -53,7 +63,7 @@ def changed_file_raises(path: Path, io_engine: str) -> None:
 
 def replaced_file_does_not_disturb_a_loaded_model(path: Path, io_engine: str) -> None:
     """The open file is still the old one, as with any program."""
-    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+    with opened(path, LEAST, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
         other = path.with_suffix(".new")
         other.write_bytes(b"not a model")
@@ -62,7 +72,7 @@ def replaced_file_does_not_disturb_a_loaded_model(path: Path, io_engine: str) ->
 
 
 def eio_raises_and_the_next_call_works(path: Path, io_engine: str) -> None:
-    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+    with opened(path, LEAST, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
         for n_reads in (1, 3, 1 << 30):
             with faults(EIO, n_reads):
@@ -75,7 +85,7 @@ def eio_raises_and_the_next_call_works(path: Path, io_engine: str) -> None:
 
 def errors_of_a_failed_call_do_not_meet_the_next(path: Path, io_engine: str) -> None:
     """Reads that were under way when the decode stopped fail later, and are that call's."""
-    with open_flash(path, share=QUARTER, io_engine=io_engine) as llm:
+    with opened(path, QUARTER, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
         with faults(EIO_SLOWLY, 1 << 30):
             failing(llm)
@@ -83,7 +93,7 @@ def errors_of_a_failed_call_do_not_meet_the_next(path: Path, io_engine: str) -> 
 
 
 def eio_while_decoding_raises(path: Path, io_engine: str) -> None:
-    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+    with opened(path, LEAST, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
         llm.reset()
         llm.eval(PROMPT)
@@ -99,8 +109,31 @@ def eio_while_decoding_raises(path: Path, io_engine: str) -> None:
         assert_same_logits(np.array(llm.scores[:N]), expected, N)
 
 
+def eio_in_any_read_of_a_token_is_forgotten_by_the_next(path: Path, io_engine: str) -> None:
+    """Reads for later layers, too, which nobody waits for when they fail."""
+    with opened(path, QUARTER, io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED * 4)
+        failed = 0
+        for skip in (0, 3, 17):  # reads of the prompt
+            with faults(EIO, 1, skip):
+                failing(llm)
+        llm.reset()
+        llm.eval(PROMPT)
+        for k, token in enumerate(DECODED * 4):
+            with faults(EIO, 1 + k % 3, k % 13):
+                try:
+                    llm.eval([token])
+                except FlashReadError:
+                    failed += 1
+                else:
+                    continue
+            llm.eval([token])
+        assert failed > 3
+        assert_same_logits(np.array(llm.scores[: llm.n_tokens]), expected, len(PROMPT) + 4 * len(DECODED))
+
+
 def eintr_and_short_reads_are_continued(path: Path, io_engine: str) -> None:
-    with open_flash(path, share=QUARTER, io_engine=io_engine) as llm:
+    with opened(path, QUARTER, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
         for what in (EINTR, SHORT):
             before = llm.flash.stats().total.retries
@@ -110,7 +143,7 @@ def eintr_and_short_reads_are_continued(path: Path, io_engine: str) -> None:
 
 
 def end_of_file_where_there_should_be_bytes_raises(path: Path, io_engine: str) -> None:
-    with open_flash(path, share=LEAST, io_engine=io_engine) as llm:
+    with opened(path, LEAST, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
         with faults(END_OF_FILE, 1 << 30):
             error = failing(llm)
@@ -122,8 +155,8 @@ def failure_in_one_model_leaves_the_other_alone(path: Path, io_engine: str) -> N
     other_path = path.with_name("other.gguf")
     other_path.write_bytes(path.read_bytes())
     with (
-        open_flash(path, share=LEAST, io_engine=io_engine) as llm,
-        open_flash(other_path, share=LEAST, io_engine=io_engine) as other,
+        opened(path, LEAST, io_engine) as llm,
+        opened(other_path, LEAST, io_engine) as other,
     ):
         expected = logits_of(llm, PROMPT, DECODED)
         with hidden_tail(path):
@@ -158,13 +191,14 @@ def hidden_tail(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def faults(what: int, n_reads: int) -> Iterator[None]:
+def faults(what: int, n_reads: int, skip: int = 0) -> Iterator[None]:
     with Path(os.environ["FAULTS"]).open("r+b") as file, mmap.mmap(file.fileno(), 4096) as control:
-        control[:8] = struct.pack("ii", what, n_reads)
+        control[4:12] = struct.pack("ii", n_reads, skip)
+        control[:4] = struct.pack("i", what)
         try:
             yield
         finally:
-            control[:8] = struct.pack("ii", 0, 0)
+            control[:12] = bytes(12)
 
 
 if __name__ == "__main__":

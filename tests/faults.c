@@ -1,4 +1,5 @@
-// LD_PRELOAD shim: makes reads of *.gguf fail on demand. $FAULTS names a file of two int32: what to do, and how often.
+// LD_PRELOAD shim: makes reads of *.gguf fail on demand. $FAULTS names a file of int32: what to do, how often, and
+// after how many reads.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -17,6 +18,7 @@ enum { NONE, FAIL_EIO, FAIL_EINTR, SHORT, END_OF_FILE, FAIL_EIO_SLOWLY };
 struct control {
     _Atomic int32_t what;
     _Atomic int32_t left; // reads still to be disturbed
+    _Atomic int32_t skip; // reads that are left alone before
 };
 
 static struct control * control(void) {
@@ -43,6 +45,9 @@ static int is_model(int fd) {
 static ssize_t disturbed(ssize_t (*real)(int, void *, size_t, off_t), int fd, void * buf, size_t size, off_t offset) {
     struct control * c = control();
     if (c->what == NONE || !is_model(fd)) {
+        return real(fd, buf, size, offset);
+    }
+    if (atomic_load(&c->skip) > 0 && atomic_fetch_sub(&c->skip, 1) > 0) {
         return real(fd, buf, size, offset);
     }
     const int32_t left = atomic_fetch_sub(&c->left, 1);

@@ -15,6 +15,8 @@ from gguf import GGUFValueType as V
 from gguf_tools.bundle import bundle
 from gguf_tools.source import KeyValue, open_gguf
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
+from gguf_tools.synthetic import tiny, write
+from gguf_tools.synthetic.types import everything
 from llama_flash import FlashOffload, _bindings
 
 Floats = npt.NDArray[np.float32]
@@ -92,3 +94,26 @@ def rewritten(path: Path, out: Path, change: Callable[[dict[str, KeyValue]], Map
     source = open_gguf(path)
     write_gguf(out, change(dict(source.values)), [copied(t) for t in source.tensors.values()], force=True)
     return out
+
+
+def write_model(folder: Path, form: str, kind: str, activation: str | None = None) -> Path:
+    """A tiny model, all of it of one type, with the activation as its key says."""
+    path = folder / f"neurons-{form}-{kind}-{activation}.gguf"
+    if not path.exists():
+        model = tiny(form, kind)
+        plain = path.with_suffix(".plain")
+        write(type(model)(model.shape, everything(kind), model.seed), plain)
+        values = {} if activation is None else {f"{form}.feed_forward_activation": KeyValue(activation, V.STRING)}
+        if activation == "fatrelu":
+            values[f"{form}.feed_forward_activation_threshold"] = KeyValue(0.3, V.FLOAT32)
+        rewritten(plain, path, lambda old: {**old, **values})
+        plain.unlink()
+    return path
+
+
+def some_active(layer: int, n_embd: int, n_ff: int) -> Any:
+    """About a third of the neurons, depending on the input."""
+    rng = np.random.default_rng(layer)
+    a = rng.standard_normal((32, n_embd)).astype(np.float32) / np.float32(n_embd**0.5)
+    b = rng.standard_normal((n_ff, 32)).astype(np.float32) / np.float32(32**0.5)
+    return a, b, np.full(n_ff, -0.4, np.float32)

@@ -1,9 +1,12 @@
-"""Compiles the plugin's parts that need no engine (slots, ring, reader) for tests of their own."""
+"""Compiles tests of the plugin's parts: of those that need no engine (slots, ring, reader), or of all with it."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
@@ -30,3 +33,21 @@ def uring_flags(folder: Path) -> list[str]:
     command = [*COMPILER, str(probe), "-o", str(folder / "probe"), "-luring"]
     found = subprocess.run(command, capture_output=True, check=False).returncode == 0
     return ["-DLLAMA_FLASH_HAVE_URING", "-luring"] if found else []
+
+
+def built_plugin() -> list[str]:
+    """Arguments that compile and link against what `make build` has left; none if nothing was built here."""
+    build = PLUGIN.parent / "build/cmake"
+    commands = build / "compile_commands.json"
+    if not commands.exists():
+        return []
+    ours = [c for c in json.loads(commands.read_text()) if Path(c["file"]).parent == PLUGIN / "src"]
+    objects = [str(Path(c["directory"], c["output"])) for c in ours]
+    if not objects or not all(Path(o).exists() for o in objects):
+        return []
+    words = shlex.split(ours[0]["command"])
+    pairs = [(a, b) for a, b in pairwise(words) if a == "-isystem"]
+    flags = [word for pair in pairs for word in pair]
+    flags += [word for word in words if word.startswith(("-D", "-I", "-m"))]
+    libraries = ["-lllama", "-lggml", "-lggml-cpu", "-lggml-base"]
+    return [*flags, *objects, f"-L{build / 'bin'}", *libraries, f"-Wl,-rpath,{build / 'bin'}"]

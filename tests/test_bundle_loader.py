@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engines import open_resident
+from llama_cpp._internals import LlamaModel
+from llama_cpp._logger import set_verbose
 from numpy_models import TinyModel, activation, array_of, write_gguf
 
 MODEL = TinyModel("llama", activation("reglu", gated=True), keys={"feed_forward_activation": "reglu"})
@@ -59,12 +61,15 @@ def bundled(tmp_path: Path) -> Path:
     return write(tmp_path / "bundled.gguf", flash_keys(), flash_tensors())
 
 
-@pytest.mark.parametrize("options", [{}, {"use_mmap": False}, {"use_direct_io": True}], ids=str)
-def test_without_flash_offload_the_file_is_refused(
-    options: dict[str, Any], bundled: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("mode", ["NONE", "MMAP", "DIRECT_IO"])
+def test_without_a_hook_the_engine_refuses_the_file(
+    mode: str, bundled: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    set_verbose(True)
+    params = llama_cpp.llama_model_default_params()
+    params.load_mode = getattr(llama_cpp, f"LLAMA_LOAD_MODE_{mode}")
     with pytest.raises(ValueError):
-        open_resident(bundled, verbose=True, **options)
+        LlamaModel(path_model=str(bundled), params=params, verbose=True)
     assert (
         "the file holds neuron bundles: load it with flash_offload=True, or convert it back with "
         "`python -m gguf_tools unbundle`" in capfd.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ModelFile
+from neurons import bundled
+from test_neurons import write_model
 
 import llama_flash
 
@@ -63,6 +66,8 @@ def test_cap_reports_an_oom_kill() -> None:
         (("cap", "64MiB", "--", "no-such-command"), "no-such-command"),
         (("run", "/no/model.gguf", "-p", "x"), "/no/model.gguf"),
         (("run", sys.executable, "-p", "x"), "not a GGUF file"),
+        (("run", "--predictor", "guess"), "predictor: 'guess' is not one of 'auto', 'exact', 'lowrank', 'off'"),
+        (("run", "--window", "-1"), "window: -1 is not a whole number"),
     ],
 )
 def test_mistakes_are_one_line_without_traceback(arguments: tuple[str, ...], said: str) -> None:
@@ -101,6 +106,38 @@ def test_run_names_the_smallest_budget_where_the_cap_is_too_small(model: Path) -
     assert result.returncode == 1
     assert "smallest that works" in result.stderr
     assert "0 OOM kills" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def bundles(model_folder: Path) -> Path:
+    return bundled(write_model(model_folder, "arcee", "Q8_0"))
+
+
+def test_run_shows_how_many_neurons_were_active(bundles: Path) -> None:
+    result = flash("run", bundles, "-p", "hello", "-n", 8, "--predictor", "exact", "--window", 4)
+    assert result.returncode == 0, result.stderr
+    assert "predictor exact" in result.stderr
+    assert re.search(r"neurons per token .* \d+ \(\d+\.\d%\)", result.stderr)
+    assert "hit rate" in result.stderr
+
+
+def test_the_predictor_is_passed_on_under_a_cap(bundles: Path) -> None:
+    capped, free = (
+        json.loads(flash("run", bundles, "-n", 8, "--json", "--predictor", "off", "--window", 2, *cap).stdout)
+        for cap in (("--cap", "50%"), ())
+    )
+    assert capped["text"] == free["text"] != ""
+    assert capped["flash"]["predictor"] == free["flash"]["predictor"] == "off"
+    assert capped["cap"]["oom_kills"] == 0
+    n_neurons = capped["flash"]["n_neurons"]
+    assert n_neurons > 0 == capped["flash"]["decode"]["neurons_per_token"], "whole layers: none is chosen"
+
+
+def test_lowrank_without_predictors_is_one_line(bundles: Path) -> None:
+    result = flash("run", bundles, "--predictor", "lowrank")
+    assert result.returncode == 1
+    assert "python -m gguf_tools calibrate" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_ctrl_c_ends_a_run_cleanly_with_its_statistics(model: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ModelFile
 from engines import IO_ENGINES
+from neurons import bundled, some_active, with_predictors, write_model
 
 from gguf_tools.synthetic import tiny, write
 
@@ -28,9 +29,19 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def run_scenario(name: str, model: Path, io_engine: str, **environment: str) -> None:
+DISTURBED = [
+    "eio_raises_and_the_next_call_works",
+    "errors_of_a_failed_call_do_not_meet_the_next",
+    "eio_in_any_read_of_a_token_is_forgotten_by_the_next",
+    pytest.param("eio_while_decoding_raises", marks=pytest.mark.sanitize),
+    pytest.param("eintr_and_short_reads_are_continued", marks=pytest.mark.sanitize),
+    "end_of_file_where_there_should_be_bytes_raises",
+]
+
+
+def run_scenario(name: str, model: Path, *arguments: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(_SCENARIOS), name, str(model), io_engine],
+        [sys.executable, str(_SCENARIOS), name, str(model), *arguments],
         env=os.environ | environment,
         timeout=_TIMEOUT,
         capture_output=True,
@@ -44,6 +55,15 @@ def run_scenario(name: str, model: Path, io_engine: str, **environment: str) -> 
 def model(request: pytest.FixtureRequest, tmp_path: Path, model_file: ModelFile) -> Path:
     path = tmp_path / "model.gguf"  # a copy: the scenarios damage it
     return Path(shutil.copy(model_file(request.param, "Q4_0"), path))
+
+
+@pytest.fixture
+def bundles(tmp_path: Path, model_folder: Path) -> Path:
+    """A model of neuron bundles with predictors."""
+    source = model_folder / "faults-bundles.gguf"
+    if not source.exists():
+        with_predictors(bundled(write_model(model_folder, "llama", "F32", "reglu")), source, some_active)
+    return Path(shutil.copy(source, tmp_path / "model.gguf"))
 
 
 @pytest.mark.parametrize("io_engine", IO_ENGINES)
@@ -60,22 +80,31 @@ def test_file_on_disk(scenario: str, io_engine: str, model: Path) -> None:
     run_scenario(scenario, model, io_engine)
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        "eio_raises_and_the_next_call_works",
-        "errors_of_a_failed_call_do_not_meet_the_next",
-        pytest.param("eio_while_decoding_raises", marks=pytest.mark.sanitize),
-        pytest.param("eintr_and_short_reads_are_continued", marks=pytest.mark.sanitize),
-        "end_of_file_where_there_should_be_bytes_raises",
-    ],
-)
+@pytest.mark.parametrize("scenario", DISTURBED)
 def test_disturbed_reads(scenario: str, model: Path, shim: Path, tmp_path: Path) -> None:
+    run_disturbed(scenario, model, shim, tmp_path)
+
+
+@pytest.mark.parametrize("predictor", ["exact", "lowrank", "off"])
+@pytest.mark.parametrize("scenario", DISTURBED)
+def test_disturbed_reads_of_neurons(scenario: str, predictor: str, bundles: Path, shim: Path, tmp_path: Path) -> None:
+    run_disturbed(scenario, bundles, shim, tmp_path, predictor)
+
+
+@pytest.mark.parametrize("predictor", ["exact", "lowrank", "off"])
+@pytest.mark.parametrize(
+    "scenario", ["truncated_file_raises_and_the_next_call_works_once_it_is_whole", "changed_file_raises"]
+)
+def test_file_of_neurons_on_disk(scenario: str, predictor: str, bundles: Path) -> None:
+    run_scenario(scenario, bundles, "auto", predictor)
+
+
+def run_disturbed(scenario: str, model: Path, shim: Path, tmp_path: Path, *predictor: str) -> None:
     control = tmp_path / "control"
     control.write_bytes(bytes(4096))
     # a sanitizer's runtime must stay the first
     preload = " ".join([*os.environ.get("LD_PRELOAD", "").split(), str(shim)])
-    run_scenario(scenario, model, "pread", LD_PRELOAD=preload, FAULTS=str(control))
+    run_scenario(scenario, model, "pread", *predictor, LD_PRELOAD=preload, FAULTS=str(control))
 
 
 def test_a_missing_shard_is_an_error_at_load(tmp_path: Path) -> None:

@@ -8,32 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import IO_ENGINES, Logits, logits_of, open_resident, tokens
-from gguf import GGUFValueType as V
-from neurons import bundled, give_neurons, open_neurons, rewritten, slots_of, with_predictors
+from neurons import bundled, give_neurons, open_neurons, slots_of, some_active, with_predictors, write_model
 
 from gguf_tools.format import Activation
-from gguf_tools.source import KeyValue
-from gguf_tools.synthetic import tiny, write
-from gguf_tools.synthetic.types import everything
 from gguf_tools.unbundle import unbundle
 from llama_flash import FlashFormatError
 
 PROMPT, DECODED = tokens(70, seed=1), tokens(24, seed=2)
-
-
-def write_model(folder: Path, form: str, kind: str, activation: str | None = None) -> Path:
-    """A tiny model, all of it of one type, with the activation as its key says."""
-    path = folder / f"neurons-{form}-{kind}-{activation}.gguf"
-    if not path.exists():
-        model = tiny(form, kind)
-        plain = path.with_suffix(".plain")
-        write(type(model)(model.shape, everything(kind), model.seed), plain)
-        values = {} if activation is None else {f"{form}.feed_forward_activation": KeyValue(activation, V.STRING)}
-        if activation == "fatrelu":
-            values[f"{form}.feed_forward_activation_threshold"] = KeyValue(0.3, V.FLOAT32)
-        rewritten(plain, path, lambda old: {**old, **values})
-        plain.unlink()
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +76,6 @@ def test_quantised_bundles_are_close_to_their_resident_twin(form: str, kind: str
 
 def everything_active(layer: int, n_embd: int, n_ff: int) -> Any:
     return np.zeros((32, n_embd), np.float32), np.zeros((n_ff, 32), np.float32), np.ones(n_ff, np.float32)
-
-
-def some_active(layer: int, n_embd: int, n_ff: int) -> Any:
-    """About a third of the neurons, depending on the input."""
-    rng = np.random.default_rng(layer)
-    a = rng.standard_normal((32, n_embd)).astype(np.float32) / np.float32(n_embd**0.5)
-    b = rng.standard_normal((n_ff, 32)).astype(np.float32) / np.float32(32**0.5)
-    return a, b, np.full(n_ff, -0.4, np.float32)
 
 
 @pytest.mark.parametrize("form", ["ungated", "gated"])
@@ -170,7 +143,9 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", OTHERWISE)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.sanitize) if how == "few slots" else how for how in OTHERWISE]
+)
 @pytest.mark.parametrize("predictor", ["exact", "lowrank", "off"])
 @pytest.mark.parametrize("form", ["predicted", "predicted_ungated"])
 def test_bits_do_not_depend_on_memory_window_threads_or_reads(
@@ -180,6 +155,38 @@ def test_bits_do_not_depend_on_memory_window_threads_or_reads(
     expected = _REFERENCES.setdefault((path, predictor), reference(path, predictor))
     with open_neurons(path, predictor=predictor, **OTHERWISE[how]) as llm:
         actual = logits_of(llm, PROMPT, DECODED)
+    assert np.array_equal(actual.view(np.uint32), expected.view(np.uint32))
+
+
+# 16 tokens are decoded, 17 are a prompt
+@pytest.mark.parametrize("n_ubatch", [1, 5, 16, pytest.param(17, marks=pytest.mark.sanitize)])
+@pytest.mark.parametrize("predictor", ["exact", "lowrank", "off"])
+def test_bits_of_small_batches_do_not_depend_on_memory_or_threads(
+    predictor: str, n_ubatch: int, predicted: Path
+) -> None:
+    logits = []
+    for share, n_threads in ((2.0, 2), (0.05, 3)):
+        with open_neurons(
+            predicted, predictor=predictor, share=share, n_ubatch=n_ubatch, n_batch=64, n_threads=n_threads
+        ) as llm:
+            llm.eval(tokens(17, seed=7))
+            llm.eval(tokens(16, seed=8))
+            llm.eval(tokens(33, seed=9))
+            logits.append(np.array(llm.scores[: llm.n_tokens]))
+    assert np.isfinite(logits[0]).all()
+    assert np.array_equal(logits[0].view(np.uint32), logits[1].view(np.uint32))
+
+
+@pytest.mark.parametrize("predictor", ["exact", "lowrank", "off"])
+def test_memory_may_change_between_tokens(predictor: str, predicted: Path) -> None:
+    """What was read ahead for the next layer is still under way then."""
+    expected = _REFERENCES.setdefault((predicted, predictor), reference(predicted, predictor))
+    with open_neurons(predicted, predictor=predictor, share=0.3) as llm:
+        llm.eval(PROMPT)
+        for k, token in enumerate(DECODED):
+            give_neurons(llm, (0.0, 0.6, 2.0)[k % 3])
+            llm.eval([token])
+        actual = np.array(llm.scores[: llm.n_tokens])
     assert np.array_equal(actual.view(np.uint32), expected.view(np.uint32))
 
 

@@ -110,6 +110,15 @@ def test_bad_budgets_are_refused_when_they_are_written(bad: object) -> None:
     "option",
     [
         {"what": "neurons"},
+        {"predictor": "guess"},
+        {"predictor": None},
+        {"window": -1},
+        {"window": True},
+        {"window": 2.5},
+        {"window": "5"},
+        {"window": 1 << 21},
+        {"lookahead": "yes"},
+        {"lookahead": None},
         {"io_engine": "aio"},
         {"io_depth": 0},
         {"io_depth": True},
@@ -123,6 +132,14 @@ def test_bad_budgets_are_refused_when_they_are_written(bad: object) -> None:
 def test_bad_values_name_the_option(option: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
         FlashOffload(**option)  # type: ignore[arg-type]
+
+
+def test_neurons_are_found_and_kept_as_there_is_room_unless_told_otherwise() -> None:
+    assert (FlashOffload().predictor, FlashOffload().window, FlashOffload().lookahead) == ("auto", None, True)
+    for predictor in ("auto", "exact", "lowrank", "off"):
+        for window in (None, 0, 5, 1 << 20):
+            options = FlashOffload.coerce({"predictor": predictor, "window": window, "lookahead": False})
+            assert options == FlashOffload(predictor=predictor, window=window, lookahead=False)  # type: ignore[arg-type]
 
 
 def test_options_are_frozen_and_pickle() -> None:

@@ -36,6 +36,7 @@ class Spec:
     max_seconds: float = 30.0  # for the warm-up, and again for the measurement
     min_tokens: int = 8
     prompt: str = ""  # work "generate"
+    stream: str = ""  # work "decode": file with the tokens to decode, a JSON list; empty: random ones
     flash: dict[str, Any] = field(default_factory=dict)  # options of FlashOffload
 
 
@@ -90,9 +91,12 @@ def _without_repacking() -> None:
 
 
 def _decode(llm: Any, spec: Spec) -> dict[str, Any]:
-    """Decodes a fixed stream of random tokens: the same in all modes, and no loops as sampling has."""
+    """Decodes a fixed stream of tokens, random ones by default: the same in all modes, and no loops as sampling has."""
     n_tokens = min(16 + spec.warm_up + spec.tokens, spec.n_ctx)
-    stream = np.random.default_rng(1).integers(0, llm.n_vocab(), n_tokens).tolist()
+    if spec.stream:
+        stream = json.loads(Path(spec.stream).read_text())[:n_tokens]
+    else:
+        stream = np.random.default_rng(1).integers(0, llm.n_vocab(), n_tokens).tolist()
     llm.eval(stream[:16])
     warm = _timed_tokens(llm, stream[16 : 16 + spec.warm_up], spec)
     before = _counters(llm, spec)

@@ -1,7 +1,8 @@
 """The trained models, in exactly the arithmetic that llama.cpp runs for their architecture.
 
 A form is a `ModelConfig` and the feed-forward block that it names; everything else is shared.
-Sources: llama.cpp src/models/arcee.cpp, src/models/qwen3moe.cpp, build_moe_ffn in src/llama-graph.cpp.
+Sources: llama.cpp src/models/arcee.cpp, src/models/qwen3moe.cpp, build_moe_ffn in src/llama-graph.cpp; for OPT, which
+llama.cpp does not have, Hugging Face's transformers models/opt/modeling_opt.py with do_layer_norm_before.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Form = Literal["arcee", "moe"]
+Form = Literal["arcee", "moe", "opt"]
 RopePairs = Literal["neighbours", "halves"]  # ggml's NORM and NEOX
+
+POSITION_OFFSET = 2  # OPT: position p has row p + 2 of its table
+EMBEDDING_STD = 0.3  # where it is also the output matrix: the products that make the logits start small, ...
+OUTPUT_NORM_START = 0.07  # ... and the rows not so small that what the blocks add drowns them
+LOOK_BACK_SCALE = 1.25  # most of a head's attention on its token, and a gradient left
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     form: Form
     architecture: str  # llama.cpp's name
-    rope_pairs: RopePairs
+    rope_pairs: RopePairs | None  # None: learned positions
     n_embd: int
     n_layer: int
     n_head: int
@@ -31,6 +37,8 @@ class ModelConfig:
     n_expert: int = 0
     n_expert_used: int = 0
     qk_norm: bool = False
+    biases: bool = False  # in every linear map, and LayerNorm instead of RMSNorm
+    tied: bool = False  # the output matrix is the embedding's
     n_vocab: int = 4096
     n_ctx: int = 1024
     rope_base: float = 10_000.0
@@ -58,6 +66,17 @@ FORMS: dict[Form, ModelConfig] = {
         qk_norm=True,
         norm_eps=1e-6,
     ),
+    "opt": ModelConfig(
+        form="opt",
+        architecture="opt",
+        rope_pairs=None,
+        n_embd=256,
+        n_layer=6,
+        n_head=4,
+        n_ff=3072,
+        biases=True,
+        tied=True,
+    ),
 }
 
 
@@ -71,17 +90,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
 
 
-class Linear(nn.Module):
-    """y = x W^T, computed in x's type; the master weight stays in float32."""
+def make_norm(config: ModelConfig) -> nn.LayerNorm | RMSNorm:
+    """Of the residual stream, which is float32."""
+    if config.biases:
+        return nn.LayerNorm(config.n_embd, config.norm_eps)
+    return RMSNorm(config.n_embd, config.norm_eps)
 
-    def __init__(self, n_in: int, n_out: int, zero: bool = False) -> None:
+
+class Linear(nn.Module):
+    """y = x W^T + b, computed in x's type; the master weights stay in float32."""
+
+    def __init__(self, n_in: int, n_out: int, zero: bool = False, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n_out, n_in))
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         if not zero:
             nn.init.normal_(self.weight, std=1 / math.sqrt(n_in))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -89,6 +116,17 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
     angles = torch.outer(torch.arange(config.n_ctx, dtype=torch.float64), frequencies)
     return angles.cos().float(), angles.sin().float()
+
+
+def position_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per token, [n_embd / 2], falling from pi."""
+    return math.pi * config.rope_base ** -torch.arange(0, 1, 2 / config.n_embd)
+
+
+def sinusoids(config: ModelConfig) -> Tensor:
+    """[n_ctx + offset, n_embd]: where the learned table of positions starts."""
+    angles = torch.outer(torch.arange(config.n_ctx + POSITION_OFFSET), position_frequencies(config))
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, pairs: RopePairs) -> Tensor:
@@ -104,12 +142,31 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.q = Linear(config.n_embd, config.n_embd)
-        self.k = Linear(config.n_embd, config.n_embd)
-        self.v = Linear(config.n_embd, config.n_embd)
-        self.output = Linear(config.n_embd, config.n_embd, zero=True)
+        self.q = Linear(config.n_embd, config.n_embd, bias=config.biases)
+        self.k = Linear(config.n_embd, config.n_embd, bias=config.biases)
+        self.v = Linear(config.n_embd, config.n_embd, bias=config.biases)
+        self.output = Linear(config.n_embd, config.n_embd, zero=True, bias=config.biases)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    @torch.no_grad()
+    def look_back(self) -> None:
+        """Let head h start with its query on the token h + 1 before, by the high frequencies of `sinusoids`.
+
+        Rotary positions give this for nothing; from a table, one pass over a small text is short to learn it.
+        """
+        config, n = self.config, self.config.head_dim // 2
+        frequencies = position_frequencies(config)[:n]
+        rows = torch.eye(config.n_embd // 2)[:n]  # the n highest frequencies out of the sines, or out of the cosines
+        zeros = torch.zeros_like(rows)
+        sines, cosines = torch.cat((rows, zeros), dim=1), torch.cat((zeros, rows), dim=1)
+        queries, keys = [], []
+        for head in range(config.n_head):
+            cos, sin = (f((head + 1) * frequencies)[:, None] for f in (torch.cos, torch.sin))
+            queries += [sines * cos - cosines * sin, cosines * cos + sines * sin]
+            keys += [sines, cosines]
+        self.q.weight.copy_(LOOK_BACK_SCALE * torch.cat(queries))
+        self.k.weight.copy_(LOOK_BACK_SCALE * torch.cat(keys))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, time, n_embd = x.shape
@@ -117,7 +174,8 @@ class Attention(nn.Module):
         q, k, v = (linear(x).view(batch, time, n_head, head_dim) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(x.dtype), self.k_norm(k).to(x.dtype)
-        q, k = (apply_rope(t, cos, sin, self.config.rope_pairs).to(x.dtype) for t in (q, k))
+        if self.config.rope_pairs is not None:
+            q, k = (apply_rope(t, cos, sin, self.config.rope_pairs).to(x.dtype) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if x.is_cuda:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -130,20 +188,37 @@ class Attention(nn.Module):
         return cast(Tensor, self.output(y.transpose(1, 2).reshape(batch, time, n_embd)))
 
 
-class SquaredReluFeedForward(nn.Module):
-    """down(relu(up(x))^2): llama.cpp's LLM_FFN_RELU_SQR without a gate."""
+class ReluFeedForward(nn.Module):
+    """down(relu(up(x)))"""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = Linear(config.n_embd, config.n_ff)
-        self.down = Linear(config.n_ff, config.n_embd, zero=True)
-        self.active: Tensor | None = None  # [batch, time, n_ff], of the last forward pass outside training
+        self.up = Linear(config.n_embd, config.n_ff, bias=config.biases)
+        self.down = Linear(config.n_ff, config.n_embd, zero=True, bias=config.biases)
+        self.rectified: Tensor | None = None  # [batch, time, n_ff], relu(up(x)) of the last forward pass
+
+    def activate(self, rectified: Tensor) -> Tensor:
+        return rectified
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        if not self.training:
-            self.active = hidden > 0
-        return cast(Tensor, self.down(F.relu(hidden).square()))
+        self.rectified = F.relu(self.up(x))
+        return cast(Tensor, self.down(self.activate(self.rectified)))
+
+    def sparsity_loss(self, target: float) -> Tensor:
+        """L1 over the (constant) root mean square, so that smaller activations gain nothing; times how far the share
+        of active neurons is above `target`, so that the push ends where the target is met. Of every fourth token."""
+        assert self.rectified is not None
+        sample = self.rectified[:, ::4].float()
+        constant = sample.detach()
+        share = (constant > 0).float().mean().item()
+        return max(0.0, share / target - 1) * sample.mean() / constant.square().mean().sqrt().clamp_min(1e-6)
+
+
+class SquaredReluFeedForward(ReluFeedForward):
+    """down(relu(up(x))^2): llama.cpp's LLM_FFN_RELU_SQR without a gate."""
+
+    def activate(self, rectified: Tensor) -> Tensor:
+        return rectified.square()
 
 
 class _Experts(torch.autograd.Function):
@@ -235,15 +310,16 @@ class MoeFeedForward(nn.Module):
 FEED_FORWARD: dict[Form, Callable[[ModelConfig], nn.Module]] = {
     "arcee": SquaredReluFeedForward,
     "moe": MoeFeedForward,
+    "opt": ReluFeedForward,
 }
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn_norm = make_norm(config)
         self.attn = Attention(config)
-        self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.ffn_norm = make_norm(config)
         self.ffn = FEED_FORWARD[config.form](config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,9 +337,20 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.token_embd = nn.Embedding(config.n_vocab, config.n_embd)
+        self.position_embd = None
+        if config.rope_pairs is None:
+            self.position_embd = nn.Embedding(config.n_ctx + POSITION_OFFSET, config.n_embd)
+            self.position_embd.weight.data.copy_(2 * EMBEDDING_STD * sinusoids(config))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.output_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.output = Linear(config.n_embd, config.n_vocab, zero=True)
+        if config.rope_pairs is None:
+            cast(Block, self.blocks[0]).attn.look_back()
+        self.output_norm = make_norm(config)
+        self.output = None
+        if config.tied:
+            nn.init.normal_(self.token_embd.weight, std=EMBEDDING_STD)
+            nn.init.constant_(self.output_norm.weight, OUTPUT_NORM_START)
+        else:
+            self.output = Linear(config.n_embd, config.n_vocab, zero=True)
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -272,15 +359,29 @@ class LanguageModel(nn.Module):
         time = tokens.shape[1]
         cos, sin = self.cos[:time, None], self.sin[:time, None]
         x = self.token_embd(tokens)
+        if self.position_embd is not None:
+            x = x + self.position_embd.weight[POSITION_OFFSET : POSITION_OFFSET + time]
         for block in self.blocks:
             x = block(x, cos, sin, dtype)
-        return cast(Tensor, self.output(self.output_norm(x).to(dtype)))
+        x = self.output_norm(x).to(dtype)
+        if self.output is None:
+            return F.linear(x, self.token_embd.weight.to(dtype))
+        return cast(Tensor, self.output(x))
 
     def balance_loss(self) -> Tensor | None:
         """Mean over the layers of the routers' load-balancing loss; None for a dense model."""
         losses = [m.balance_loss for m in self.modules() if isinstance(m, MoeFeedForward)]
         present = [loss for loss in losses if loss is not None]
         return torch.stack(present).mean() if present else None
+
+    def sparsity_loss(self, target: float) -> Tensor:
+        """Mean over the layers of the rectified neurons' sparsity loss, for `target` as the share of active ones."""
+        return torch.stack([m.sparsity_loss(target) for m in self.modules() if isinstance(m, ReluFeedForward)]).mean()
+
+    def active_shares(self) -> list[float]:
+        """Share of active neurons per layer in the last forward pass; empty for a mixture of experts."""
+        rectified = [m.rectified for m in self.modules() if isinstance(m, ReluFeedForward)]
+        return [(r > 0).float().mean().item() for r in rectified if r is not None]
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model import FORMS, LanguageModel, MoeFeedForward, SquaredReluFeedForward
+from model import FORMS, LanguageModel, MoeFeedForward, ReluFeedForward
 
 FloatArray = npt.NDArray[np.float32]
 ExpertArray = npt.NDArray[np.int64]
@@ -62,8 +62,8 @@ class ReferenceModel:
         self.n_tokens += len(tokens) - first
         for layer, block in enumerate(self.model.blocks):
             ffn = block.ffn
-            if isinstance(ffn, SquaredReluFeedForward) and ffn.active is not None:
-                self.active[layer] += ffn.active[0, first:].float().mean(-1).sum().item()
+            if isinstance(ffn, ReluFeedForward) and ffn.rectified is not None:
+                self.active[layer] += (ffn.rectified[0, first:] > 0).float().mean(-1).sum().item()
             elif isinstance(ffn, MoeFeedForward) and ffn.chosen is not None:
                 self.choices[layer].append(ffn.chosen[first:].numpy())
         return logits

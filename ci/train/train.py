@@ -1,4 +1,4 @@
-"""Train one of the two small models on Python's standard library.
+"""Train one of the three small models on Python's standard library.
 
     python ci/train/train.py --form arcee --out DIR --seed 0 --steps 1000
 
@@ -39,13 +39,23 @@ class Recipe:
     decay_share: float = 0.15
     lr_matrices: float = 0.02
     lr_embedding: float = 0.02
+    lr_position: float = 0.001
     lr_output: float = 0.005
     lr_vectors: float = 0.005
     weight_decay: float = 0.05
     balance: float = 0.01  # weight of the routers' load-balancing loss
+    sparsity: float = 0.0  # weight of the rectified neurons' sparsity loss
+    active_share_start: float = 0.5  # what that loss asks for at first, and after `sparsity_steps`
+    active_share_end: float = 0.04
+    sparsity_steps: int = 300
 
 
-RECIPES: dict[Form, Recipe] = {"arcee": Recipe(batch=4096), "moe": Recipe(batch=8192)}
+RECIPES: dict[Form, Recipe] = {
+    "arcee": Recipe(batch=4096),
+    "moe": Recipe(batch=8192),
+    # Learned positions: those of the second half would hardly be trained by longer sequences at the end alone.
+    "opt": Recipe(batch=4096, n_ctx_start=1024, lr_embedding=0.015, sparsity=0.5),
+}
 
 PROBE_STEPS = 30
 VALIDATION_TOKENS = 16_384
@@ -73,17 +83,25 @@ def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
     return warmup * decay
 
 
+def active_share_target(step: int, recipe: Recipe) -> float:
+    """From start to end in equal ratios."""
+    done = min(1.0, step / recipe.sparsity_steps)
+    return float(recipe.active_share_start ** (1 - done) * recipe.active_share_end**done)
+
+
 def make_optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, Adam for embedding, output and vectors."""
     in_blocks = list(model.blocks.parameters())
     matrices = [p for p in in_blocks if p.ndim >= 2]
     vectors = [p for p in in_blocks if p.ndim < 2] + list(model.output_norm.parameters())
+    groups = [{"params": [model.token_embd.weight], "lr": recipe.lr_embedding}]
+    if model.position_embd is not None:
+        groups.append({"params": [model.position_embd.weight], "lr": recipe.lr_position})
+    if model.output is not None:
+        groups.append({"params": [model.output.weight], "lr": recipe.lr_output})
+    groups.append({"params": vectors, "lr": recipe.lr_vectors})
     adam = torch.optim.Adam(
-        [
-            {"params": [model.token_embd.weight], "lr": recipe.lr_embedding},
-            {"params": [model.output.weight], "lr": recipe.lr_output},
-            {"params": vectors, "lr": recipe.lr_vectors},
-        ],
+        groups,
         betas=(0.9, 0.95),
         eps=1e-10,
         fused=True,
@@ -127,6 +145,9 @@ class Trainer:
         loss = self.loss(tokens)
         balance = self.model.balance_loss()
         total = loss if balance is None else loss + self.recipe.balance * balance
+        if self.recipe.sparsity:
+            target = active_share_target(self.step, self.recipe)
+            total = total + self.recipe.sparsity * self.model.sparsity_loss(target)
         for parameter in self.model.parameters():
             parameter.grad = None
         total.backward()  # type: ignore[no-untyped-call]
@@ -204,6 +225,7 @@ class Trainer:
                 window.clear()
             if self.step % 200 == 0 or self.step == planned:
                 print(f"step {self.step} held-out sample {self.validate():.4f} bits per byte", flush=True)
+                print("active, percent: " + " ".join(f"{100 * s:.1f}" for s in self.model.active_shares()), flush=True)
             if now - last_saved > 120 or self.step == planned:
                 self.save(planned)
                 last_saved = now

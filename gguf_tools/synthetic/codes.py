@@ -15,8 +15,8 @@ from gguf_tools.source import Floats
 from gguf_tools.synthetic.weights import rng_for
 
 WIDTH = 64  # numbers in a code
-_STEP = 0.0125  # standard deviation of a step of the walk along each axis of the torus, whose circumference is 1
-_JUMP = 0.1  # share of the steps that go anywhere instead
+_STEP = 0.018  # standard deviation of a step of the walk along each axis of the torus, whose circumference is 1
+_JUMP = 0.2  # share of the steps that go anywhere instead
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ class Sparsity:
     power: float = 0.8  # a neuron's rate falls with its rank to this power
     hottest: float = 0.95  # highest rate of a neuron
     noise: float = 0.2  # standard deviation of the part that the predictor cannot know
-    margin: float = 1.9  # of the predictor, in units of the noise
-    together: float = 0.5  # share of a direction's variance that a group of neurons has in common
+    margin: float = 0.8  # of the predictor, in units of the noise: misses 5 % of what fires, 1 % of its mass
+    together: float = 0.9  # share of a direction's variance that a group of neurons has in common
 
     def __post_init__(self) -> None:
         if not (0 < self.first < self.hottest and 0 < self.last < self.hottest < 1):

@@ -7,7 +7,8 @@
 static constexpr double NEVER       = -std::numeric_limits<double>::infinity();
 static constexpr double SCALE_BEGIN = 16.0; // octaves below one use at the beginning, where bucket 0 is
 
-void slot_cache::configure(const std::vector<uint32_t> & slots_per_class, size_t n_records) {
+void slot_cache::configure(const std::vector<uint32_t> & slots_per_class, size_t n_records, double half_life) {
+    ageing = 1.0 / half_life;
     slots.clear();
     classes.clear();
     holding.clear();
@@ -28,7 +29,6 @@ void slot_cache::configure(const std::vector<uint32_t> & slots_per_class, size_t
 
 void slot_cache::use(uint32_t record, uint64_t now, uint32_t n_tokens, uint32_t count) {
     // the uses are taken as spread evenly over the tokens
-    const double ageing = 1.0 / HALF_LIFE;
     const double added  = (double) count / n_tokens * (1.0 - std::exp2(-ageing * n_tokens)) / (1.0 - std::exp2(-ageing));
     const double origin = ageing * (double) now;
     scores[record]      = origin + std::log2(std::exp2(scores[record] - origin) + added);

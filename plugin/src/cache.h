@@ -1,7 +1,7 @@
 // Which record is in which slot, and which one has to go: least frequently used with ageing, O(1). Knows neither ggml nor files
 // nor memory.
 //
-// A record's score is the number of its uses, each halved for every HALF_LIFE tokens since. Scores are kept for all records, in
+// A record's score is the number of its uses, each halved for every half-life (in tokens) since. Scores are kept for all records, in
 // slots or not. On the logarithmic scale on which all scores fall at the same rate, ageing is a moving origin: slots lie in
 // circular buckets by their score's logarithm, and the slot to give away is the oldest in the lowest bucket that is not empty.
 //
@@ -16,10 +16,12 @@
 class slot_cache {
   public:
     static constexpr int32_t NONE      = -1;
-    static constexpr double  HALF_LIFE = 34.0; // tokens; chosen on recorded traces, see docs/performance.md
+    // tokens; chosen on recorded traces, see docs/performance.md
+    static constexpr double  EXPERTS_HALF_LIFE = 34.0;
+    static constexpr double  NEURONS_HALF_LIFE = 4.0;
 
     // slots_per_class: slot numbers run through the classes in order; scores start at nothing
-    void configure(const std::vector<uint32_t> & slots_per_class, size_t n_records);
+    void configure(const std::vector<uint32_t> & slots_per_class, size_t n_records, double half_life = EXPERTS_HALF_LIFE);
 
     // `record` was used by `count` of `n_tokens` tokens, the last of which is token number `now` (tokens never run backwards
     // for one record). To be called before take() or hold().
@@ -91,4 +93,5 @@ class slot_cache {
     std::vector<double>           scores;  // by record: log2 of the score, plus the token number in half-lives
     std::vector<int32_t>          holding; // held slots
     uint32_t                      n_used = 0;
+    double                        ageing = 1.0 / EXPERTS_HALF_LIFE; // octaves per token
 };

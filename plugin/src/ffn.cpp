@@ -90,9 +90,14 @@ static const uint8_t * convert(const row_kernel & k, const float * src, size_t s
 }
 
 // Begin of an op on a part; a part that comes again begins a new evaluation. false: the op has failed (all threads).
-static bool begin(llama_flash_session & s, flash_bundle & b, ffn_part part, const ggml_compute_params * params) {
+static bool begin(llama_flash_session & s, flash_bundle & b, ffn_part part, const ggml_compute_params * params, int64_t n_tokens) {
     if (params->ith == 0) {
         s.begin_op(b.name);
+        if ((size_t) n_tokens > s.ffn.n_values.size() && s.memory.total > 0) { // of a context with a larger n_ubatch
+            s.memory.bookkeeping -= s.ffn.bytes(s.bundles, (uint32_t) s.ffn.n_values.size());
+            s.ffn.reserve(s.bundles, (uint32_t) n_tokens);
+            s.memory.bookkeeping += s.ffn.bytes(s.bundles, (uint32_t) n_tokens);
+        }
         s.ffn.has_read = false;
         s.ffn.picked.resize((size_t) params->nth);
         s.ffn.digests.assign((size_t) params->nth, 0);
@@ -308,7 +313,7 @@ static void sparse_rows(llama_flash_session & s, flash_bundle & b, ffn_part part
     ffn_work &          w        = s.ffn;
     const bool          leader   = params->ith == 0;
 
-    if (!begin(s, b, part, params)) {
+    if (!begin(s, b, part, params, n_tokens)) {
         return end(s, b, part, params);
     }
     const bool    choose = !b.chosen;
@@ -368,7 +373,7 @@ static void sparse_rows(llama_flash_session & s, flash_bundle & b, ffn_part part
 static void resident_rows(llama_flash_session & s, flash_bundle & b, ffn_part part, const ggml_compute_params * params, ggml_tensor * op, bool choose) {
     const bundle_part & p        = b.part(part);
     const int64_t       n_tokens = op->src[1]->ne[1];
-    if (!begin(s, b, part, params)) {
+    if (!begin(s, b, part, params, n_tokens)) {
         return end(s, b, part, params);
     }
     stock_mul_mat(p.kernel, params, op, p.resident, 0, b.n_ff);
@@ -407,7 +412,7 @@ static void sparse_sums(llama_flash_session & s, flash_bundle & b, const ggml_co
     const bundle_part & p        = b.part(ffn_part::down);
     ffn_work &          w        = s.ffn;
 
-    if (!begin(s, b, ffn_part::down, params)) {
+    if (!begin(s, b, ffn_part::down, params, n_tokens)) {
         return end(s, b, ffn_part::down, params);
     }
     pick(s, b, params, n_tokens, [&](int64_t t, uint32_t i) { return token(h, t)[i] != 0.0f; });
@@ -680,7 +685,7 @@ static bool passes_on(const llama_flash_session & s, const flash_bundle & b, int
 static void whole_rows(llama_flash_session & s, flash_bundle & b, ffn_part part, const ggml_compute_params * params, ggml_tensor * op) {
     const int64_t  n_tokens = op->src[1]->ne[1];
     const ffn_part twin     = part == ffn_part::gate ? ffn_part::up : ffn_part::gate;
-    if (!begin(s, b, part, params)) {
+    if (!begin(s, b, part, params, n_tokens)) {
         return end(s, b, part, params);
     }
     if (b.gated && (b.done & bit_of(twin)) && b.part(part).cached && b.part(twin).cached) { // computed with the first
@@ -694,12 +699,8 @@ static void whole_rows(llama_flash_session & s, flash_bundle & b, ffn_part part,
     }
     if (params->ith == 0) {
         note_prompt(s, b, n_tokens);
-        s.ffn.sums.resize(std::max(s.ffn.sums.size(), (size_t) n_tokens * b.n_embd)); // no-ops: reserved for n_ubatch
-        if (b.gated) {
-            s.ffn.other.resize(std::max(s.ffn.other.size(), (size_t) n_tokens * b.n_ff));
-        }
     }
-    ggml_barrier(params->threadpool);
+    ggml_barrier(params->threadpool); // all have read what begin() decided
 
     // the other part's op has not come: its output goes to ours
     ggml_tensor twin_op = *op;
@@ -732,7 +733,7 @@ static void whole_rows(llama_flash_session & s, flash_bundle & b, ffn_part part,
 static void whole_sums(llama_flash_session & s, flash_bundle & b, const ggml_compute_params * params, ggml_tensor * op) {
     const ggml_tensor * h        = op->src[1];
     const int64_t       n_tokens = h->ne[1];
-    if (!begin(s, b, ffn_part::down, params)) {
+    if (!begin(s, b, ffn_part::down, params, n_tokens)) {
         return end(s, b, ffn_part::down, params);
     }
     uint32_t first;
@@ -760,10 +761,6 @@ static void whole_sums(llama_flash_session & s, flash_bundle & b, const ggml_com
     }
     ggml_barrier(params->threadpool);
     if (!s.ffn.same) {
-        if (params->ith == 0) {
-            s.ffn.sums.resize(std::max(s.ffn.sums.size(), (size_t) n_tokens * b.n_embd));
-        }
-        ggml_barrier(params->threadpool);
         layer_pass pass;
         pass.n_tokens   = n_tokens;
         pass.sums       = s.ffn.sums.data();
@@ -785,7 +782,7 @@ void flash_ffn(llama_flash_session & s, flash_bundle & b, ffn_part part, const g
     const bool          whole = x->ne[1] > DECODE_TOKENS || mode == LLAMA_FLASH_NEURONS_OFF || (mode == LLAMA_FLASH_NEURONS_LOWRANK && b.predict.rank == 0);
 
     if (x->ne[2] != 1 || x->ne[3] != 1 || op->nb[1] != (size_t) op->ne[0] * sizeof(float) || x->nb[0] != sizeof(float)) {
-        if (begin(s, b, part, params) && params->ith == 0) {
+        if (begin(s, b, part, params, x->ne[1]) && params->ith == 0) {
             s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "the graph multiplies it with something that is not a row of tokens");
         }
         end(s, b, part, params);

@@ -42,7 +42,7 @@ struct ffn_work {
     std::vector<float>        sums;            // [tokens][n_embd]
     std::vector<uint32_t>     value_row;       // [tokens][FFN_RUN_ROWS]: rows with a value
     std::vector<float>        value;
-    std::vector<uint32_t>     n_values;        // [tokens]
+    std::vector<uint32_t>     n_values;        // [tokens], as many as there is room for
     std::vector<uint32_t>     uses;            // by row of the run: tokens that use it
     std::vector<uint64_t>     digests;         // by thread
 };

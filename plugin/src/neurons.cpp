@@ -7,7 +7,7 @@
 #include <functional>
 
 void neuron_store::configure(uint32_t n_neurons, uint32_t n_slots, size_t bytes, uint8_t * slot_memory, uint8_t * ring_memory, size_t ring_bytes) {
-    cache.configure({ n_slots }, n_neurons);
+    cache.configure({ n_slots }, n_neurons, slot_cache::NEURONS_HALF_LIFE);
     neuron_ring.configure(ring_memory, ring_bytes, 4096);
     slots      = slot_memory;
     slot_bytes = bytes;
@@ -121,7 +121,12 @@ void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const
     wanted.clear();
     for (size_t k = 0; k < n; k++) {
         if (list[k] >= b.n_pinned && slot_of[b.first + list[k]] < 0) {
-            if (!take(s, b.first + list[k])) { // what is held and coming leaves room for a chunk
+            bool taken = take(s, b.first + list[k]);
+            if (!taken) {
+                hold_only(b, list, n);
+                taken = take(s, b.first + list[k]);
+            }
+            if (!taken) { // what is coming leaves room for a chunk
                 s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "no slot for a neuron");
                 break;
             }
@@ -130,6 +135,16 @@ void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const
     }
     plan(b, false);
     pump(s);
+}
+
+// Of all that is there, only the listed neurons stay held: those that the evaluation's other parts used make room.
+void neuron_store::hold_only(const flash_bundle & b, const uint32_t * list, size_t n) {
+    cache.end_op();
+    for (size_t k = 0; k < n; k++) {
+        if (list[k] >= b.n_pinned && slot_of[b.first + list[k]] >= 0) {
+            cache.hold(slot_of[b.first + list[k]]);
+        }
+    }
 }
 
 void neuron_store::expect(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n) {
@@ -351,21 +366,37 @@ bool neuron_store::start_run(llama_flash_session & s) {
 
     stream_first += count;
     if (stream_first == b.n_ff) {
-        stream_bundle = stream_ahead && b.index + 1 < s.bundles.size() ? &s.bundles[b.index + 1] : nullptr;
-        stream_first  = stream_bundle ? stream_bundle->n_pinned : 0;
+        stream_bundle = nullptr;
+        if (stream_ahead) {
+            stream_after(s, b);
+        }
     }
     return true;
+}
+
+// the next run to plan is the first of the layers after b that is not pinned
+void neuron_store::stream_after(llama_flash_session & s, const flash_bundle & b) {
+    stream_bundle = nullptr;
+    for (uint32_t i = b.index + 1; i < s.bundles.size() && !stream_bundle; i++) {
+        if (s.bundles[i].n_pinned < s.bundles[i].n_ff) {
+            stream_bundle = &s.bundles[i];
+            stream_first  = stream_bundle->n_pinned;
+        }
+    }
 }
 
 void neuron_store::stream_begin(llama_flash_session & s, const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident) {
     cancel_ahead();
     if (!runs.empty()) {
-        const read & r = reads[runs.front()];
-        if (r.bundle != &b || r.whole.first != first || stream_rows != rows) {
+        const read & r     = reads[runs.front()];
+        const bool   next  = r.bundle == &b && r.whole.first == first;
+        const bool   later = first == b.n_ff && r.bundle->index > b.index; // nothing of b is read
+        if (!(next || later) || stream_rows != rows || under_way()) {
             stream_end(s);
         }
     }
-    while (n_started > 0 && !s.failed()) { // neurons that were expected are in the ring's way
+    while (under_way() && !s.failed()) { // neurons that were asked for are in the ring's way
+        pump(s);
         if (begin_landing()) {
             land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
             end_landing();
@@ -379,12 +410,11 @@ void neuron_store::stream_begin(llama_flash_session & s, const flash_bundle & b,
     if (runs.empty()) {
         stream_bundle = first < b.n_ff ? &b : nullptr;
         stream_first  = first;
-    } else if (!stream_bundle && ahead) {
-        const read & last = reads[runs.back()];
-        if (last.bundle == &b && b.index + 1 < s.bundles.size()) {
-            stream_bundle = &s.bundles[b.index + 1];
-            stream_first  = stream_bundle->n_pinned;
+        if (!stream_bundle && ahead) {
+            stream_after(s, b);
         }
+    } else if (!stream_bundle && ahead && reads[runs.back()].bundle == &b) {
+        stream_after(s, b);
     }
     if (stream_bundle && !s.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
         return;

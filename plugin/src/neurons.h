@@ -150,10 +150,12 @@ class neuron_store {
     void      expire(llama_flash_session & s, uint64_t now);
     bool      take(llama_flash_session & s, uint32_t neuron);
     void      drop(uint32_t neuron);
+    void      hold_only(const flash_bundle & b, const uint32_t * list, size_t n);
     void      note_here(int32_t slot);
     void      give_up(const flash_bundle & b, const item & i);
     uint8_t * copy(const read & r, uint32_t item) const;
     bool      start_run(llama_flash_session & s);
+    void      stream_after(llama_flash_session & s, const flash_bundle & b);
 
     slot_cache            cache;
     ring                  neuron_ring;

@@ -553,6 +553,9 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         const uint32_t runs = (b.n_ff + FFN_RUN_ROWS - 1) / FFN_RUN_ROWS;
         due += part * runs;
         b.n_pinned = b.split ? 0 : std::min(b.n_ff, std::min(runs, (uint32_t) due) * FFN_RUN_ROWS);
+        if (b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR > left) { // a layer's last run may be a short one
+            b.n_pinned = 0;
+        }
         due -= (double) std::min(runs, (uint32_t) due);
         b.home = nullptr;
         if (b.n_pinned > 0) {
@@ -624,7 +627,8 @@ bool llama_flash_session::read_neurons() {
         while (!reads->idle()) {
             settle_reads(true);
         }
-        if (failed()) {
+        op.checked = nullptr;
+        if (failed() || !check_file(*b.file, b.name, b.offset, b.tensor_bytes())) { // it may have changed while it was read
             return false;
         }
     }
@@ -966,6 +970,13 @@ int32_t llama_flash_session::take_error(llama_flash_error * err) {
             *err = {};
         }
         return LLAMA_FLASH_OK;
+    }
+    if (forked()) { // the reads under way are the parent's
+        if (err) {
+            *err = error;
+        }
+        has_failed = false;
+        return error.code;
     }
     // reads still under way belong to the call that failed: their errors must not meet the next one
     while (!reads->idle()) {

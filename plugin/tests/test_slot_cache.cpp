@@ -151,7 +151,7 @@ void random_operations(unsigned long long seed) {
             now += n_tokens + random.below(leap);
             cache.use(record, now, n_tokens, count);
             for (uint32_t k = 0; k < n_tokens; k++) {
-                expected.uses[record] += (long double) count / n_tokens * exp2l((long double) ((double) now - k) / slot_cache::HALF_LIFE);
+                expected.uses[record] += (long double) count / n_tokens * exp2l((long double) ((double) now - k) / slot_cache::EXPERTS_HALF_LIFE);
             }
             const double score = (double) log2l(expected.uses[record]);
             CHECK(std::fabs(cache.score(record) - score) < 1e-6 * (1 + std::fabs(score)), "seed %llu step %d: score %f, expected %f", seed, step,

@@ -6,27 +6,44 @@ Nothing is computed on a file that contradicts itself: every check is made here,
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from . import _bindings
 from .errors import FlashFormatError
-from .gguf_meta import GgufMeta, TensorInfo
+from .gguf_meta import GgufMeta, SkippedArray, TensorInfo, read_gguf
 
-__all__ = ["BUNDLE_TYPE", "BundleFormat", "LayerBundle", "read_bundles"]
+__all__ = ["BUNDLE_TYPE", "BundleFormat", "Bundles", "LayerBundle", "holds_bundles", "read_bundles"]
 
 BUNDLE_TYPE = 17996  # GGML_TYPE_FLASH
 VERSION = 1
 
+# in the head of a file: the key flash.version with its length before it and its type, uint32, behind it
+_VERSION_KEY = struct.pack("<Q13sI", 13, b"flash.version", 4)
+_FIRST_TENSOR = b"\0\0\0\0\0\0\0blk."  # the end of a length, and a name: key-values are over
+_PIECE = 64 << 10  # bytes read at a time: small enough for the cache and the heap
+_SEARCHED = 64 << 20  # bytes at most
+
 PartName = Literal["gate", "up", "down"]
 Activation = Literal["relu", "relu2", "reglu", "fatrelu", "drelu"]
 
-_BUNDLE = re.compile(r"blk\.(\d+)\.ffn_bundle\.weight")
+_OURS = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.ffn_((?:bundle|predictor|predictor_in|predictor_out)\.\w+)")
+_PARTS: tuple[PartName, ...] = ("gate", "up", "down")
+_PREDICTOR_PARTS = ("predictor_in.weight", "predictor_out.weight", "predictor.bias")
+_F32 = 0
+_PREDICTOR_TYPES = (_F32, 1, 8, 30)  # F16, Q8_0, BF16
+_MOST_LAYERS = 512  # of the engine, LLAMA_MAX_LAYERS
+_WHOLE = ("uint32", "int32", "uint64", "int64")
+_NO_WEIGHTS = frozenset({9, 15, *range(24, 29), BUNDLE_TYPE})  # Q8_1, Q8_K, I8 to I64, F64: the engine's own results
+_Q2_0 = 42, (64, 18)  # the engine's type, not in every version of the gguf package: elements and bytes of a block
 _ACTIVATIONS: dict[str, tuple[int, frozenset[bool]]] = {  # name: (enum, whether gated)
     "relu": (_bindings.llama_flash_activation.LLAMA_FLASH_RELU, frozenset({False})),
     "relu2": (_bindings.llama_flash_activation.LLAMA_FLASH_RELU2, frozenset({False, True})),
@@ -83,6 +100,10 @@ class Bundles:
     layers: tuple[LayerBundle, ...]
 
     @property
+    def n_neurons(self) -> int:
+        return sum(layer.n_ff for layer in self.layers)
+
+    @property
     def neuron_bytes(self) -> int:
         return sum(layer.n_ff * self.format.record_bytes for layer in self.layers)
 
@@ -132,183 +153,287 @@ class Bundles:
             yield raw
 
 
+def holds_bundles(path: str | os.PathLike[str]) -> bool:
+    """Whether the engine cannot load the file without flash offload. Takes a few milliseconds; False in all doubt."""
+    try:
+        if not _mentions_version(Path(path)):
+            return False
+        return any(tensor.type == BUNDLE_TYPE for tensor in read_gguf(path).tensors.values())
+    except (OSError, FlashFormatError):
+        return False  # the engine has its own words for what is wrong
+
+
+def _mentions_version(path: Path) -> bool:
+    """By a search, which is much faster than to read a vocabulary string by string."""
+    with path.open("rb", buffering=0) as stream:
+        before = b""
+        for _ in range(_SEARCHED // _PIECE):
+            chunk = before + stream.read(_PIECE)
+            if _VERSION_KEY in chunk:
+                return True
+            if len(chunk) == len(before) or _FIRST_TENSOR in chunk:
+                return False
+            before = chunk[-len(_VERSION_KEY) :]
+    return False
+
+
 def read_bundles(meta: GgufMeta) -> Bundles | None:
     """The bundles of a model; None if it has none.
 
     Raises:
         FlashFormatError: the file contradicts itself or docs/format.md; the message names the key or tensor.
     """
-    names = [match for name in meta.tensors if (match := _BUNDLE.fullmatch(name))]
-    if not names and "flash.version" not in meta.values:
+    if "flash.version" not in meta.values:
+        _check_ordinary(meta)
         return None
-    path = meta.files[0]
-    version = meta.values.get("flash.version")
-    if version != VERSION:
-        raise FlashFormatError(f"{path}: flash.version is {version!r}, this engine reads {VERSION}: convert it again")
-    if not names:
-        raise FlashFormatError(f"{path}: flash.version says that there are neuron bundles, but no tensor holds any")
-    form = _format(meta)
-    n_layer = meta.number("block_count")
-    n_ff = meta.per_layer("feed_forward_length", n_layer)
-    ranks = _ranks(meta, n_layer)
-    layers = []
-    for match in sorted(names, key=lambda m: int(m[1])):
-        layer = int(match[1])
-        if layer >= n_layer:
-            raise FlashFormatError(f"{path}: tensor {match[0]}: the model has {n_layer} layers")
-        layers.append(_layer(meta, form, layer, n_ff[layer], ranks[layer]))
-    return Bundles(form, tuple(layers))
+    keys = _Keys(meta)
+    if (version := keys.get("flash.version", "uint32")) != VERSION:
+        raise keys.error("flash.version", f"is {version}, this engine reads {VERSION}: convert the file again")
+    model = _Model.of(keys)
+    form = _format(keys, model)
+    return Bundles(form, _Layers(meta, model, form, _ranks(keys, model)).read())
 
 
-def _format(meta: GgufMeta) -> BundleFormat:
-    path = meta.files[0]
-    names = _list(meta, "flash.bundle.parts", str)
+def _check_ordinary(meta: GgufMeta) -> None:
+    """Nothing of the format is there without flash.version."""
+    for key in meta.values:
+        if key.startswith("flash."):
+            raise FlashFormatError(f"{meta.files[0]}: key {key} is there without flash.version")
+    for tensor in meta.tensors.values():
+        if tensor.type == BUNDLE_TYPE or _OURS.fullmatch(tensor.name):
+            raise FlashFormatError(f"{tensor.file}: tensor {tensor.name} is there without the key flash.version")
+
+
+class _Keys:
+    """Key-values by their type."""
+
+    def __init__(self, meta: GgufMeta) -> None:
+        self._meta = meta
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._meta.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._meta.values)
+
+    def error(self, key: str, message: str) -> FlashFormatError:
+        return FlashFormatError(f"{self._meta.files[0]}: key {key} {message}")
+
+    def get(self, key: str, *types: str, length: int | None = None) -> Any:
+        """The value, of one of these types; length: entries of an array."""
+        if key not in self._meta.values:
+            raise self.error(key, "is missing")
+        if (found := self._meta.types[key]) not in types:
+            raise self.error(key, f"is of type {found}, not {' or '.join(types)}")
+        value = self._meta.values[key]
+        n = value.length if isinstance(value, SkippedArray) else len(value) if isinstance(value, list) else None
+        if isinstance(value, SkippedArray) or (length is not None and n != length):
+            raise self.error(key, f"has {n} entries" + ("" if length is None else f", not {length}"))
+        return value
+
+    def one_of(self, key: str, accepted: Collection[str]) -> str:
+        value: str = self.get(key, "string")
+        if value not in accepted:
+            raise self.error(key, f"is {value!r:.80}: expected one of {', '.join(accepted)}")
+        return value
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The numbers that the feed-forward blocks follow from."""
+
+    architecture: str
+    n_layer: int
+    n_embd: int
+    _n_ff: int | list[int]
+
+    @classmethod
+    def of(cls, keys: _Keys) -> _Model:
+        arch = keys.get("general.architecture", "string")
+        n_layer, n_embd = (keys.get(f"{arch}.{key}", *_WHOLE) for key in ("block_count", "embedding_length"))
+        if not 0 < n_layer <= _MOST_LAYERS:
+            raise keys.error(f"{arch}.block_count", f"is {n_layer}: expected 1 to {_MOST_LAYERS}")
+        n_ff = keys.get(f"{arch}.feed_forward_length", *_WHOLE, *(f"{kind}[]" for kind in _WHOLE))
+        return cls(arch, n_layer, n_embd, n_ff)
+
+    def n_ff(self, layer: int) -> int:
+        """Neurons of a layer; 0 if the file does not say it."""
+        if isinstance(self._n_ff, int):
+            return self._n_ff
+        return self._n_ff[layer] if layer < len(self._n_ff) else 0
+
+
+def _format(keys: _Keys, model: _Model) -> BundleFormat:
+    names = keys.get("flash.bundle.parts", "string[]")
     if names not in (["up", "down"], ["gate", "up", "down"]):
-        raise FlashFormatError(
-            f"{path}: flash.bundle.parts is {names}: expected ['up', 'down'] or ['gate', 'up', 'down']"
-        )
-    n_embd = meta.number("embedding_length")
-    types, lengths, offsets = (_list(meta, f"flash.bundle.{key}", int) for key in ("types", "row_lengths", "offsets"))
-    for key, values in (("types", types), ("row_lengths", lengths), ("offsets", offsets)):
-        if len(values) != len(names):
-            raise FlashFormatError(f"{path}: flash.bundle.{key} has {len(values)} entries for {len(names)} parts")
-    parts = []
+        raise keys.error("flash.bundle.parts", f"is {names!r:.80}: expected ['up', 'down'] or ['gate', 'up', 'down']")
+    gated = len(names) == 3
+    types = keys.get("flash.bundle.types", "uint32[]", length=len(names))
+    lengths = keys.get("flash.bundle.row_lengths", "uint32[]", length=len(names))
+    offsets = keys.get("flash.bundle.offsets", "uint64[]", length=len(names))
+    parts: list[Part] = []
     end = 0
     for name, kind, length, offset in zip(names, types, lengths, offsets, strict=True):
-        if length != n_embd:
-            raise FlashFormatError(f"{path}: flash.bundle.row_lengths says {length}, embedding_length is {n_embd}")
+        if length != model.n_embd:
+            raise keys.error("flash.bundle.row_lengths", f"says {length}, embedding_length is {model.n_embd}")
         try:
             row_bytes = _row_bytes(kind, length)
         except ValueError as error:
-            raise FlashFormatError(f"{path}: flash.bundle.types, part {name}: {error}") from None
+            raise keys.error("flash.bundle.types", f"gives {name} the type {kind}: {error}") from None
         if offset != end:
-            raise FlashFormatError(
-                f"{path}: flash.bundle.offsets: part {name} is said to begin at byte {offset}, the parts before it end "
-                f"at {end}"
-            )
+            raise keys.error("flash.bundle.offsets", f"lets {name} begin at {offset}, the parts before it end at {end}")
         end += row_bytes
         parts.append(Part(name, kind, offset, row_bytes))
-    if len(parts) == 3 and parts[0].type != parts[1].type:
-        raise FlashFormatError(f"{path}: flash.bundle.types: gate and up differ")
-    record_bytes = meta.values.get("flash.bundle.record_bytes")
-    if record_bytes != end:
-        raise FlashFormatError(f"{path}: flash.bundle.record_bytes is {record_bytes!r}, the parts add up to {end}")
-    layout = meta.values.get("flash.bundle.layout", "bundled")
-    if layout not in ("bundled", "split"):
-        raise FlashFormatError(f"{path}: flash.bundle.layout is {layout!r}: expected 'bundled' or 'split'")
+    if gated and types[0] != types[1]:
+        raise keys.error("flash.bundle.types", "gives gate and up different types")
+    if (record_bytes := keys.get("flash.bundle.record_bytes", "uint64")) != end:
+        raise keys.error("flash.bundle.record_bytes", f"is {record_bytes}, the parts add up to {end}")
+    layout = keys.one_of("flash.bundle.layout", ("bundled", "split"))
 
-    key = f"{meta.architecture}.feed_forward_activation"
-    activation = meta.values.get(key)
-    if activation not in get_args(Activation):
-        raise FlashFormatError(f"{path}: {key} is {activation!r}: expected one of {', '.join(get_args(Activation))}")
-    gated = len(parts) == 3
-    if gated not in _ACTIVATIONS[str(activation)][1]:
-        raise FlashFormatError(f"{path}: {key} is {activation!r}, which does not fit the parts {names}")
-    threshold = meta.values.get(f"{key}_threshold", 0.0)
-    if activation == "fatrelu" and f"{key}_threshold" not in meta.values:
-        raise FlashFormatError(f"{path}: {key} is 'fatrelu', but {key}_threshold is missing")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise FlashFormatError(f"{path}: {key}_threshold is {threshold!r}: expected a number")
+    key = f"{model.architecture}.feed_forward_activation"
+    activation = keys.one_of(key, _ACTIVATIONS)
+    if gated not in _ACTIVATIONS[activation][1]:
+        raise keys.error(key, f"is {activation!r}, which does not fit the parts {', '.join(names)}")
+    threshold = keys.get(f"{key}_threshold", "float32") if activation == "fatrelu" else 0.0
+    if not math.isfinite(threshold):
+        raise keys.error(f"{key}_threshold", f"is {threshold}")
     return BundleFormat(
         tuple(parts),
         end,
-        n_embd,
+        model.n_embd,
         layout == "split",
-        activation,  # type: ignore[arg-type]  # one of get_args(Activation)
-        float(threshold),
+        activation,  # type: ignore[arg-type]  # a key of _ACTIVATIONS
+        threshold,
     )
 
 
-def _layer(meta: GgufMeta, form: BundleFormat, layer: int, n_ff: int, rank: int) -> LayerBundle:
-    tensor = meta.tensors[f"blk.{layer}.ffn_bundle.weight"]
-    where = f"{tensor.file}: tensor {tensor.name}"
-    if tensor.type != BUNDLE_TYPE:
-        raise FlashFormatError(f"{where} has type {tensor.type}, expected {BUNDLE_TYPE}")
-    if tensor.shape != (form.record_bytes, n_ff):
-        raise FlashFormatError(
-            f"{where} has shape {list(tensor.shape)}, expected [{form.record_bytes}, {n_ff}]: record_bytes and the "
-            "layer's feed_forward_length"
-        )
-    _within(tensor, form.record_bytes * n_ff)
-    for part in form.parts:
-        name = f"blk.{layer}.ffn_{part.name}.weight"
-        if name in meta.tensors:
-            raise FlashFormatError(f"{where} and {name} are both there: which one holds?")
-    biases = []
-    for kind in ("up", "gate"):
-        bias = meta.tensors.get(f"blk.{layer}.ffn_{kind}.bias")
-        if bias is not None:
-            _expect(bias, (n_ff,), (0,))
-            _within(bias, 4 * n_ff)
-        biases.append(bias)
-
-    found = [
-        meta.tensors.get(f"blk.{layer}.ffn_predictor{suffix}") for suffix in ("_in.weight", "_out.weight", ".bias")
-    ]
-    if rank == 0 and any(found):
-        raise FlashFormatError(f"{where}: a predictor is there, but flash.predictor.ranks says 0")
-    predictor = None
-    if rank:
-        a, b, bias = found
-        if a is None or b is None or bias is None:
-            raise FlashFormatError(f"{where}: flash.predictor.ranks says {rank}, but its predictor is incomplete")
-        _expect(a, (form.n_embd, rank), (0, 1, 8, 30))
-        _expect(b, (rank, n_ff), (0, 1, 8, 30))
-        _expect(bias, (n_ff,), (0,))
-        _within(a, _row_bytes(a.type, form.n_embd) * rank)
-        _within(b, _row_bytes(b.type, rank) * n_ff)
-        _within(bias, 4 * n_ff)
-        predictor = (a, b, bias)
-    return LayerBundle(layer, n_ff, tensor, biases[0], biases[1], rank, predictor)
-
-
-def _ranks(meta: GgufMeta, n_layer: int) -> list[int]:
-    kind = meta.values.get("flash.predictor.kind")
-    if kind is None:
-        stray = [name for name in meta.tensors if ".ffn_predictor" in name]
-        if stray:
-            raise FlashFormatError(f"{meta.files[0]}: tensor {stray[0]} is there, but flash.predictor.kind is not")
-        return [0] * n_layer
-    if kind != "lowrank":
-        raise FlashFormatError(f"{meta.files[0]}: flash.predictor.kind is {kind!r}: expected 'lowrank'")
-    ranks: list[int] = _list(meta, "flash.predictor.ranks", int)
-    if len(ranks) != n_layer or any(rank < 0 for rank in ranks):
-        raise FlashFormatError(f"{meta.files[0]}: flash.predictor.ranks has {len(ranks)} entries for {n_layer} layers")
+def _ranks(keys: _Keys, model: _Model) -> list[int]:
+    """Rank of each layer's predictor; empty if the file has none."""
+    if "flash.predictor.kind" not in keys:
+        for key in keys:
+            if key.startswith("flash.predictor."):
+                raise keys.error(key, "is there without flash.predictor.kind")
+        return []
+    keys.one_of("flash.predictor.kind", ("lowrank",))
+    ranks: list[int] = keys.get("flash.predictor.ranks", "uint32[]", length=model.n_layer)
+    if "flash.predictor.recall" in keys:
+        recall = keys.get("flash.predictor.recall", "float32")
+        if not 0 <= recall <= 1:
+            raise keys.error("flash.predictor.recall", f"is {recall}, not a share")
     return ranks
 
 
-def _list(meta: GgufMeta, key: str, kind: type) -> list[Any]:
-    value = meta.values.get(key)
-    if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise FlashFormatError(f"{meta.files[0]}: {key} is {value!r}: expected a list of {kind.__name__}")
-    return value
+class _Layers:
+    """The tensors of the format, compared with the key-values."""
+
+    def __init__(self, meta: GgufMeta, model: _Model, form: BundleFormat, ranks: list[int]) -> None:
+        self._meta, self._model, self._form, self._ranks = meta, model, form, ranks
+
+    def read(self) -> tuple[LayerBundle, ...]:
+        bundles: set[int] = set()
+        predictors = {layer for layer, rank in enumerate(self._ranks) if rank}
+        for tensor in self._meta.tensors.values():
+            match = _OURS.fullmatch(tensor.name)
+            kind = match[2] if match else ""
+            if tensor.type == BUNDLE_TYPE and kind != "bundle.weight":
+                raise _error(tensor, "is of the type of bundles, but is none")
+            if match is None:
+                continue
+            layer = int(match[1])
+            if layer >= self._model.n_layer:
+                raise _error(tensor, f"is there, but the model has {self._model.n_layer} layers")
+            if kind == "bundle.weight":
+                bundles.add(layer)
+            elif kind in _PREDICTOR_PARTS:
+                predictors.add(layer)
+        if not bundles:
+            raise FlashFormatError(
+                f"{self._meta.files[0]}: key flash.version is there, but no tensor blk.N.ffn_bundle.weight"
+            )
+        found = {layer: self._predictor(layer) for layer in sorted(predictors)}
+        return tuple(self._bundle(layer, found.get(layer)) for layer in sorted(bundles))
+
+    def _bundle(self, layer: int, predictor: tuple[TensorInfo, TensorInfo, TensorInfo] | None) -> LayerBundle:
+        tensors, form, n_ff = self._meta.tensors, self._form, self._model.n_ff(layer)
+        tensor = tensors[f"blk.{layer}.ffn_bundle.weight"]
+        _expect(tensor, (form.record_bytes, n_ff), (BUNDLE_TYPE,), form.record_bytes * n_ff)
+        biases: dict[str, TensorInfo] = {}
+        held = {part.name for part in form.parts}
+        for part in _PARTS:
+            if weight := tensors.get(f"blk.{layer}.ffn_{part}.weight"):
+                raise _error(weight, f"is there besides {tensor.name}")
+            bias = tensors.get(f"blk.{layer}.ffn_{part}.bias")
+            if bias is None:
+                continue
+            if part not in held:
+                raise _error(bias, f"is there, but the bundles have no {part}")
+            n = form.n_embd if part == "down" else n_ff
+            _expect(bias, (n,), (_F32,), 4 * n)
+            biases[part] = bias
+        rank = self._ranks[layer] if predictor else 0
+        return LayerBundle(layer, n_ff, tensor, biases.get("up"), biases.get("gate"), rank, predictor)
+
+    def _predictor(self, layer: int) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
+        rank = self._ranks[layer] if self._ranks else 0
+        found = []
+        for part in _PREDICTOR_PARTS:
+            name = f"blk.{layer}.ffn_{part}"
+            tensor = self._meta.tensors.get(name)
+            if rank and tensor is None:
+                raise FlashFormatError(
+                    f"{self._meta.files[0]}: tensor {name} is missing: flash.predictor.ranks gives layer {layer} "
+                    f"the rank {rank}"
+                )
+            if tensor and not rank:
+                raise _error(tensor, f"is there, but flash.predictor.ranks gives layer {layer} no rank")
+            if tensor:
+                found.append(tensor)
+        a, b, bias = found
+        n_embd, n_ff = self._model.n_embd, self._model.n_ff(layer)
+        for matrix, columns, rows in ((a, n_embd, rank), (b, rank, n_ff)):
+            _expect(matrix, (columns, rows), _PREDICTOR_TYPES, 0)
+            try:
+                size = _row_bytes(matrix.type, columns) * rows
+            except ValueError as error:
+                raise _error(matrix, f"is of type {matrix.type}: {error}") from None
+            _within(matrix, size)
+        _expect(bias, (n_ff,), (_F32,), 4 * n_ff)
+        return a, b, bias
 
 
-def _expect(tensor: TensorInfo, shape: tuple[int, ...], types: tuple[int, ...]) -> None:
-    if tensor.shape != shape or tensor.type not in types:
-        raise FlashFormatError(
-            f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)} and type {tensor.type}, expected "
-            f"{list(shape)} and a type of {types}"
-        )
+def _error(tensor: TensorInfo, message: str) -> FlashFormatError:
+    return FlashFormatError(f"{tensor.file}: tensor {tensor.name} {message}")
+
+
+def _expect(tensor: TensorInfo, shape: tuple[int, ...], types: tuple[int, ...], size: int) -> None:
+    """Shape (further dimensions of 1 do not matter), type, and that `size` bytes are there."""
+    padded = (*shape, *[1] * (len(tensor.shape) - len(shape)))
+    if tensor.shape != padded or 0 in shape:
+        raise _error(tensor, f"has shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.type not in types:
+        raise _error(tensor, f"is of type {tensor.type}, expected {' or '.join(map(str, types))}")
+    _within(tensor, size)
 
 
 def _within(tensor: TensorInfo, size: int) -> None:
     if tensor.size < size:
-        raise FlashFormatError(
-            f"{tensor.file}: tensor {tensor.name} takes {size} bytes from byte {tensor.offset}, but {tensor.size} are "
-            "there: the file is cut short or tensors overlap"
+        raise _error(
+            tensor,
+            f"takes {size} bytes from byte {tensor.offset}, but {tensor.size} are there: the file is cut short or "
+            "tensors overlap",
         )
 
 
 def _row_bytes(kind: int, length: int) -> int:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    """Bytes of a row of weights. Raises ValueError if the type is not one of weights, or does not fit the length."""
+    from gguf.constants import GGML_QUANT_SIZES
 
-    try:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    except (ValueError, KeyError):
-        raise ValueError(f"unknown type {kind}") from None
+    known = {**dict([_Q2_0]), **{int(number): size for number, size in GGML_QUANT_SIZES.items()}}
+    if kind in _NO_WEIGHTS or kind not in known:
+        raise ValueError("not a known type of weights")
+    block, size = known[kind]
     if length % block or not length:
-        raise ValueError(f"rows of {length} are not whole blocks of {block}")
+        raise ValueError(f"rows of {length} elements are not whole blocks of {block}")
     return int(length // block * size)
 
 

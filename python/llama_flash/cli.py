@@ -17,11 +17,12 @@ from rich.table import Table
 
 from . import __version__
 from .budget import default_reserve, held_by_process
+from .bundles import read_bundles
 from .capped import CapResult, run_capped
 from .errors import FlashError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
-from .plan import ContextShape, estimate
+from .plan import ContextShape, estimate, least_for_neurons
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 
@@ -96,6 +97,12 @@ def run(
     dram_budget: Annotated[
         str, typer.Option("--dram-budget", help='"auto", a size, or a share of the model file.')
     ] = "auto",
+    predictor: Annotated[
+        str, typer.Option("--predictor", help="Active neurons of a bundle file: auto, exact, lowrank (lossy) or off.")
+    ] = "auto",
+    window: Annotated[
+        int | None, typer.Option("--window", help="Tokens whose neurons stay in memory. Default: as many as have room.")
+    ] = None,
     n_ctx: Annotated[
         int, typer.Option("-c", "--ctx", min=0, help="Context in tokens. 0: 2048, or less if trained so.")
     ] = 0,
@@ -110,9 +117,10 @@ def run(
     path = _model_path(model)
     meta = read_gguf(path)
     ctx = n_ctx or min(meta.number("context_length", _DEFAULT_CTX), _DEFAULT_CTX)
-    options = FlashOffload(dram_budget=dram_budget)
+    options = FlashOffload(dram_budget=dram_budget, predictor=predictor, window=window)  # type: ignore[arg-type]
     if cap is not None:
         arguments = ["-p", prompt, "-n", n_tokens, "--temp", temperature, "--seed", seed, "--dram-budget", dram_budget]
+        arguments += ["--predictor", predictor, *([] if window is None else ["--window", window])]
         arguments += ["-c", ctx, "-t", threads, *(["--json"] if as_json else []), *(["--verbose"] if verbose else [])]
         command = [sys.executable, "-m", "llama_flash", "run", str(path), *map(str, arguments)]
         raise typer.Exit(_run_again_capped(_cap_bytes(cap, meta, ctx), command, as_json))
@@ -219,6 +227,8 @@ def _cap_bytes(cap: str, meta: GgufMeta, n_ctx: int) -> int:
 
     context = estimate(meta, ContextShape(n_ctx=n_ctx))
     beside = held_by_process() + context.fixed
+    if bundles := read_bundles(meta):
+        beside += least_for_neurons(bundles)
     beside += default_reserve(beside + size)
     if size >= 2 * beside:
         return size
@@ -256,9 +266,13 @@ def _report(stats: FlashStats, result: dict[str, Any]) -> None:
     table.add_row("read from flash", *(format_size(c.bytes_read) for c in columns))
     table.add_row("reads", *(str(c.reads) for c in columns))
     table.add_row("read per token", *(format_size(int(c.bytes_per_token)) for c in columns))
+    if stats.n_neurons:
+        table.add_row("neurons per token", *(stats.active_neurons(c) or "-" for c in columns))
     table.add_row("hit rate", *("-" if c.hit_rate is None else f"{c.hit_rate:.1%}" for c in columns))
     table.add_row("waited for reads", *(f"{c.wait_seconds:.2f} s" for c in columns))
     _stderr.print(table)
+    if stats.predictor != "none":
+        _stderr.print(f"predictor {stats.predictor}; neurons are of all layers")
     _stderr.print(f"budget {format_size(stats.budget.total)} ({stats.budget.reason}): {stats.memory}", soft_wrap=True)
 
 

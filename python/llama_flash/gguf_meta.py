@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +33,10 @@ _SCALARS = {  # GGUF value type -> struct format
     11: "<q",
     12: "<d",
 }
+_TYPE_NAMES = (  # by GGUF value type
+    *("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array"),
+    *("uint64", "int64", "float64"),
+)
 _LONGEST_ARRAY = 4096  # longer ones are skipped: per-layer numbers are wanted, vocabularies are not
 _LONGEST_STRING = 1 << 30
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -75,6 +79,7 @@ class GgufMeta:
     values: dict[str, Value]  # of the first file
     tensors: dict[str, TensorInfo]
     file_bytes: int  # all shards
+    types: dict[str, str] = field(default_factory=dict)  # of the values: "uint32", "string[]"
 
     @property
     def architecture(self) -> str:
@@ -130,13 +135,14 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     """
     files = shard_paths(path)
     values: dict[str, Value] = {}
+    types: dict[str, str] = {}
     tensors: dict[str, TensorInfo] = {}
     file_bytes = 0
     for index, file in enumerate(files):
         with file.open("rb", buffering=1 << 18) as stream:
             size = os.fstat(stream.fileno()).st_size
             try:
-                shard_values, infos = _read_file(stream, file, size)
+                shard_values, shard_types, infos = _read_file(stream, file, size)
             except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
                 raise FlashFormatError(f"{file}: damaged or cut off within its head ({error})") from None
             finally:
@@ -144,13 +150,13 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file_bytes += size
         if index == 0:
-            values = shard_values
+            values, types = shard_values, shard_types
         for info in infos:
             tensors[info.name] = info
-    return GgufMeta(tuple(files), values, tensors, file_bytes)
+    return GgufMeta(tuple(files), values, tensors, file_bytes, types)
 
 
-def _read_file(stream: BinaryIO, file: Path, size: int) -> tuple[dict[str, Value], list[TensorInfo]]:
+def _read_file(stream: BinaryIO, file: Path, size: int) -> tuple[dict[str, Value], dict[str, str], list[TensorInfo]]:
     if stream.read(4) != b"GGUF":
         raise FlashFormatError(f"{file}: not a GGUF file")
     version = _unpack(stream, "<I")
@@ -160,9 +166,10 @@ def _read_file(stream: BinaryIO, file: Path, size: int) -> tuple[dict[str, Value
     if n_tensors > 1 << 24 or n_values > 1 << 24:
         raise FlashFormatError(f"{file}: claims {n_tensors} tensors and {n_values} values: damaged")
     values: dict[str, Value] = {}
+    types: dict[str, str] = {}
     for _ in range(n_values):
         key = _string(stream)
-        values[key] = _value(stream, int(_unpack(stream, "<I")), file)
+        values[key], types[key] = _value(stream, int(_unpack(stream, "<I")), file)
     heads = []
     for _ in range(n_tensors):
         name = _string(stream)
@@ -180,7 +187,7 @@ def _read_file(stream: BinaryIO, file: Path, size: int) -> tuple[dict[str, Value
         TensorInfo(name, shape, kind, file, start + offset, ends[offset] - offset)
         for name, shape, kind, offset in heads
     ]
-    return values, infos
+    return values, types, infos
 
 
 def _next_offsets(offsets: Iterable[int], end: int) -> dict[int, int]:
@@ -188,23 +195,27 @@ def _next_offsets(offsets: Iterable[int], end: int) -> dict[int, int]:
     return dict(zip(ordered, [*ordered[1:], max(end, ordered[-1])], strict=True)) if ordered else {}
 
 
-def _value(stream: BinaryIO, kind: int, file: Path) -> Value:
-    if kind == _STRING:
-        return _string(stream)
+def _value(stream: BinaryIO, kind: int, file: Path) -> tuple[Value, str]:
+    """A value and the name of its type."""
     if kind != _ARRAY:
-        return _scalar(stream, kind, file)
+        return _string(stream) if kind == _STRING else _scalar(stream, kind, file), _TYPE_NAMES[kind]
     item, length = int(_unpack(stream, "<I")), int(_unpack(stream, "<Q"))
-    if item == _STRING:
-        if length > _LONGEST_ARRAY:
-            _skip_strings(stream, length)
-            return SkippedArray(length)
-        return [_string(stream) for _ in range(length)]
-    if item not in _SCALARS:
+    if item != _STRING and item not in _SCALARS:
         raise FlashFormatError(f"{file}: array of unknown type {item}")
+    return _array(stream, item, length, file), f"{_TYPE_NAMES[item]}[]"
+
+
+def _array(stream: BinaryIO, item: int, length: int, file: Path) -> Value:
     if length > _LONGEST_ARRAY:
-        stream.seek(length * struct.calcsize(_SCALARS[item]), os.SEEK_CUR)
+        if item == _STRING:
+            _skip_strings(stream, length)
+        else:
+            size = length * struct.calcsize(_SCALARS[item])
+            if size > os.fstat(stream.fileno()).st_size - stream.tell():
+                raise struct.error("an array ends behind the end of the file")
+            stream.seek(size, os.SEEK_CUR)
         return SkippedArray(length)
-    return [_scalar(stream, item, file) for _ in range(length)]
+    return [_string(stream) if item == _STRING else _scalar(stream, item, file) for _ in range(length)]
 
 
 def _skip_strings(stream: BinaryIO, count: int) -> None:

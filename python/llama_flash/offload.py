@@ -19,6 +19,7 @@ from typing import Any
 
 from . import _bindings, engine
 from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
+from .bundles import holds_bundles
 from .errors import FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
@@ -41,7 +42,7 @@ _MODES = {
     "off": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_OFF,
 }
 _NO_WINDOW = 0xFFFFFFFF
-_MERGE_GAP = 0.5  # of a record: what a read may cover without need to reach the next neuron
+_MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
 _EXACT_SHARE = 0.10  # of the neurons: with room for fewer beside what exact keeps resident, lowrank is better
 _IO_NAMES = {int(number): name for name, number in _IO_ENGINES.items()}
 
@@ -86,12 +87,18 @@ def open_session(
 
     Raises:
         FlashBudgetError: the budget cannot work.
-        FlashFormatError: not a GGUF file, or shards missing.
+        FlashFormatError: not a GGUF file, shards missing, neuron bundles that contradict themselves; with flash offload
+            off: a file with neuron bundles, which cannot be loaded without.
         FlashError: the plugin is missing.
         TypeError, ValueError: see FlashOffload.
     """
     options = FlashOffload.coerce(flash_offload)
     if options is None:
+        if not model_params.vocab_only and holds_bundles(model_path):
+            raise FlashFormatError(
+                f"{model_path} holds neuron bundles: load it with flash_offload=True, or convert it back with "
+                "`python -m gguf_tools unbundle`"
+            )
         return None
     return FlashSession(options, model_path, model_params, context_params, logits_all, verbose)
 
@@ -326,6 +333,7 @@ class FlashSession:
             slots_in_use=in_use,
             resident_weights=self.plan.resident_bytes,
             flash_weights=self.plan.flash_bytes,
+            n_neurons=self.plan.n_neurons,
             total=replace(now, tokens=done.tokens, calls=done.calls),
             prompt=progress.prompt,
             decode=progress.decode,
@@ -412,12 +420,11 @@ class FlashSession:
             "lowrank": "by low-rank predictors (lossy)",
             "off": "off: whole layers are read",
         }[self.predictor]
-        count = sum(layer.n_ff for layer in plan.bundles.layers)
         return (
             f"{os.path.basename(self._path)}: {format_size(memory.weights)} of weights resident, "
             f"{format_size(plan.flash_bytes)} on flash; active neurons {how}; DRAM budget "
             f"{format_size(self.budget.total)} ({self.budget.reason}): {format_size(memory.slots)} of slots for "
-            f"{self._neuron_slots} of {count} neurons, {format_size(memory.pinned)} pinned, "
+            f"{self._neuron_slots} of {plan.n_neurons} neurons, {format_size(memory.pinned)} pinned, "
             f"{format_size(memory.stream)} ring"
         )
 

@@ -67,6 +67,8 @@ class FlashOffload:
         _one_of("predictor", self.predictor, get_args(Predictor))
         if self.window is not None:
             _in_range("window", self.window, 0, 1 << 20)
+        if not isinstance(self.lookahead, bool):
+            raise ValueError(f"lookahead: {self.lookahead!r} is not one of True, False")
         if self.io_depth is not None:
             _in_range("io_depth", self.io_depth, 1, 4096)
         _in_range("io_threads", self.io_threads, 1, 256)

@@ -17,7 +17,7 @@ from .gguf_meta import GgufMeta, TensorInfo
 from .options import FlashOffload
 from .sizes import parse_size
 
-__all__ = ["ContextShape", "Plan", "estimate", "make_plan", "work_bytes"]
+__all__ = ["ContextShape", "Plan", "estimate", "least_for_neurons", "make_plan", "work_bytes"]
 
 # Kinds of weights in the order in which they go to flash: experts cost the fewest bytes per token for the memory they
 # free, then dense FFN weights, then the rest of what only ever meets a MUL_MAT. Left alone: the token embedding (read
@@ -68,6 +68,11 @@ class Plan:
     def neuron_bytes(self) -> int:
         """Of bundles, on flash."""
         return self.bundles.neuron_bytes if self.bundles else 0
+
+    @property
+    def n_neurons(self) -> int:
+        """In bundles, of all layers."""
+        return self.bundles.n_neurons if self.bundles else 0
 
     @property
     def flash_bytes(self) -> int:
@@ -202,14 +207,15 @@ def _least_flash(meta: GgufMeta, plan: Plan, options: FlashOffload) -> int:
     n_expert = max(1, meta.number("expert_count"))
     panel = parse_size(options.panel_bytes)
     records = (t.size // n_expert if len(t.shape) == 3 else min(t.size, panel) for t in plan.tensors)
-    neurons = 0
-    if plan.bundles:
-        # two runs of records, work space (a prompt's sums) and tables
-        widest = max(layer.n_ff for layer in plan.bundles.layers)
-        rows = meta.number("embedding_length") + (widest if plan.bundles.format.gated else 0) + 1024
-        count = sum(layer.n_ff for layer in plan.bundles.layers)
-        neurons = 3 * 256 * plan.bundles.format.record_bytes + 4 * 512 * rows + 24 * count + (6 << 20)
+    neurons = least_for_neurons(plan.bundles) if plan.bundles else 0
     return 8 * max(records, default=0) + (4 << 20) + neurons
+
+
+def least_for_neurons(bundles: Bundles) -> int:
+    """About the bytes without which bundles cannot be computed: two runs of records, a prompt's sums and tables."""
+    widest = max(layer.n_ff for layer in bundles.layers)
+    rows = bundles.format.n_embd + (widest if bundles.format.gated else 0) + 1024
+    return 3 * 256 * bundles.format.record_bytes + 4 * 512 * rows + 24 * bundles.n_neurons + (6 << 20)
 
 
 def _load_peak(meta: GgufMeta, plan: Plan) -> int:

@@ -52,6 +52,11 @@ class Counters:
         return self.reads / self.tokens if self.tokens else 0.0
 
     @property
+    def neurons_per_token(self) -> float:
+        """Active neurons of all layers. Prompts do not count: they use nearly all of them."""
+        return self.neurons_active / self.tokens if self.tokens else 0.0
+
+    @property
     def wait_per_token(self) -> float:
         """Seconds."""
         return self.wait_seconds / self.tokens if self.tokens else 0.0
@@ -93,6 +98,7 @@ class Counters:
         result["hit_rate"] = self.hit_rate
         result["bytes_per_token"] = self.bytes_per_token
         result["reads_per_token"] = self.reads_per_token
+        result["neurons_per_token"] = self.neurons_per_token
         result["wait_per_token"] = self.wait_per_token
         return result
 
@@ -113,10 +119,16 @@ class FlashStats:
     slots_in_use: int  # bytes of slots, pins and ring in use now
     resident_weights: int  # bytes
     flash_weights: int  # bytes
+    n_neurons: int = 0  # in bundles, of all layers
     total: Counters = field(default_factory=Counters)
     prompt: Counters = field(default_factory=Counters)
     decode: Counters = field(default_factory=Counters)
     last: Counters = field(default_factory=Counters)  # the last call
+
+    def active_neurons(self, counters: Counters) -> str:
+        """Active neurons per token, and their share of all; "" where none were counted."""
+        count = counters.neurons_per_token
+        return f"{count:.0f} ({count / self.n_neurons:.1%})" if count and self.n_neurons else ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -130,21 +142,24 @@ class FlashStats:
             "slots_in_use": self.slots_in_use,
             "resident_weights": self.resident_weights,
             "flash_weights": self.flash_weights,
+            "n_neurons": self.n_neurons,
             **{name: getattr(self, name).as_dict() for name in ("total", "prompt", "decode", "last")},
         }
 
     def __str__(self) -> str:
-        neurons = "" if self.predictor == "none" else f", predictor {self.predictor}"
+        predictor = "" if self.predictor == "none" else f", predictor {self.predictor}"
         lines = [
-            f"mode {self.mode}{neurons}, I/O {self.io_engine}, "
+            f"mode {self.mode}{predictor}, I/O {self.io_engine}, "
             f"budget {format_size(self.budget.total)} ({self.budget.reason})",
             f"memory: {self.memory}",
         ]
         for name in ("prompt", "decode", "total"):
             counters: Counters = getattr(self, name)
             rate = "" if counters.hit_rate is None else f", hit rate {counters.hit_rate:.1%}"
+            active = f", {neurons} neurons active per token" if (neurons := self.active_neurons(counters)) else ""
             lines.append(
                 f"{name}: {counters.tokens} tokens, {format_size(counters.bytes_read)} in {counters.reads} reads "
-                f"({format_size(int(counters.bytes_per_token))} per token){rate}, waited {counters.wait_seconds:.2f} s"
+                f"({format_size(int(counters.bytes_per_token))} per token){active}{rate}, "
+                f"waited {counters.wait_seconds:.2f} s"
             )
         return "\n".join(lines)
