@@ -1,4 +1,4 @@
-"""Shows flash offload at work: `make demo`. Text from the shipped model, then a model twice as large as its memory."""
+"""Shows flash offload at work: `make demo`. Text from two shipped models, then a model twice as large as its memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchlib.cases import CASES
 from benchlib.measure import FLASH, RESIDENT, measure, naive_settings
 from benchlib.models import MOE_SKEWED
 from benchlib.runs import run, stop_on_sigterm
+from demolib import show_neurons
 from rich.console import Console
 
 _SHIPPED_MOE = Path(__file__).resolve().parent.parent / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not _generate(console, options.prompt):
         return 1
+    show_neurons(console, options.prompt, (Path(__file__).parent / "bench.py").read_text(encoding="utf-8"))
     folder = options.folder or Path(__file__).resolve().parent.parent / "build"
     folder.mkdir(parents=True, exist_ok=True)
     case = next(case for case in CASES if case.name == "moe-50")
