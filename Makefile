@@ -13,6 +13,9 @@ help:  ## this list
 build:  ## .venv with the patched engine, the plugin and the Python packages, from one wheel
 	@$(PYTHON) $(ENGINE)/build.py
 
+# threads that wait for others do not spin: on a machine that is also used otherwise they would be in each other's way
+export OMP_WAIT_POLICY ?= passive
+
 test: build lint  ## what is checked before every change (15 minutes at most with a built engine)
 	$(BIN)/pytest -m "not full" $(ARGS)
 
@@ -26,6 +29,8 @@ lint: build  ## ruff and mypy
 
 sanitize: build  ## engine and plugin under ASan, UBSan and TSan
 	@$(BIN)/python $(ENGINE)/sanitize.py
+
+bench reproduce demo: export OMP_WAIT_POLICY = active
 
 bench: build  ## the speed table, as JSON and text (ARGS="--help" for its options)
 	$(BIN)/python ci/bench.py $(ARGS)
