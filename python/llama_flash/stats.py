@@ -53,7 +53,7 @@ class Counters:
 
     @property
     def neurons_per_token(self) -> float:
-        """Active neurons of all layers. Prompts do not count: they use nearly all of them."""
+        """Active neurons of all layers; 0 where whole layers pass by, as for prompts of more than 16 tokens."""
         return self.neurons_active / self.tokens if self.tokens else 0.0
 
     @property
