@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import write_json, write_weights
 from engines import Model
 from gguf import GGMLQuantizationType
 from neurons import give_neurons, open_neurons
 
 import llama_flash
 from gguf_tools.bundle import bundle
+from gguf_tools.convert import convert
 from gguf_tools.source import SourceTensor, open_gguf, row_count
 from gguf_tools.stream import PlannedTensor, write_gguf
 from gguf_tools.unbundle import unbundle
@@ -150,3 +152,75 @@ def test_it_is_found_with_its_predictors() -> None:
         give_neurons(llm, 0.0)
         text = llm.create_completion(PROMPT, max_tokens=16, temperature=0)["choices"][0]["text"]
     assert text.strip()
+
+
+HF_NAMES = {  # GGUF's names in a layer -> Hugging Face's
+    "attn_norm": "self_attn_layer_norm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj",
+    "ffn_norm": "final_layer_norm",
+    "ffn_up": "fc1",
+    "ffn_down": "fc2",
+}
+
+
+def write_huggingface(gguf_file: Path, folder: Path) -> None:
+    """The model as facebook/opt-125m is published: config.json, model.safetensors and its tokenizer's files."""
+    source = open_gguf(gguf_file)
+    weights = {}
+    for name, tensor in source.tensors.items():
+        values = tensor.floats(0, row_count(tensor)).reshape(tuple(reversed(tensor.shape)))
+        if name.startswith("blk."):
+            _, layer, part, kind = name.split(".")
+            weights[f"model.decoder.layers.{layer}.{HF_NAMES[part]}.{kind}"] = values
+        else:
+            whole = {
+                "token_embd": "embed_tokens",
+                "position_embd": "embed_positions",
+                "output_norm": "final_layer_norm",
+            }
+            part, kind = name.split(".")
+            weights[f"model.decoder.{whole[part]}.{kind}"] = values
+    value = {key: entry.value for key, entry in source.values.items()}
+    folder.mkdir()
+    write_weights(folder, weights)
+    write_json(
+        folder / "config.json",
+        {
+            "model_type": "opt",
+            "architectures": ["OPTForCausalLM"],
+            "activation_function": "relu",
+            "hidden_size": value["opt.embedding_length"],
+            "word_embed_proj_dim": value["opt.embedding_length"],
+            "ffn_dim": value["opt.feed_forward_length"],
+            "num_hidden_layers": value["opt.block_count"],
+            "num_attention_heads": value["opt.attention.head_count"],
+            "max_position_embeddings": value["opt.context_length"],
+            "vocab_size": len(value["tokenizer.ggml.tokens"]),
+            "do_layer_norm_before": True,
+            "tie_word_embeddings": True,
+            "bos_token_id": value["tokenizer.ggml.bos_token_id"],
+            "eos_token_id": value["tokenizer.ggml.eos_token_id"],
+        },
+    )
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True})
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(value["tokenizer.ggml.tokens"])})
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(value["tokenizer.ggml.merges"]) + "\n")
+
+
+def test_converted_from_huggingface_it_is_the_same_model(twin: Path, model_folder: Path) -> None:
+    folder, converted = model_folder / "opt-hf", model_folder / "opt-converted.gguf"
+    write_huggingface(twin, folder)
+    convert(folder, converted, kind=GGMLQuantizationType.Q8_0)
+    text = next(texts())[:3000]
+    logits = []
+    for path in (MODEL, converted):
+        with open_neurons(path, predictor="exact") as llm:
+            tokens = llm.tokenize(text)[:200]
+            llm.eval(tokens)
+            logits.append((tokens, np.array(llm.scores[: len(tokens)])))
+    assert logits[0][0] == logits[1][0]
+    # a second rounding to Q8_0 of values that were Q8_0 before changes hardly any of them
+    assert np.abs(logits[0][1] - logits[1][1]).max() <= 0.02 * np.ptp(logits[0][1])
