@@ -29,7 +29,7 @@ from gguf_tools.stream import PlannedTensor, copied, write_gguf
 
 TOKENS = 20_000
 _VERSION = 1
-_PREDICTOR = re.compile(r"blk\.\d+\.ffn_predictor(?:_in|_out)?\.\w+")
+_PREDICTOR = re.compile(r"blk\.[0-9]+\.ffn_predictor(?:_in|_out)?\.\w+")
 
 
 @dataclass(frozen=True)

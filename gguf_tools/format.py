@@ -41,7 +41,7 @@ _UINT32, _UINT64 = GGUFValueType.UINT32, GGUFValueType.UINT64
 _FLOAT32, _STRING, _ARRAY = GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.ARRAY
 _WHOLE = (GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.UINT64, GGUFValueType.INT64)
 _short = reprlib.repr  # a damaged file may hold a lot
-_FFN = re.compile(r"blk\.(0|[1-9]\d{0,8})\.ffn_((?:bundle|up|gate|down|predictor_in|predictor_out|predictor)\.\w+)")
+_FFN = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.ffn_((?:bundle|up|gate|down|predictor_in|predictor_out|predictor)\.\w+)")
 
 
 def weight_name(il: int, part: str) -> str:

@@ -34,7 +34,7 @@ from gguf_tools.types import PLAIN_TYPES, WEIGHT_TYPES, row_bytes
 MEMORY = 256 << 20  # bytes that a conversion works in, unless it is told otherwise
 
 _F32, _F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
-_WEIGHT = re.compile(r"blk\.(0|[1-9]\d{0,8})\.ffn_(?:gate|up|down)\.weight")
+_WEIGHT = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.ffn_(?:gate|up|down)\.weight")
 
 
 @dataclass(frozen=True)
