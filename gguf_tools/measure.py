@@ -109,7 +109,7 @@ def predict(layer: LayerActivations, norms: Floats, predictor: Predictor | None)
         mass = per_token(layer.magnitudes(tokens) * norms)
         sets = np.ones(mass.shape, np.bool_) if predictor is None else predictor.margins(layer.inputs[tokens]) > 0
         predicted[tokens] = np.packbits(sets, axis=1)
-        nothing_to_miss = np.count_nonzero(mass.sum(axis=1) == 0)
+        nothing_to_miss = int(np.count_nonzero(mass.sum(axis=1) == 0))
         kept += float(mass[sets].sum(dtype=np.float64)) + nothing_to_miss
     return predicted, kept / layer.n_tokens
 

@@ -32,11 +32,20 @@ from gguf_tools.verify import verify
 SHIPPED = Path(str(resources.files("llama_flash") / "models" / "stdlib-arcee-q8_0.gguf"))
 QUICK = Settings(max_rank=64, refine=False)
 FEW = 4096  # tokens: eight sequences, the least that works
+MANY = 8192
 
 
 @pytest.fixture(scope="module")
 def texts(model_folder: Path) -> tuple[Path, Path]:
     return library_text(model_folder)
+
+
+@pytest.fixture(scope="module")
+def calibrated(synthetic: Path, texts: tuple[Path, Path], model_folder: Path) -> Path:
+    """The same with predictors, made at once."""
+    out = model_folder / "calibrated.gguf"
+    calibrate(synthetic, texts[0], out, n_tokens=FEW, settings=QUICK, n_threads=1)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,8 @@ def shipped(model_folder: Path, texts: tuple[Path, Path]) -> tuple[Path, Calibra
     """The shipped model with predictors."""
     plain, out = model_folder / "shipped.gguf", model_folder / "shipped-predictors.gguf"
     bundle(SHIPPED, plain)
-    report = calibrate(plain, texts[0], out, n_tokens=12_288, settings=Settings(max_rank=96))
+    work = model_folder / "shipped-work"
+    report = calibrate(plain, texts[0], out, n_tokens=MANY, settings=Settings(max_rank=64), work=work, n_threads=1)
     return out, report
 
 
@@ -79,7 +89,7 @@ def test_predictors_keep_the_recall_on_a_text_they_have_not_seen(
     shipped: tuple[Path, CalibrationReport], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     path, report = shipped
-    record(path, texts[1], tmp_path / "other", n_tokens=6144)
+    record(path, texts[1], tmp_path / "other", n_tokens=FEW, n_threads=1)
     layers = measure(path, tmp_path / "other")
     assert len(layers) == 6
     for held_out, layer in zip(report.layers, layers, strict=True):
@@ -117,7 +127,7 @@ def test_the_engine_agrees_with_itself_with_and_without_predictors(shipped: tupl
     text = b"class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n        self._init()\n"
     logits = {}
     for predictor in ("exact", "lowrank"):
-        with open_neurons(path, predictor=predictor, share=0.5) as llm:
+        with open_neurons(path, predictor=predictor, share=0.5, n_threads=1) as llm:
             tokens = llm.tokenize(text * 3)
             logits[predictor] = logits_of(llm, tokens[:2], tokens[2:])
             active = llm.flash.stats().decode
@@ -128,11 +138,11 @@ def test_the_engine_agrees_with_itself_with_and_without_predictors(shipped: tupl
 
 
 def test_closed_form_alone_needs_more_neurons(
-    shipped: tuple[Path, CalibrationReport], texts: tuple[Path, Path], tmp_path: Path
+    shipped: tuple[Path, CalibrationReport], texts: tuple[Path, Path], model_folder: Path
 ) -> None:
     path, report = shipped
-    settings = Settings(max_rank=96, refine=False)
-    closed = calibrate(path, texts[0], n_tokens=12_288, settings=settings, write=False, work=tmp_path / "work")
+    work = model_folder / "shipped-work"
+    closed = calibrate(path, texts[0], n_tokens=MANY, settings=QUICK, write=False, work=work, n_threads=1)
     better = [a.predicted_share < b.predicted_share for a, b in zip(report.layers, closed.layers, strict=True)]
     assert sum(better) >= 4
 
@@ -141,7 +151,7 @@ def test_closed_form_alone_needs_more_neurons(
 
 
 def test_a_recording_holds_what_the_weights_say(texts: tuple[Path, Path], tmp_path: Path) -> None:
-    recording = record(SHIPPED, texts[0], tmp_path, n_tokens=FEW)
+    recording = record(SHIPPED, texts[0], tmp_path, n_tokens=FEW, n_threads=1)
     assert recording.n_tokens == FEW and recording.layers == tuple(range(6))
     model = SparseModel.open(SHIPPED)
     for il in (0, 3, 5):
@@ -162,7 +172,9 @@ def test_a_recording_holds_what_the_weights_say(texts: tuple[Path, Path], tmp_pa
 
 def test_bundled_and_ordinary_files_see_the_same(synthetic: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     ordinary = synthetic.with_name("calibrate-arcee.gguf")
-    recordings = [record(path, texts[0], tmp_path / path.stem, n_tokens=FEW) for path in (ordinary, synthetic)]
+    recordings = [
+        record(path, texts[0], tmp_path / path.stem, n_tokens=FEW, n_threads=1) for path in (ordinary, synthetic)
+    ]
     assert recordings[0].model != recordings[1].model
     for il in range(2):
         a, b = (recording.layer(il) for recording in recordings)
@@ -183,13 +195,14 @@ def test_sequences_come_from_all_over_the_text(
     synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "text"
-    text.write_bytes(b"".join(b"%05d " % i for i in range(20_000)))
+    text.write_bytes(b"".join(b"%05d " % i for i in range(20_000)))  # a byte is a token
     ran: list[list[int]] = []
     real = Observer.run
     monkeypatch.setattr(Observer, "run", lambda self, tokens: ran.append(list(tokens)) or real(self, tokens))
-    record(synthetic, text, tmp_path / "a", n_tokens=FEW)
-    firsts = [int(bytes(tokens[6 - i % 6 : 12 - i % 6]).split()[0]) for i, tokens in enumerate(ran)]
+    record(synthetic, text, tmp_path / "a", n_tokens=FEW, n_threads=1)
     assert len(ran) == 8 and {len(tokens) for tokens in ran} == {512}
+    with open_resident(synthetic.with_name("calibrate-arcee.gguf"), n_threads=1) as llm:
+        firsts = [int(llm.detokenize(tokens[:20]).split()[1]) for tokens in ran]
     assert firsts == sorted(firsts) and firsts[0] < 100 and firsts[-1] > 15_000
 
 
@@ -216,39 +229,39 @@ def test_an_interrupted_run_goes_on_to_the_same_file(
     name: str,
     calls: int,
     synthetic: Path,
+    calibrated: Path,
     texts: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    at_once, in_two = tmp_path / "at-once.gguf", tmp_path / "in-two.gguf"
-    calibrate(synthetic, texts[0], at_once, n_tokens=FEW, settings=QUICK)
+    in_two = tmp_path / "in-two.gguf"
     with monkeypatch.context() as patched, pytest.raises(_Stop):
         stop_after(patched, where, name, calls)
-        calibrate(synthetic, texts[0], in_two, n_tokens=FEW, settings=QUICK)
+        calibrate(synthetic, texts[0], in_two, n_tokens=FEW, settings=QUICK, n_threads=1)
     assert not in_two.exists()
     with monkeypatch.context() as patched:
         total = {"run": 8, "fit": 2, "write_gguf": 1}[name]
         stop_after(patched, where, name, total - calls)  # what was done is not done again
-        calibrate(synthetic, texts[0], in_two, n_tokens=FEW, settings=QUICK)
-    assert in_two.read_bytes() == at_once.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["at-once.gguf", "in-two.gguf"]
+        calibrate(synthetic, texts[0], in_two, n_tokens=FEW, settings=QUICK, n_threads=1)
+    assert in_two.read_bytes() == calibrated.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["in-two.gguf"]
 
 
 def test_a_kept_folder_saves_recording_again(
     synthetic: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, out = tmp_path / "work", tmp_path / "out.gguf"
-    first = calibrate(synthetic, texts[0], out, n_tokens=FEW, settings=QUICK, work=work)
+    first = calibrate(synthetic, texts[0], out, n_tokens=FEW, settings=QUICK, n_threads=1, work=work)
     stop_after(monkeypatch, Observer, "run", 0)
     with monkeypatch.context() as patched:
         stop_after(patched, gguf_tools.calibrate, "fit", 0)
-        again = calibrate(synthetic, texts[0], out, n_tokens=FEW, settings=QUICK, work=work, force=True)
+        again = calibrate(synthetic, texts[0], out, n_tokens=FEW, settings=QUICK, n_threads=1, work=work, force=True)
     assert again == first
     lower = Settings(recall=0.9, max_rank=64, refine=False)
-    other = calibrate(synthetic, texts[0], out, n_tokens=FEW, settings=lower, work=work, force=True)
+    other = calibrate(synthetic, texts[0], out, n_tokens=FEW, settings=lower, n_threads=1, work=work, force=True)
     assert all(a.predicted_share < b.predicted_share for a, b in zip(other.layers, first.layers, strict=True))
     with pytest.raises(GgufToolsError, match="another model or text"):
-        calibrate(synthetic, texts[1], out, n_tokens=FEW, settings=QUICK, work=work, force=True)
+        calibrate(synthetic, texts[1], out, n_tokens=FEW, settings=QUICK, n_threads=1, work=work, force=True)
 
 
 # ---- files
@@ -260,7 +273,9 @@ def test_in_place_the_predictors_are_replaced(synthetic: Path, texts: tuple[Path
     before = fingerprint(open_gguf(path))
     ranks = []
     for max_rank in (64, 32):
-        report = calibrate(path, texts[0], n_tokens=FEW, settings=Settings(max_rank=max_rank, refine=False))
+        report = calibrate(
+            path, texts[0], n_tokens=FEW, settings=Settings(max_rank=max_rank, refine=False), n_threads=1
+        )
         info = read_flash(open_gguf(path), path)
         assert info is not None and info.predictor is not None
         assert info.predictor.ranks == tuple(layer.rank for layer in report.layers)
@@ -275,17 +290,19 @@ def test_an_ordinary_file_is_only_reported_on(texts: tuple[Path, Path], tmp_path
     path = tmp_path / "arcee.gguf"
     write(tiny("arcee", n_layer=1), path)
     with pytest.raises(GgufToolsError, match="bundle it first"):
-        calibrate(path, texts[0], tmp_path / "out.gguf", n_tokens=FEW)
-    report = calibrate(path, texts[0], n_tokens=FEW, settings=QUICK, write=False)
+        calibrate(path, texts[0], tmp_path / "out.gguf", n_tokens=FEW, n_threads=1)
+    report = calibrate(path, texts[0], n_tokens=FEW, settings=QUICK, write=False, n_threads=1)
     assert report.activation == "relu2" and 0.3 < report.layers[0].active_share < 0.7
     assert [file.name for file in tmp_path.iterdir()] == ["arcee.gguf"]
 
 
 def test_gated_models_are_calibrated_too(model_folder: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     path = bundled(write_model(model_folder, "llama", "F32", "fatrelu"))
-    report = calibrate(path, texts[0], tmp_path / "out.gguf", n_tokens=FEW, settings=QUICK)
+    report = calibrate(path, texts[0], tmp_path / "out.gguf", n_tokens=MANY, settings=QUICK, n_threads=1)
     assert report.activation.startswith("fatrelu")
-    assert all(0 < layer.active_share < 0.6 and abs(layer.mass_recall - 0.99) < 0.01 for layer in report.layers)
+    for layer in report.layers:
+        assert 0 < layer.active_share < 0.6
+        assert abs(layer.mass_recall - 0.99) < 0.02  # few tokens, and a vocabulary of bytes
 
 
 @pytest.mark.parametrize("what", ["silu", "short text", "there", "no folder", "settings"])
@@ -336,13 +353,11 @@ def test_the_command(
     assert open_recording(work).n_tokens == FEW
 
 
-def test_a_calibrated_file_runs(synthetic: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out.gguf"
-    calibrate(synthetic, texts[0], out, n_tokens=FEW, settings=QUICK)
+def test_a_calibrated_file_runs(synthetic: Path, calibrated: Path, texts: tuple[Path, Path]) -> None:
     tokens = list(texts[1].read_bytes()[:80])
-    with open_resident(synthetic.with_name("calibrate-arcee.gguf")) as llm:
+    with open_resident(synthetic.with_name("calibrate-arcee.gguf"), n_threads=1) as llm:
         expected = logits_of(llm, tokens[:8], tokens[8:])
-    with open_neurons(out, predictor="lowrank", share=0.5) as llm:
+    with open_neurons(calibrated, predictor="lowrank", share=0.5, n_threads=1) as llm:
         actual = logits_of(llm, tokens[:8], tokens[8:])
     similarity = (actual * expected).sum() / np.linalg.norm(actual) / np.linalg.norm(expected)
     assert similarity > 0.98

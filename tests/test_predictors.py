@@ -191,11 +191,9 @@ def test_windows_hold_what_their_tokens_use(sets: np.ndarray, window: int) -> No
     longest = min(window, sequence - 1)
     curve = window_curve(packed, sequence, n_ff, longest=window)
     assert len(curve) == longest + 1
+    places = [(s, t) for s in range(n_sequences) for t in range(longest, sequence)]
     for k, share in enumerate(curve):
-        unions = [
-            sets[s, t - k : t + 1].any(axis=0).mean() for s in range(n_sequences) for t in range(longest, sequence)
-        ]
-        assert share == pytest.approx(np.mean(unions))
+        assert share == pytest.approx(np.mean([sets[s, t - k : t + 1].any(axis=0).mean() for s, t in places]))
     new = unpacked(newly_active_sets(packed, sequence, window), n_ff).reshape(sets.shape)
     for s in range(n_sequences):
         for t in range(sequence):

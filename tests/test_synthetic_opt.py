@@ -53,15 +53,16 @@ def test_the_planted_shares_of_neurons_fire(activity: list[LayerActivity]) -> No
         assert share == pytest.approx(TINY.sparsity.active_share(il, TINY.shape.n_layer), rel=0.15)
 
 
-def test_the_predictor_finds_more_than_99_percent_and_predicts_less_than_twice_too_many(
+def test_the_predictor_finds_99_percent_of_the_mass_and_predicts_few_in_vain(
     activity: list[LayerActivity],
 ) -> None:
     for layer in activity:
         assert layer.recall is not None and layer.recall_of_mass is not None and layer.predicted is not None
-        assert layer.recall > 0.985 and layer.recall_of_mass > 0.998
-        assert layer.active < layer.predicted < 2.1 * layer.active
-    recall = mean_activity(activity).recall
-    assert recall is not None and recall > 0.99
+        assert layer.recall > 0.92 and layer.recall_of_mass > 0.985
+        assert layer.active < layer.predicted < 1.5 * layer.active
+    mean = mean_activity(activity)
+    assert mean.recall is not None and mean.recall > 0.93
+    assert mean.recall_of_mass is not None and mean.recall_of_mass > 0.989
 
 
 def test_a_window_of_five_tokens_leaves_about_the_papers_share_to_be_loaded(activity: list[LayerActivity]) -> None:
