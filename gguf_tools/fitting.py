@@ -120,11 +120,12 @@ def fit(
     best = search.stored(candidates[-1].predictor)
     if settings.refine:
         # descent helps small ranks more: a smaller one than the closed form's may become the best
-        for candidate in reversed(candidates):
+        for steps_down, candidate in enumerate(reversed(candidates)):
             trial = search.stored(refined(candidate.predictor, fitted, search.norms, candidate.bound))
-            if search.cost(trial) >= search.cost(best):
+            if search.cost(trial) < search.cost(best):
+                best = replace(trial, refined=True)
+            elif steps_down:
                 break
-            best = replace(trial, refined=True)
     return best if search.cost(best) < search.cost(None) else None
 
 
