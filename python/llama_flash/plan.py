@@ -31,6 +31,9 @@ _TIERS: tuple[tuple[str, ...], ...] = (("experts",), ("experts", "ffn"), ("exper
 _NEURON_SHARE = 0.04  # of all neurons: with fewer in slots, attention had better leave memory than they
 _SMALLEST = 64 << 10  # bytes of a weight that is worth a read
 
+_PLAIN_TYPES = (0, 1, 30)  # enum ggml_type of F32, F16, BF16: computed on as they are in the file
+_LOAD_PIECES = 16 << 20  # bytes of the buffer through which weights are read, and of the heap that it leaves behind
+
 # bytes per element of KV cache types (enum ggml_type)
 _KV_BYTES = {0: 4.0, 1: 2.0, 2: 18 / 32, 3: 20 / 32, 6: 22 / 32, 7: 24 / 32, 8: 34 / 32, 20: 18 / 32, 30: 2.0}
 _HEAP_PER_TOKEN = 300  # bytes of the engine's heap per vocabulary entry: strings, maps, merges
@@ -221,21 +224,24 @@ def least_for_neurons(bundles: Bundles) -> int:
 def _load_peak(meta: GgufMeta, plan: Plan) -> int:
     """Most bytes that the process takes while the weights are read, before there are a KV cache and buffers.
 
-    Past the page cache a weight is read through a copy of itself. One that is repacked is there three times for a
-    moment; the engine loads the largest of these first. The embedding is not repacked.
+    A weight that is repacked is there twice for a moment; the engine loads the largest of these first. The others are
+    read in pieces, straight to where they stay. The embedding is not repacked, nor is what is not quantised.
     """
     on_flash = {tensor.name for tensor in plan.tensors}
     if plan.bundles:
         on_flash.update(layer.tensor.name for layer in plan.bundles.layers)
     resident = [tensor for tensor in meta.tensors.values() if tensor.name not in on_flash]
-    repacked = sorted((t.size for t in resident if len(t.shape) > 1 and t.name != "token_embd.weight"), reverse=True)
-    plain = [t.size for t in resident if len(t.shape) <= 1 or t.name == "token_embd.weight"]
-    peak = plan.resident_bytes + max(plain, default=0)
-    read = sum(plain)
+    repacked = sorted((tensor.size for tensor in resident if _may_be_repacked(tensor)), reverse=True)
+    peak = plan.resident_bytes
+    read = 0
     for size in repacked:
         read += size
-        peak = max(peak, read + 2 * size)
-    return plan.expected.interpreter + peak
+        peak = max(peak, read + size)
+    return plan.expected.interpreter + peak + _LOAD_PIECES
+
+
+def _may_be_repacked(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) > 1 and tensor.name != "token_embd.weight" and tensor.type not in _PLAIN_TYPES
 
 
 def _check(meta: GgufMeta, plan: Plan, options: FlashOffload, budget: Budget) -> None:
