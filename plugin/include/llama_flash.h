@@ -15,8 +15,8 @@
 //     llama_decode() ...                    after each: llama_flash_session_take_error()
 //   llama_flash_session_free()              before or after the model is freed: the model's buffers hold a reference
 //
-// Threads: bind_begin/bind_end belong to one thread. set_memory, stats and take_error may be called from any thread; set_memory
-// waits until the op in progress has ended. One thread decodes at a time per session: an error is the session's, and the context
+// Threads: bind_begin/bind_end belong to one thread. set_memory, resize, stats and take_error may be called from any thread; they
+// wait until the op in progress has ended. One thread decodes at a time per session: an error is the session's, and the context
 // that meets it must be the one that caused it.
 //
 // Fork: a child cannot decode with a session of its parent (the op fails), and may free it.
@@ -165,6 +165,14 @@ struct llama_flash_memory {
     uint64_t n_neurons_pinned;
 };
 
+// how far llama_flash_session_resize has come
+struct llama_flash_resize {
+    uint64_t total; // bytes that it leads to: as asked for, but no less than `least` and no more than all records need
+    uint64_t least; // bytes that rings, tables, work space and resident parts take: they do not change while the model runs
+    uint32_t done;  // 0: call again
+    uint32_t reserved;
+};
+
 struct llama_flash_stats {
     uint64_t bytes_read;      // from flash, as asked of the device (whole sectors)
     uint64_t bytes_used;      // of these, bytes of records
@@ -227,6 +235,11 @@ LLAMA_FLASH_API int32_t llama_flash_session_requirements(const struct llama_flas
 // Gives the session `bytes` of DRAM for slots, pins, ring and bookkeeping. Drops what was cached.
 // Pinned panels are read here. LLAMA_FLASH_E_MEMORY if bytes < min_memory.
 LLAMA_FLASH_API int32_t llama_flash_session_set_memory(struct llama_flash_session * session, uint64_t bytes, struct llama_flash_error * err);
+
+// Changes the memory given while the model runs, also in the middle of a decode, and keeps what is cached as far as it fits. Moves
+// on by a few milliseconds and returns: to be called until out->done. Ops that run meanwhile move on as well.
+LLAMA_FLASH_API int32_t llama_flash_session_resize(struct llama_flash_session * session, uint64_t bytes, struct llama_flash_resize * out, struct llama_flash_error * err);
+
 LLAMA_FLASH_API int32_t llama_flash_session_memory(const struct llama_flash_session * session, struct llama_flash_memory * out);
 
 // ggml_abort_callback: true once a flash op has failed, so that llama_decode stops. data: the session.

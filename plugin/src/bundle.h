@@ -62,6 +62,7 @@ struct flash_bundle {
     // records [0, n_pinned) lie whole, one after the other, at `home`
     uint32_t        n_pinned = 0;
     const uint8_t * home     = nullptr;
+    int32_t         home_memory = -1; // in session::neuron_homes
 
     // evaluation in progress (ffn.cpp)
     uint32_t              done   = 0;      // parts computed, a bit each
@@ -87,6 +88,8 @@ struct flash_bundle {
         const bundle_part & q = part(p);
         return data + (split ? n_ff * q.offset + i * q.row_bytes : i * record_bytes + q.offset);
     }
+
+    uint32_t n_neurons() const { return n_ff; }
 
     uint64_t tensor_bytes() const { return record_bytes * n_ff; }
 

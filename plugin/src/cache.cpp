@@ -15,14 +15,10 @@ void slot_cache::configure(const std::vector<uint32_t> & slots_per_class, size_t
     n_used = 0;
     scores.assign(n_records, NEVER);
     for (uint32_t c = 0; c < slots_per_class.size(); c++) {
-        size_class_state state;
-        state.count   = slots_per_class[c];
-        state.n_empty = slots_per_class[c];
+        classes.emplace_back();
         for (uint32_t i = 0; i < slots_per_class[c]; i++) {
-            slots.push_back({ 0, c, state.empty, NONE, 0, false, false });
-            state.empty = (int32_t) slots.size() - 1;
+            add(c);
         }
-        classes.push_back(state);
     }
     holding.reserve(slots.size());
 }
@@ -102,34 +98,60 @@ void slot_cache::remove(int32_t i) {
     }
 }
 
+void slot_cache::list_empty(int32_t i) {
+    slot &             s = slots[(size_t) i];
+    size_class_state & c = classes[s.size_class];
+    if (!s.listed) {
+        s.listed = true;
+        s.newer  = c.empty;
+        c.empty  = i;
+    }
+    c.n_empty++;
+}
+
+int32_t slot_cache::pop_empty(size_class_state & c) {
+    while (c.empty != NONE) {
+        const int32_t i = c.empty;
+        slot &        s = slots[(size_t) i];
+        c.empty         = s.newer;
+        s.listed        = false;
+        if (!s.gone) {
+            c.n_empty--;
+            return i;
+        }
+    }
+    return NONE;
+}
+
+// the slot to give away, NONE if all are held
+int32_t slot_cache::lowest_slot(const size_class_state & c) const {
+    // the first occupied bucket from the lowest on, a word of the map at a time
+    const uint32_t begin = position(c.lowest);
+    for (uint32_t k = 0; k <= BUCKETS / 64; k++) {
+        const uint32_t w    = (begin / 64 + k) % (BUCKETS / 64);
+        uint64_t       bits = c.occupied[w];
+        if (k == 0) {
+            bits &= ~0ull << (begin % 64);
+        } else if (k == BUCKETS / 64) {
+            bits &= ~(~0ull << (begin % 64));
+        }
+        if (bits) {
+            return c.buckets[w * 64 + (uint32_t) __builtin_ctzll(bits)].oldest;
+        }
+    }
+    return NONE;
+}
+
 int32_t slot_cache::take(uint32_t size_class, uint32_t record, bool evict, int32_t * evicted) {
     size_class_state & c = classes[size_class];
-    int32_t            i = c.empty;
+    int32_t            i = pop_empty(c);
     *evicted             = NONE;
     if (i != NONE) {
-        c.empty = slots[(size_t) i].newer;
-        c.n_empty--;
         n_used++;
     } else {
-        if (!evict) {
-            return NONE;
-        }
-        // the first occupied bucket from the lowest on, a word of the map at a time
-        const uint32_t begin = position(c.lowest);
-        for (uint32_t k = 0; k <= BUCKETS / 64 && i == NONE; k++) {
-            const uint32_t w    = (begin / 64 + k) % (BUCKETS / 64);
-            uint64_t       bits = c.occupied[w];
-            if (k == 0) {
-                bits &= ~0ull << (begin % 64);
-            } else if (k == BUCKETS / 64) {
-                bits &= ~(~0ull << (begin % 64));
-            }
-            if (bits) {
-                i = c.buckets[w * 64 + (uint32_t) __builtin_ctzll(bits)].oldest;
-            }
-        }
+        i = evict ? lowest_slot(c) : NONE;
         if (i == NONE) {
-            return NONE; // all are held
+            return NONE;
         }
         *evicted = (int32_t) slots[(size_t) i].record;
         remove(i);
@@ -138,8 +160,74 @@ int32_t slot_cache::take(uint32_t size_class, uint32_t record, bool evict, int32
     s.record  = record;
     s.reading = false;
     s.held    = true;
+    s.used    = true;
     holding.push_back(i);
     return i;
+}
+
+int32_t slot_cache::add(uint32_t size_class) {
+    size_class_state & c = classes[size_class];
+    if (c.count == c.members.size()) {
+        c.members.push_back((int32_t) slots.size());
+        slots.push_back({});
+        slots.back().size_class = size_class;
+    }
+    const int32_t i        = c.members[c.count++];
+    slots[(size_t) i].gone = false;
+    list_empty(i);
+    return i;
+}
+
+slot_cache::retired slot_cache::retire(uint32_t size_class) {
+    size_class_state & c = classes[size_class];
+    retired            r = { false, NONE, NONE, NONE };
+    if (c.count == 0) {
+        return r;
+    }
+    const int32_t i = c.members[c.count - 1];
+    slot &        s = slots[(size_t) i];
+    if (s.used) {
+        if (s.reading) {
+            return r;
+        }
+        int32_t to = NONE; // where what it holds goes
+        // the slot itself counts as gone already: an empty one before it
+        s.gone = true;
+        to     = pop_empty(c);
+        if (to == NONE) {
+            to = lowest_slot(c);
+            if (to == NONE) {
+                s.gone = false;
+                return r;
+            }
+            r.evicted = (int32_t) slots[(size_t) to].record;
+            remove(to);
+            slots[(size_t) to].used = false;
+            n_used--;
+        }
+        if (to != i) {
+            slot & t = slots[(size_t) to];
+            t.record = s.record;
+            t.used   = true;
+            t.held   = s.held;
+            if (s.held) {
+                *std::find(holding.begin(), holding.end(), i) = to;
+            } else {
+                remove(i);
+                insert(to);
+            }
+            r.moved = to;
+        }
+        s.used = false;
+        s.held = false;
+    } else {
+        s.gone = true; // it stays in the list of empty ones until it is passed over
+        c.n_empty--;
+    }
+    c.count--;
+    r.done = true;
+    r.slot = i;
+    return r;
 }
 
 void slot_cache::hold(int32_t i) {
@@ -168,8 +256,7 @@ void slot_cache::end_op() {
 }
 
 void slot_cache::drop(int32_t i) {
-    slot &             s = slots[(size_t) i];
-    size_class_state & c = classes[s.size_class];
+    slot & s = slots[(size_t) i];
     if (s.held) {
         holding.erase(std::find(holding.begin(), holding.end(), i));
     } else {
@@ -177,8 +264,7 @@ void slot_cache::drop(int32_t i) {
     }
     s.held    = false;
     s.reading = false;
-    s.newer   = c.empty;
-    c.empty   = i;
-    c.n_empty++;
+    s.used    = false;
+    list_empty(i);
     n_used--;
 }

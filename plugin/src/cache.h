@@ -43,8 +43,21 @@ class slot_cache {
     // the slot is empty again
     void drop(int32_t slot);
 
+    // One slot more for the class: its next one by address (the class's n_slots() before the call tells which).
+    int32_t add(uint32_t size_class);
+
+    // One slot less: the class's last one by address.
+    struct retired {
+        bool    done;    // false: it or what could make room for it is held; nothing has changed
+        int32_t slot;    // the slot that is gone
+        int32_t moved;   // the slot that has what it held; NONE: nothing, or it is `evicted`
+        int32_t evicted; // the record that lost its place; NONE: none
+    };
+    retired retire(uint32_t size_class);
+
     uint32_t record_in(int32_t slot) const { return slots[(size_t) slot].record; }
 
+    // slots of the class, those retired left out
     uint32_t n_slots(uint32_t size_class) const { return classes[size_class].count; }
 
     uint32_t n_empty(uint32_t size_class) const { return classes[size_class].n_empty; }
@@ -66,6 +79,9 @@ class slot_cache {
         int64_t  bucket; // counted from the beginning of time; below `lowest`: in the lowest bucket
         bool     held;
         bool     reading;
+        bool     used;   // has a record
+        bool     gone;   // retired
+        bool     listed; // in the empty list, where a retired slot stays until it is passed over
     };
 
     struct list {
@@ -78,12 +94,16 @@ class slot_cache {
         uint32_t n_empty = 0;
         int32_t  empty   = NONE;  // head of the empty list
         int64_t  lowest  = 0;     // number of the lowest bucket there is
+        std::vector<int32_t> members; // by address: the first `count` are in use, the rest is retired
         list     buckets[BUCKETS];
         uint64_t occupied[BUCKETS / 64] = {};
     };
 
     list     join(const list & older, const list & newer);
     void     raise(size_class_state & c, int64_t lowest);
+    void     list_empty(int32_t slot);
+    int32_t  pop_empty(size_class_state & c);
+    int32_t  lowest_slot(const size_class_state & c) const;
     void     insert(int32_t slot);
     void     remove(int32_t slot);
     uint32_t position(int64_t bucket) const { return (uint32_t) (bucket & (BUCKETS - 1)); }

@@ -105,6 +105,13 @@ int32_t llama_flash_session_set_memory(llama_flash_session * session, uint64_t b
     return guarded(err, [&] { return session->set_memory(bytes, err); });
 }
 
+int32_t llama_flash_session_resize(llama_flash_session * session, uint64_t bytes, llama_flash_resize * out, llama_flash_error * err) {
+    if (!session || !out) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "resize: no session or nowhere to tell how far it has come");
+    }
+    return guarded(err, [&] { return session->resize(bytes, *out, err); });
+}
+
 int32_t llama_flash_session_memory(const llama_flash_session * session, llama_flash_memory * out) {
     if (!session || !out) {
         return LLAMA_FLASH_E_INVALID;

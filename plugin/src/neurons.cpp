@@ -395,15 +395,7 @@ void neuron_store::stream_begin(llama_flash_session & s, const flash_bundle & b,
             stream_end(s);
         }
     }
-    while (under_way() && !s.failed()) { // neurons that were asked for are in the ring's way
-        pump(s);
-        if (begin_landing()) {
-            land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
-            end_landing();
-        } else {
-            s.wait_for_reads();
-        }
-    }
+    settle(s); // neurons that were asked for are in the ring's way
     stream_ahead    = ahead;
     stream_rows     = rows;
     stream_resident = resident;
@@ -503,6 +495,42 @@ void neuron_store::abandon(llama_flash_session & s) {
         free_read(index);
     }
     done.clear();
+}
+
+void neuron_store::settle(llama_flash_session & s) {
+    cancel_ahead();
+    while (under_way() && !s.failed()) {
+        pump(s);
+        if (begin_landing()) {
+            land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
+            end_landing();
+        } else {
+            s.wait_for_reads();
+        }
+    }
+}
+
+void neuron_store::add_slots(uint32_t n) {
+    while (cache.n_slots(0) < n) {
+        cache.add(0);
+    }
+    pending.resize(std::max<size_t>(pending.size(), n), 0);
+}
+
+bool neuron_store::remove_slot(llama_flash_session & s) {
+    const slot_cache::retired r = cache.retire(0);
+    if (!r.done) {
+        return false;
+    }
+    if (r.evicted != slot_cache::NONE) {
+        slot_of[(size_t) r.evicted] = slot_cache::NONE;
+        s.stats.evictions++;
+    }
+    if (r.moved != slot_cache::NONE) {
+        slot_of[cache.record_in(r.moved)] = r.moved;
+        memcpy(slots + (size_t) r.moved * slot_bytes, slots + (size_t) r.slot * slot_bytes, slot_bytes);
+    }
+    return true;
 }
 
 void neuron_store::forget_all(llama_flash_session & s) {

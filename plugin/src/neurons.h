@@ -107,7 +107,13 @@ class neuron_store {
 
     const flash_bundle * bundle_of(uint32_t read_index) const { return reads[read_index].bundle; }
 
-    uint32_t n_slots() const { return (uint32_t) pending.size(); }
+    uint32_t n_slots() const { return cache.n_slots(0); }
+
+    // A moving limit. No op is in progress; the slots' memory has room for n.
+    void add_slots(uint32_t n);
+    bool remove_slot(llama_flash_session & s); // the last one; false: a read into it is under way
+    void settle(llama_flash_session & s);      // waits for reads of neurons and copies what has come
+
     uint32_t used() const { return cache.used(); }
     size_t   touched() const { return neuron_ring.touched(); }
 

@@ -21,8 +21,6 @@ int64_t flash_now_ns() {
 
 // mapping
 
-constexpr size_t HUGE_PAGE = 2u << 20;
-
 mapping::~mapping() {
     if (data) {
         munmap(data, bytes);
@@ -62,6 +60,20 @@ mapping mapping::allocate(size_t bytes) {
         }
     }
     return m;
+}
+
+mapping mapping::allocate(size_t most, size_t least) {
+    mapping m = allocate(most);
+    return m.data ? std::move(m) : allocate(least);
+}
+
+void mapping::keep(size_t used) {
+    // part of a huge page would stay where it is until the kernel has split the page
+    const uintptr_t begin = ((uintptr_t) data + used + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const uintptr_t end   = (uintptr_t) data + bytes;
+    if (data && begin < end) {
+        madvise((void *) begin, end - begin, MADV_DONTNEED);
+    }
 }
 
 // life
@@ -458,9 +470,7 @@ uint64_t llama_flash_session::ring_minimum(bool experts) const {
 
 // neurons
 
-constexpr uint32_t FEWEST_NEURON_SLOTS = 64;
-
-static size_t slot_bytes_of(const std::vector<flash_bundle> & bundles) {
+size_t slot_bytes_of(const std::vector<flash_bundle> & bundles) {
     size_t most = 0;
     for (const auto & b : bundles) {
         most = std::max(most, b.cached_bytes);
@@ -468,7 +478,7 @@ static size_t slot_bytes_of(const std::vector<flash_bundle> & bundles) {
     return (most + 63) / 64 * 64;
 }
 
-static uint64_t n_neurons_of(const std::vector<flash_bundle> & bundles) {
+uint64_t n_neurons_of(const std::vector<flash_bundle> & bundles) {
     return bundles.empty() ? 0 : bundles.back().first + bundles.back().n_ff;
 }
 
@@ -518,8 +528,8 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         return true;
     }
     uint64_t left = bytes - neuron_bookkeeping() - 2 * HUGE_PAGE;
-    auto     home = [&](uint64_t size) -> uint8_t * {
-        neuron_homes.push_back(mapping::allocate(size));
+    auto     home = [&](uint64_t size, uint64_t most) -> uint8_t * {
+        neuron_homes.push_back(mapping::allocate(most, size));
         left -= size;
         return neuron_homes.back().data;
     };
@@ -529,7 +539,7 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         for (auto & p : b.parts) {
             p.resident = nullptr;
             if (p.present && !p.cached) {
-                p.resident = home(p.row_bytes * b.n_ff);
+                p.resident = home(p.row_bytes * b.n_ff, p.row_bytes * b.n_ff);
                 if (!p.resident) {
                     return false;
                 }
@@ -557,13 +567,15 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
             b.n_pinned = 0;
         }
         due -= (double) std::min(runs, (uint32_t) due);
-        b.home = nullptr;
+        b.home        = nullptr;
+        b.home_memory = -1;
         if (b.n_pinned > 0) {
-            uint8_t * data = home(b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR);
+            uint8_t * data = home(b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR, b.tensor_bytes() + 2 * FLASH_SECTOR);
             if (!data) {
                 return false;
             }
-            b.home = data + (b.offset - flash_sector_floor(b.offset));
+            b.home_memory = (int32_t) neuron_homes.size() - 1;
+            b.home        = data + (b.offset - flash_sector_floor(b.offset));
             memory.pinned += b.n_pinned * b.record_bytes;
             memory.n_neurons_pinned += b.n_pinned;
         }
@@ -573,7 +585,8 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
     if (neuron_params.mode != LLAMA_FLASH_NEURONS_OFF && memory.n_neurons_pinned < n_neurons_of(bundles)) {
         n = std::min<uint64_t>(n_neurons_of(bundles), left / (slot_bytes + 64)); // a slot's entry in the cache
     }
-    neuron_slots = n ? mapping::allocate(n * slot_bytes) : mapping();
+    // addresses for all neurons: the memory given may grow
+    neuron_slots = neuron_params.mode == LLAMA_FLASH_NEURONS_OFF ? mapping() : mapping::allocate(n_neurons_of(bundles) * slot_bytes, n * slot_bytes);
     if (n && !neuron_slots.data) {
         return false;
     }
@@ -690,6 +703,7 @@ void llama_flash_session::drop_all() {
     ring_memory = mapping();
     home_bytes  = 0;
     memory      = {};
+    resizing    = {};
     neurons.configure(0, 0, 0, nullptr, nullptr, 0);
     neuron_homes.clear();
     neuron_slots       = mapping();
@@ -775,12 +789,10 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         due -= (double) pinned;
         pin_left -= pinned;
         if (t.n_pinned > 0) {
-            homes.push_back(mapping::allocate(pinned));
-            if (!homes.back().data) {
+            if (!make_home(t, pinned)) {
                 drop_all();
                 return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for pinned panels", (unsigned long long) pinned);
             }
-            t.home = homes.back().data + (t.offset - flash_sector_floor(t.offset));
             home_bytes += pinned;
             memory.n_pinned += t.n_pinned;
         }
@@ -802,7 +814,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     for (size_t c = 0; c < class_bytes.size(); c++) {
         const uint32_t n = (uint32_t) std::min<uint64_t>(class_records[c], (uint64_t) (kept * (double) class_records[c]));
         slots_per_class.push_back(n);
-        slot_memory.push_back(n ? mapping::allocate((size_t) n * class_bytes[c]) : mapping());
+        slot_memory.push_back(mapping::allocate((size_t) class_records[c] * class_bytes[c], (size_t) n * class_bytes[c]));
         if (n && !slot_memory.back().data) {
             drop_all();
             return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for slots", (unsigned long long) n * class_bytes[c]);
@@ -826,6 +838,19 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     panel_ring.configure(ring_memory.data ? ring_memory.data + expert_ring_bytes : nullptr, panel_ring_bytes, 4096);
 
     return read_pinned(err);
+}
+
+// Addresses for the tensor's panels, memory for the first `least` bytes at least.
+bool llama_flash_session::make_home(flash_tensor & t, uint64_t least) {
+    const flash_record & end = records[t.first_record + t.n_records - 1];
+    homes.push_back(mapping::allocate(flash_sector_ceil(end.offset + end.bytes) - flash_sector_floor(t.offset), least));
+    if (!homes.back().data) {
+        homes.pop_back();
+        return false;
+    }
+    t.home_memory = (int32_t) homes.size() - 1;
+    t.home        = homes.back().data + (t.offset - flash_sector_floor(t.offset));
+    return true;
 }
 
 int32_t llama_flash_session::read_pinned(llama_flash_error * err) {
@@ -914,7 +939,10 @@ void llama_flash_session::begin_op(const std::string & tensor) {
         fail_op(LLAMA_FLASH_E_INVALID, tensor, "the session has no memory: call llama_flash_session_set_memory before decoding");
     } else if (forked()) {
         fail_op(LLAMA_FLASH_E_INVALID, tensor, "a model with weights on flash does not survive a fork: load it in the child");
+    } else if (resizing.active && !failed()) {
+        resize_step(op.begin_ns + RESIZE_NS);
     }
+    resizing.last_op_ns = op.begin_ns;
 }
 
 void llama_flash_session::end_op() {

@@ -28,6 +28,11 @@
 // an op of up to this many tokens is decoding (speculation included): it may evict; a longer one is a prompt and may not
 constexpr int64_t DECODE_TOKENS = 16;
 
+// what an op may spend on a moving limit
+constexpr int64_t RESIZE_NS = 1000000;
+
+constexpr uint32_t FEWEST_NEURON_SLOTS = 64;
+
 // the reader's tag for pinned records of bundles
 constexpr uint32_t PINNED_TAG = UINT32_MAX;
 
@@ -67,8 +72,11 @@ struct flash_tensor {
     uint64_t           tokens;       // experts: number of the last token computed
     uint64_t           order;        // when it was first used, counted over the session's ops; 0: not yet
     uint8_t *          home;         // panels: reserved addresses, congruent with offset
+    int32_t            home_memory;  // in session::homes, if there is a home
     bool               is_experts;
 };
+
+constexpr size_t HUGE_PAGE = 2u << 20;
 
 // A range of reserved or committed addresses.
 class mapping {
@@ -80,6 +88,12 @@ class mapping {
 
     static mapping reserve(size_t bytes);  // address space only
     static mapping allocate(size_t bytes); // memory on first touch, in huge pages where the kernel gives them
+
+    // allocate(most): addresses for all that may ever be wanted; where the kernel refuses so many, allocate(least)
+    static mapping allocate(size_t most, size_t least);
+
+    // What is beyond the first `used` bytes goes back to the kernel, in whole huge pages.
+    void keep(size_t used);
 
     uint8_t * data  = nullptr;
     size_t    bytes = 0;
@@ -119,6 +133,7 @@ struct llama_flash_session {
     int32_t                  set_neurons(const llama_flash_neuron_params & params, llama_flash_error * err);
     llama_flash_requirements requirements() const;
     int32_t                  set_memory(uint64_t bytes, llama_flash_error * err);
+    int32_t                  resize(uint64_t bytes, llama_flash_resize & out, llama_flash_error * err); // resize.cpp
 
     uint64_t                 slots_touched() const; // bytes
 
@@ -202,6 +217,17 @@ struct llama_flash_session {
         int64_t                   begin_ns = 0;
     } op;
 
+    // where a moving limit leads (resize.cpp)
+    struct resize_state {
+        bool                  active = false;
+        std::vector<uint32_t> slots;          // by class
+        std::vector<uint32_t> panels;         // by tensor: pinned
+        std::vector<uint32_t> bundle_records; // by bundle: pinned
+        uint32_t              neuron_slots = 0;
+        bool                  panels_moved = false;
+        int64_t               last_op_ns   = 0;
+    } resizing;
+
     // neuron bundles, by layer
     std::vector<flash_bundle>  bundles;
     std::unordered_map<const void *, std::pair<uint32_t, ffn_part>> part_by_address;
@@ -232,11 +258,24 @@ struct llama_flash_session {
     uint64_t neuron_minimum() const;
     bool     give_neurons_memory(uint64_t bytes, uint64_t spare);
     bool     read_neurons();
+    bool     make_home(flash_tensor & t, uint64_t least);
     int32_t  read_pinned(llama_flash_error * err);
     void     fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size, const char * why);
     void     drop_all();
     uint64_t bookkeeping_bytes() const;
     uint64_t ring_minimum(bool experts) const;
+    uint64_t resize_least() const;
+    void     plan_resize(uint64_t bytes);
+    void     resize_step(int64_t until_ns);
+    bool     give_back_one(bool & stuck);
+    bool     take_one();
+    void     move_panels();
+    bool     pin_next_panel(flash_tensor & t);
+    bool     pin_more(flash_bundle & b);
+    void     note_memory();
 };
+
+size_t   slot_bytes_of(const std::vector<flash_bundle> & bundles); // of a neuron
+uint64_t n_neurons_of(const std::vector<flash_bundle> & bundles);
 
 int64_t flash_now_ns();

@@ -220,6 +220,22 @@ class llama_flash_memory(ctypes.Structure):
     n_neurons_pinned: int
 
 
+class llama_flash_resize(ctypes.Structure):
+    """How far llama_flash_session_resize has come."""
+
+    _fields_: ClassVar = [
+        ("total", ctypes.c_uint64),
+        ("least", ctypes.c_uint64),
+        ("done", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+    total: int  # bytes that it leads to: as asked for, but no less than `least` and no more than all records need
+    least: int  # bytes that rings, tables, work space and resident parts take: they do not change while the model runs
+    done: int  # 0: call again
+    reserved: int
+
+
 class llama_flash_stats(ctypes.Structure):
     _fields_: ClassVar = [
         ("bytes_read", ctypes.c_uint64),
@@ -298,6 +314,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_error,
     llama_flash_requirements,
     llama_flash_memory,
+    llama_flash_resize,
     llama_flash_stats,
     llama_flash_context_memory,
 )
@@ -340,6 +357,15 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
         [
             ctypes.c_void_p,
             ctypes.c_uint64,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_resize": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.POINTER(llama_flash_resize),
             ctypes.POINTER(llama_flash_error),
         ],
     ),

@@ -1,0 +1,180 @@
+"""Memory that moves while the model runs: the same answers, what fits stays cached, what is given back is really gone."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ModelFile
+from engines import MOST, QUARTER, Logits, assert_same_logits, logits_of, open_flash, tokens
+from neurons import bundled, open_neurons, some_active, with_predictors, write_model
+
+from gguf_tools.synthetic import tiny, write
+from llama_flash import _bindings
+from llama_flash.cgroup import process_memory
+
+PROMPT, DECODED = tokens(60, seed=1), tokens(24, seed=2)
+N = len(PROMPT) + len(DECODED)
+FORMS = ("experts", "panels", "both", "exact", "lowrank", "off")
+
+pytestmark = pytest.mark.sanitize
+
+
+@pytest.fixture(scope="module")
+def files(model_file: ModelFile, model_folder: Path) -> dict[str, Path]:
+    plain = bundled(write_model(model_folder, "arcee", "F32"))
+    predicted = with_predictors(plain, plain.with_name("resized.gguf"), some_active)
+    moe = model_file("qwen3moe", "Q4_0")
+    return {
+        "experts": moe,
+        "panels": model_file("llama", "Q4_0"),
+        "both": moe,
+        "exact": plain,
+        "lowrank": predicted,
+        "off": plain,
+    }
+
+
+def open_form(form: str, files: dict[str, Path], share: float) -> Any:
+    if form in ("exact", "lowrank", "off"):
+        return open_neurons(files[form], predictor=form, share=share)
+    return open_flash(files[form], what={"experts": "experts", "panels": "ffn", "both": "all"}[form], share=share)
+
+
+def resize(llm: Any, n_bytes: int) -> Any:
+    out = _bindings.llama_flash_resize()
+    llm.flash._call("llama_flash_session_resize", n_bytes, out)
+    return out
+
+
+def settle(llm: Any, n_bytes: int) -> Any:
+    """Resizes while nothing is computed."""
+    for _ in range(100000):
+        out = resize(llm, n_bytes)
+        if out.done:
+            return out
+    raise AssertionError(f"resizing to {n_bytes} bytes does not end")
+
+
+def given(llm: Any) -> Any:
+    out = _bindings.llama_flash_memory()
+    llm.flash._lib.llama_flash_session_memory(llm.flash._handle, out)
+    return out
+
+
+def bounds(llm: Any) -> tuple[int, int]:
+    needs = llm.flash._requirements()
+    return needs.min_memory, needs.max_memory
+
+
+@contextmanager
+def resizing(llm: Any, seed: int) -> Iterator[list[int]]:
+    """Meanwhile another thread asks for other sizes, now and then before the last one is reached."""
+    rng, stop, sizes, failures = random.Random(seed), threading.Event(), [], []
+    least, most = bounds(llm)
+
+    def repeat() -> None:
+        try:
+            while not stop.is_set():
+                size = rng.randint(least, most)
+                sizes.append(size)
+                for _ in range(rng.randint(1, 30)):
+                    if resize(llm, size).done:
+                        break
+                    stop.wait(0.0005)
+                stop.wait(rng.random() * 0.01)
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield sizes
+    finally:
+        stop.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_answers_stay_while_the_memory_moves(form: str, files: dict[str, Path]) -> None:
+    with open_form(form, files, QUARTER) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+    with open_form(form, files, QUARTER) as llm, resizing(llm, seed=len(form)) as sizes:
+        for _ in range(3):
+            llm.reset()
+            assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+    assert len(sizes) > 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_from_all_to_the_least_and_back(form: str, files: dict[str, Path]) -> None:
+    with open_form(form, files, MOST) as llm:
+        least, most = bounds(llm)
+        llm.flash._call("llama_flash_session_set_memory", most)
+        needs = llm.flash._requirements()
+        n_all = needs.n_experts + needs.n_panels + needs.n_neurons
+        expected: Logits = logits_of(llm, PROMPT, DECODED)
+        for size in (least, (least + most) // 2, most, least, most):
+            out = settle(llm, size)
+            memory = given(llm)
+            used = memory.slots + memory.pinned + memory.stream + memory.bookkeeping + memory.resident
+            assert out.total == max(out.least, size) == memory.total
+            assert used <= memory.total
+            if memory.n_slots + memory.n_pinned + memory.n_neuron_slots + memory.n_neurons_pinned < n_all:
+                assert used > 0.9 * memory.total - (4 << 20), "memory that nobody uses"
+            llm.reset()
+            assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+            if size == most:  # all that was read once is there; prompts pass by in order where neurons are in slots
+                logits_of(llm, PROMPT, DECODED)
+                before = llm.flash.stats()
+                logits_of(llm, PROMPT, DECODED)
+                after = llm.flash.stats()
+                assert after.decode.bytes_read == before.decode.bytes_read
+                assert form in ("exact", "lowrank") or after.total.bytes_read == before.total.bytes_read
+
+
+def test_what_fits_stays_cached(files: dict[str, Path]) -> None:
+    """Half of the slots go: what the cache would have kept is not read again."""
+    with open_form("experts", files, MOST) as llm:
+        llm.flash._call("llama_flash_session_set_memory", bounds(llm)[1])
+        logits_of(llm, PROMPT, DECODED)
+        memory = given(llm)
+        cached = llm.flash._raw().slots_used
+        keep = memory.n_slots // 2
+        assert cached > keep
+        settle(llm, resize(llm, memory.total).least + memory.slots // 2)
+        assert abs(int(llm.flash._raw().slots_used) - keep) <= 3
+        read = llm.flash.stats().total.bytes_read
+        settle(llm, memory.total)
+        assert llm.flash.stats().total.bytes_read == read, "growing reads nothing"
+        assert abs(int(llm.flash._raw().slots_used) - keep) <= 3
+
+
+def test_given_back_is_gone(model_folder: Path) -> None:
+    path = bundled(write(tiny("arcee", "F32", n_ff=16384), model_folder / "wide.gguf")[0])
+    with open_neurons(path, predictor="exact", share=1.2) as llm:
+        least, most = bounds(llm)
+        logits_of(llm, PROMPT, DECODED)
+        before, used = process_memory().anonymous, llm.flash.stats().slots_in_use
+        settle(llm, least)
+        gone = before - process_memory().anonymous
+        freed = used - llm.flash.stats().slots_in_use
+        assert freed > 16 << 20
+        assert gone > freed - (6 << 20), f"{freed} bytes of slots were given up, {gone} bytes of memory"
+
+
+def test_before_there_is_memory(model_file: ModelFile) -> None:
+    library = _bindings.load()
+    session = library.llama_flash_session_new(None, None)
+    error, out = _bindings.llama_flash_error(), _bindings.llama_flash_resize()
+    assert library.llama_flash_session_resize(session, 1 << 30, out, error) == 1
+    assert b"set_memory" in error.message
+    assert library.llama_flash_session_resize(None, 1 << 30, out, error) == 1
+    library.llama_flash_session_free(session)
