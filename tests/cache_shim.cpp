@@ -47,6 +47,18 @@ void cache_drop(slot_cache * cache, int32_t slot) {
     cache->drop(slot);
 }
 
+int32_t cache_add(slot_cache * cache, uint32_t size_class) {
+    return cache->add(size_class);
+}
+
+bool cache_retire(slot_cache * cache, uint32_t size_class, int32_t * slot, int32_t * moved, int32_t * evicted) {
+    const slot_cache::retired r = cache->retire(size_class);
+    *slot                       = r.slot;
+    *moved                      = r.moved;
+    *evicted                    = r.evicted;
+    return r.done;
+}
+
 uint32_t cache_record_in(const slot_cache * cache, int32_t slot) {
     return cache->record_in(slot);
 }

@@ -45,6 +45,8 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         ("cache_score", ctypes.c_double, handle, u32),
         ("cache_set_reading", None, handle, i32, boolean),
         ("cache_drop", None, handle, i32),
+        ("cache_add", i32, handle, u32),
+        ("cache_retire", boolean, handle, u32, *[ctypes.POINTER(i32)] * 3),
         ("cache_record_in", u32, handle, i32),
         ("cache_used", u32, handle),
         ("ring_new", handle, size, u32),
@@ -82,6 +84,9 @@ class CacheModel:
         for n in slots_per_class:
             self.empty.append(set(range(first, first + n)))
             first += n
+        self.members = [sorted(slots) for slots in self.empty]  # by address
+        self.retired: list[list[int]] = [[] for _ in slots_per_class]  # the last one first to come back
+        self.n_slots = first
         self.used: dict[int, Slot] = {}
         self.uses: dict[int, list[tuple[int, float]]] = {}
 
@@ -110,6 +115,8 @@ CACHE_OPERATIONS = runs(
         st.tuples(st.just("reading"), st.integers(0, 99), st.booleans()),
         st.tuples(st.just("drop"), st.integers(0, 99), st.just(True)),
         st.tuples(st.just("pass"), st.integers(1, 16), st.just(True)),
+        st.tuples(st.just("add"), st.integers(0, 2), st.just(True)),
+        st.tuples(st.just("retire"), st.integers(0, 2), st.just(True)),
     ),
 )
 
@@ -140,6 +147,10 @@ def test_the_least_used_record_loses_its_slot_and_none_does_while_held(
                 model.end_op()
             elif operation == "pass":
                 now += number
+            elif operation == "add":
+                _add(shim, cache, model, number % n_classes)
+            elif operation == "retire":
+                _retire(shim, cache, model, number % n_classes)
             elif model.used:
                 slot = sorted(model.used)[number % len(model.used)]
                 if operation == "drop":
@@ -172,6 +183,45 @@ def _take(shim: ctypes.CDLL, cache: Any, model: CacheModel, size_class: int, rec
         assert model.score(free[slot].record) <= least + 1 / BUCKETS_PER_OCTAVE + 1e-6
         assert evicted.value == model.used.pop(slot).record
     model.used[slot] = Slot(record, size_class)
+
+
+def _add(shim: ctypes.CDLL, cache: Any, model: CacheModel, size_class: int) -> None:
+    if model.retired[size_class]:
+        expected = model.retired[size_class].pop()
+    else:
+        expected = model.n_slots
+        model.n_slots += 1
+    assert shim.cache_add(cache, size_class) == expected
+    model.members[size_class].append(expected)
+    model.empty[size_class].add(expected)
+
+
+def _retire(shim: ctypes.CDLL, cache: Any, model: CacheModel, size_class: int) -> None:
+    slot, moved, evicted = (ctypes.c_int32(-2) for _ in range(3))
+    done = shim.cache_retire(cache, size_class, slot, moved, evicted)
+    members, empty = model.members[size_class], model.empty[size_class]
+    last = members[-1] if members else NONE
+    there = model.used.get(last)
+    free = model.free(size_class)
+    if last == NONE or (there and (there.reading or not (empty or free))):
+        assert not done
+        return
+    assert done and slot.value == last
+    model.retired[size_class].append(members.pop())
+    if there is None:
+        assert (moved.value, evicted.value) == (NONE, NONE)
+        empty.remove(last)
+    elif empty:
+        assert moved.value in empty and evicted.value == NONE
+        empty.remove(moved.value)
+        model.used[moved.value] = model.used.pop(last)
+    else:
+        victim = last if moved.value == NONE else moved.value
+        least = min(model.score(other.record) for other in free.values())
+        assert model.score(free[victim].record) <= least + 1 / BUCKETS_PER_OCTAVE + 1e-6
+        assert evicted.value == model.used.pop(victim).record
+        if victim != last:
+            model.used[victim] = model.used.pop(last)
 
 
 @dataclass

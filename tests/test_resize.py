@@ -1,4 +1,4 @@
-"""Memory that moves while the model runs: the same answers, what fits stays cached, what is given back is really gone."""
+"""Memory that moves while the model runs: the same answers, what fits stays cached, what is given back is gone."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_what_fits_stays_cached(files: dict[str, Path]) -> None:
 def test_given_back_is_gone(model_folder: Path) -> None:
     path = bundled(write(tiny("arcee", "F32", n_ff=16384), model_folder / "wide.gguf")[0])
     with open_neurons(path, predictor="exact", share=1.2) as llm:
-        least, most = bounds(llm)
+        least, _ = bounds(llm)
         logits_of(llm, PROMPT, DECODED)
         before, used = process_memory().anonymous, llm.flash.stats().slots_in_use
         settle(llm, least)
