@@ -317,14 +317,14 @@ def zero_model(path: Path, *, n_layer: int, n_embd: int, n_ff: int) -> Path:
         for part, shape in (("up", (n_embd, n_ff)), ("down", (n_ff, n_embd)))
     ]
     # the head of such a file, and then a hole
-    head, n_bytes = _head_of(model.values, planned)
+    head, n_bytes = head_of(model.values, planned)
     with path.open("wb") as file:
         file.write(head)
         file.truncate(n_bytes)
     return path
 
 
-def _head_of(values: dict[str, KeyValue], planned: list[PlannedTensor]) -> tuple[bytes, int]:
+def head_of(values: dict[str, KeyValue], planned: list[PlannedTensor]) -> tuple[bytes, int]:
     sizes = [data_bytes(one) for one in planned]
     head = stream._head(values, planned, sizes, 32)
     return head, len(head) + sum(-(-size // 32) * 32 for size in sizes)
