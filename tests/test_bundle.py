@@ -331,14 +331,14 @@ def head_of(values: dict[str, KeyValue], planned: list[PlannedTensor]) -> tuple[
 
 
 PEAK = """
-import json, resource, sys
+import json, re, sys
 import numpy as np
 from gguf import GGMLQuantizationType as K
 from gguf_tools import ggml
 from gguf_tools.bundle import bundle
 ggml.dequantize(ggml.quantize(np.zeros((8, 1 << 18), np.float32), K.Q8_0), K.Q8_0)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def peak():  # not ru_maxrss, which begins with that of the process that started this one
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) << 10
 before, memory = peak(), int(sys.argv[3])
 bundle(sys.argv[1], sys.argv[2], memory=memory)
 print(json.dumps(peak() - before))
