@@ -18,8 +18,18 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from gguf_tools.errors import GgufToolsError
-from gguf_tools.format import ACTIVATIONS, ALIGNMENT, LAYOUTS, Activation, BundleLayout, read_flash, weight_name
-from gguf_tools.neurons import MEMORY, Neurons, Transposed, all_rows_as, dense_layers, row_cost, row_runs, rows_as
+from gguf_tools.format import ACTIVATIONS, ALIGNMENT, LAYOUTS, Activation, BundleLayout, read_flash
+from gguf_tools.neurons import (
+    MEMORY,
+    Neurons,
+    Transposed,
+    all_rows_as,
+    dense_layers,
+    expert_layers,
+    row_cost,
+    row_runs,
+    rows_as,
+)
 from gguf_tools.source import Bytes, KeyValue, Source, SourceTensor, open_gguf
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
 from gguf_tools.types import FLASH, PLAIN_TYPES, quantisable
@@ -32,9 +42,13 @@ _ACTIVATION_OF_ARCHITECTURE = {
     "nemotron_h": "relu2",
     "opt": "relu",
     "plm": "relu2",
+    "smallthinker": "reglu",
 }
+# those of them whose experts are
+_RELU_EXPERTS = frozenset({"smallthinker"})
 # a factor or a norm between up and down, or a scale beside a matrix: records have no place for them
 _UNSUPPORTED = re.compile(r"blk\.(\d+)\.(?:ffn_sub_norm\..*|ffn_act\..*|ffn_(?:gate|up|down)\.(?!weight$|bias$).*)")
+_UNSUPPORTED_OF_EXPERTS = re.compile(r"blk\.\d+\.ffn_(?:gate_up_exps\..*|(?:gate|up|down)_exps\.(?!weight$).*)")
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_\w+_exps\.weight")
 
 
@@ -46,7 +60,8 @@ class BundlePlan:
     activation: Activation
     values: dict[str, KeyValue]
     planned: list[PlannedTensor]
-    n_ff: dict[int, int]  # neurons of each layer that is bundled
+    n_ff: dict[int, int]  # neurons of each layer that is bundled; of a layer of experts: of each expert
+    n_expert: dict[int, int]  # experts of each layer of experts that is bundled
     notes: list[str] = field(default_factory=list)  # what a user should know about the choices made
 
     @property
@@ -66,7 +81,9 @@ def bundle(
     force: bool = False,
     progress: str | None = None,
 ) -> BundlePlan:
-    """Writes a model as a flash file: its dense feed-forward blocks as neuron bundles, all else byte for byte.
+    """Writes a model as a flash file: its feed-forward blocks as neuron bundles, all else byte for byte.
+
+    These are the dense ones, and the experts of architectures whose experts are ReLU-like (smallthinker).
 
     model: a GGUF file, the first of its shards, or a Source. kind: type of all parts; None keeps that of up and gate.
     down_kind: type of down; None: as the others. layout: bundled or split. activation: for models whose file does not
@@ -110,6 +127,11 @@ def plan_bundle(
         raise GgufToolsError("is missing", file=file, key="general.architecture")
     _refuse_other_models(source, arch.value, file)
     layers = dense_layers(source, file)
+    if arch.value in _RELU_EXPERTS:
+        layers = dict(sorted((layers | expert_layers(source, file)).items()))
+    n_expert = {il: neurons.n_expert for il, neurons in layers.items() if neurons.n_expert}
+    if n_expert and layout != "bundled":
+        raise GgufToolsError(f"layout {layout} is for dense layers only: experts are bundled", file=file)
     gated = _gated(layers, file)
     activation = _activation(source, arch.value, activation, gated=gated, file=file)
     kinds, notes = _kinds(layers, kind, down_kind, file)
@@ -119,24 +141,27 @@ def plan_bundle(
         version = KeyValue(int(gguf.GGML_QUANT_VERSION), GGUFValueType.UINT32)
         values.setdefault("general.quantization_version", version)
     n_ff = {il: neurons.n_ff for il, neurons in layers.items()}
-    plan = BundlePlan(bundles, activation, values, _planned(source, layers, bundles, memory), n_ff, notes)
+    plan = BundlePlan(bundles, activation, values, _planned(source, layers, bundles, memory), n_ff, n_expert, notes)
     read_flash(plan, file)  # a model's own contradictions (shapes of biases, say) are found before anything is written
     return plan
 
 
 def _refuse_other_models(source: Source, arch: str, file: Path | str) -> None:
     weights = re.compile(r"blk\.\d+\.ffn_(?:up|down)\.weight")
-    if not any(weights.fullmatch(name) for name in source.tensors):
-        if any(_EXPERTS.fullmatch(name) for name in source.tensors):
+    experts = any(_EXPERTS.fullmatch(name) for name in source.tensors)
+    if not any(weights.fullmatch(name) for name in source.tensors) and not (experts and arch in _RELU_EXPERTS):
+        if experts:
             raise GgufToolsError(
-                f"{arch} is a mixture of experts without dense feed-forward blocks: experts stream from the file as it "
-                "is, there is nothing to bundle",
+                f"{arch} is a mixture of experts without dense feed-forward blocks, and its experts are not ReLU-like "
+                f"(those of {', '.join(sorted(_RELU_EXPERTS))} are), so no neuron could be skipped: experts stream "
+                "from the file as it is, there is nothing to bundle",
                 file=file,
             )
         raise GgufToolsError(f"{arch} has no dense feed-forward blocks (blk.N.ffn_up.weight)", file=file)
     for name in source.tensors:
         match = _UNSUPPORTED.fullmatch(name)
-        if match and f"blk.{match[1]}.ffn_up.weight" in source.tensors:
+        dense = match and f"blk.{match[1]}.ffn_up.weight" in source.tensors
+        if dense or (arch in _RELU_EXPERTS and _UNSUPPORTED_OF_EXPERTS.fullmatch(name)):
             raise GgufToolsError("has no place in a bundle, so this model cannot be bundled", file=file, tensor=name)
 
 
@@ -144,7 +169,8 @@ def _gated(layers: dict[int, Neurons], file: Path | str) -> bool:
     gated = {il: "gate" in neurons.parts for il, neurons in layers.items()}
     if len(set(gated.values())) > 1:
         without = next(il for il, gate in gated.items() if not gate)
-        raise GgufToolsError("is missing, but other layers have a gate", file=file, tensor=weight_name(without, "gate"))
+        name = layers[without].name("gate")
+        raise GgufToolsError("is missing, but other layers have a gate", file=file, tensor=name)
     return gated[min(gated)]
 
 
@@ -223,16 +249,17 @@ def _names(kinds: Sequence[GGMLQuantizationType]) -> str:
 
 def _planned(source: Source, layers: dict[int, Neurons], bundles: BundleLayout, memory: int) -> list[PlannedTensor]:
     """All tensors, in the source's order; a bundle stands where the first of its parts stood."""
-    replaced = {weight_name(il, part): il for il, neurons in layers.items() for part in neurons.parts}
+    replaced = {neurons.name(part): neurons for neurons in layers.values() for part in neurons.parts}
     planned: dict[str, PlannedTensor] = {}
     for name, tensor in source.tensors.items():
         if name not in replaced:
             planned[name] = copied(tensor)
             continue
-        il = replaced[name]
-        shape = (bundles.record_bytes, layers[il].n_ff)
-        chunks = partial(records, layers[il], bundles, memory)
-        planned.setdefault(weight_name(il, "bundle"), PlannedTensor(weight_name(il, "bundle"), shape, FLASH, chunks))
+        neurons = replaced[name]
+        bundle = neurons.name("bundle")
+        shape = (bundles.record_bytes, *neurons.parts["up"].shape[1:])
+        chunks = partial(records, neurons, bundles, memory)
+        planned.setdefault(bundle, PlannedTensor(bundle, shape, FLASH, chunks))
     return list(planned.values())
 
 

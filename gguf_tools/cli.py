@@ -158,8 +158,8 @@ def _activation(name: str | None, threshold: float | None) -> Activation | None:
 
 def _plan_lines(out: Path, plan: BundlePlan) -> list[str]:
     parts = ", ".join(f"{part.name} {part.kind.name}" for part in plan.layout.parts)
-    counts = sorted(set(plan.n_ff.values()))
-    neurons = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    counts = sorted({(plan.n_expert.get(il, 0), n_ff) for il, n_ff in plan.n_ff.items()})
+    neurons = " to ".join(dict.fromkeys(_neurons(*count) for count in (counts[0], counts[-1])))
     return [
         *plan.notes,
         f"{out}: {_size(out.stat().st_size)}; {len(plan.n_ff)} layers of {neurons} neurons, "
@@ -198,7 +198,7 @@ def _flash_lines(flash: FlashListing) -> list[str]:
     layers = [
         [
             str(layer.layer),
-            str(layer.n_ff),
+            _neurons(layer.n_expert, layer.n_ff),
             str(layer.record_bytes),
             _size(layer.bundle_bytes),
             *((str(layer.predictor_rank), _size(layer.predictor_bytes)) if layer.predictor_rank else ("-", "-")),
@@ -222,6 +222,10 @@ def _flash_lines(flash: FlashListing) -> list[str]:
         "",
         *_table([["layer", "neurons", "record", "bundle", "rank", "predictor"], *layers], right=set(range(6))),
     ]
+
+
+def _neurons(n_expert: int, n_ff: int) -> str:
+    return f"{n_expert} x {n_ff}" if n_expert else str(n_ff)
 
 
 def _table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

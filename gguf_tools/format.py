@@ -10,7 +10,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,11 +41,16 @@ _UINT32, _UINT64 = GGUFValueType.UINT32, GGUFValueType.UINT64
 _FLOAT32, _STRING, _ARRAY = GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.ARRAY
 _WHOLE = (GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.UINT64, GGUFValueType.INT64)
 _short = reprlib.repr  # a damaged file may hold a lot
-_FFN = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.ffn_((?:bundle|up|gate|down|predictor_in|predictor_out|predictor)\.\w+)")
+_FFN = re.compile(
+    r"blk\.(0|[1-9][0-9]{0,8})"
+    r"\.ffn_((?:(?:bundle|up|gate|down|gate_up)(?:_exps)?|predictor_in|predictor_out|predictor)\.\w+)"
+)
+EXPERTS = "_exps"  # ends the name of a part, or of the bundle, that holds all experts of a layer
+EXPERTS_ACTIVATION = "reglu"  # of layers whose experts are bundled
 
 
 def weight_name(il: int, part: str) -> str:
-    """Name of an ordinary weight of layer `il`: part is gate, up or down. Also bundle, predictor_in, predictor_out."""
+    """Name of a weight of layer `il`. part: gate, up, down or bundle, of experts with `EXPERTS`; predictor_in, _out."""
     return f"blk.{il}.ffn_{part}.weight"
 
 
@@ -244,7 +249,8 @@ class FlashInfo:
     bundle: BundleLayout
     activation: Activation
     predictor: PredictorInfo | None
-    n_ff: dict[int, int]  # neurons of each layer that has a bundle
+    n_ff: dict[int, int]  # neurons of each layer that has a bundle; of a layer of experts: of each expert
+    n_expert: dict[int, int] = field(default_factory=dict)  # experts of each layer that has a bundle of them
 
 
 @dataclass(frozen=True)
@@ -263,7 +269,9 @@ class Dimensions:
         arch = take.get("general.architecture", _STRING)
         n_ff: int | list[int]
         key = f"{arch}.feed_forward_length"
-        if key in values and values[key].type == _ARRAY:
+        if key not in values and f"{arch}.expert_feed_forward_length" in values:
+            n_ff = 0  # a mixture of experts may have no dense layer
+        elif key in values and values[key].type == _ARRAY:
             n_ff = take.get(key, _ARRAY, None)
             if values[key].sub_type not in _WHOLE:
                 raise take.error(key, "is not an array of whole numbers")
@@ -276,6 +284,24 @@ class Dimensions:
         if isinstance(self._n_ff, int):
             return self._n_ff
         return int(self._n_ff[il]) if il < len(self._n_ff) else 0
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model: as many, and as wide, in all layers that have some."""
+
+    n_expert: int
+    n_ff: int  # neurons of each
+
+    @classmethod
+    def of(cls, values: Mapping[str, KeyValue], arch: str, file: Path | str = "") -> Experts:
+        """Raises GgufToolsError, naming the key that is missing or not a number."""
+        take = _Values(values, file)
+        return cls(take.whole(f"{arch}.expert_count"), take.whole(f"{arch}.expert_feed_forward_length"))
+
+    def shape(self, row_length: int, n_rows: int) -> tuple[int, ...]:
+        """Of a tensor of one such matrix per expert. ggml does not write the last dimension of a single one."""
+        return (row_length, n_rows) if self.n_expert == 1 else (row_length, n_rows, self.n_expert)
 
 
 class Described(Protocol):
@@ -316,10 +342,29 @@ def read_flash(source: Described, file: Path | str = "") -> FlashInfo | None:
     checks = _TensorChecks(tensors, dimensions, bundle, predictor, file)
     checks.check_names()
     n_ff = {il: checks.check_bundle(il) for il in checks.layers_with("bundle.weight")}
+    n_expert: dict[int, int] = {}
+    if layers := checks.layers_with(f"bundle{EXPERTS}.weight"):
+        _check_experts(bundle, activation, key, file)
+        experts = Experts.of(values, dimensions.architecture, file)
+        n_ff |= {il: checks.check_experts(il, experts) for il in layers}
+        n_expert = dict.fromkeys(layers, experts.n_expert)
     if not n_ff:
-        raise GgufToolsError("is there, but no tensor blk.N.ffn_bundle.weight", file=file, key="flash.version")
+        message = f"is there, but no tensor blk.N.ffn_bundle.weight or blk.N.ffn_bundle{EXPERTS}.weight"
+        raise GgufToolsError(message, file=file, key="flash.version")
     checks.check_predictors()
-    return FlashInfo(dimensions.architecture, bundle, activation, predictor, n_ff)
+    return FlashInfo(dimensions.architecture, bundle, activation, predictor, dict(sorted(n_ff.items())), n_expert)
+
+
+def _check_experts(bundle: BundleLayout, activation: Activation, key: str, file: Path | str) -> None:
+    """What bundles of experts make of the other key-values. key: the activation's."""
+    if not bundle.gated:
+        message = "has no gate, but the file has bundles of experts"
+        raise GgufToolsError(message, file=file, key="flash.bundle.parts")
+    if bundle.layout != "bundled":
+        message = f"is {bundle.layout}, but the file has bundles of experts"
+        raise GgufToolsError(message, file=file, key="flash.bundle.layout")
+    if activation.name != EXPERTS_ACTIVATION:
+        raise GgufToolsError(f"is {activation.name}, that of experts is {EXPERTS_ACTIVATION}", file=file, key=key)
 
 
 class _Values:
@@ -379,7 +424,7 @@ class _TensorChecks:
         n_layer = self._dimensions.n_layer
         for name, tensor in self._tensors.items():
             match = _FFN.fullmatch(name)
-            if tensor.kind == FLASH and not (match and match[2] == "bundle.weight"):
+            if tensor.kind == FLASH and not (match and match[2] in ("bundle.weight", f"bundle{EXPERTS}.weight")):
                 raise self._error(name, "is of type FLASH, but no bundle")
             if match and match[2].startswith(("bundle", "predictor")) and int(match[1]) >= n_layer:
                 raise self._error(name, f"the model has {n_layer} layers")
@@ -390,9 +435,7 @@ class _TensorChecks:
 
     def check_bundle(self, il: int) -> int:
         name, n_ff = weight_name(il, "bundle"), self._dimensions.n_ff(il)
-        tensor = self._tensors[name]
-        if tensor.kind != FLASH:
-            raise self._error(name, f"is of type {tensor.kind.name}, not FLASH")
+        self._check_kind(name, (FLASH,))
         self._check_shape(name, (self._bundle.record_bytes, n_ff))
         for part in PARTS:
             if weight_name(il, part) in self._tensors:
@@ -407,6 +450,23 @@ class _TensorChecks:
             self._check_shape(bias, (self._bundle.n_embd if part == "down" else n_ff,))
             self._check_kind(bias, (_F32,))
         return n_ff
+
+    def check_experts(self, il: int, experts: Experts) -> int:
+        name = weight_name(il, f"bundle{EXPERTS}")
+        if (dense := weight_name(il, "bundle")) in self._tensors:
+            raise self._error(dense, f"is there besides {name}")
+        self._check_kind(name, (FLASH,))
+        self._check_shape(name, experts.shape(self._bundle.record_bytes, experts.n_ff))
+        for part in (*PARTS, "gate_up"):
+            if (weight := weight_name(il, f"{part}{EXPERTS}")) in self._tensors:
+                raise self._error(weight, f"is there besides {name}")
+            for bias in (bias_name(il, part), bias_name(il, f"{part}{EXPERTS}")):
+                if bias in self._tensors:
+                    raise self._error(bias, f"is there besides {name}: experts in bundles have no biases")
+        if self._predictor and self._predictor.ranks[il]:
+            message = f"gives layer {il} a rank, but {name} has no predictor"
+            raise GgufToolsError(message, file=self._file, key="flash.predictor.ranks")
+        return experts.n_ff
 
     def check_predictors(self) -> None:
         present = self.layers_with("predictor_in.weight", "predictor_out.weight", "predictor.bias")
@@ -428,7 +488,7 @@ class _TensorChecks:
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._tensors[name].shape
-        if found != shape and found != (*shape, *[1] * (len(found) - len(shape))):
+        if not has_shape(found, shape):
             raise self._error(name, f"has the shape {list(found)}, expected {list(shape)}")
 
     def _check_kind(self, name: str, allowed: Iterable[GGMLQuantizationType]) -> None:
@@ -436,3 +496,8 @@ class _TensorChecks:
         if kind not in allowed:
             names = ", ".join(sorted(one.name for one in allowed))
             raise self._error(name, f"is of type {kind.name}, expected {names}")
+
+
+def has_shape(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor's shape is that one, which may have been written with more dimensions of 1."""
+    return found in (shape, (*shape, *[1] * (len(found) - len(shape))))

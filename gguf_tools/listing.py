@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gguf import GGUFValueType
 
-from gguf_tools.format import FlashInfo, bias_name, read_flash, weight_name
+from gguf_tools.format import EXPERTS, FlashInfo, bias_name, read_flash, weight_name
 from gguf_tools.source import Source, data_bytes, open_gguf
 
 SECTORS = (512, 4096)  # bytes
@@ -49,7 +49,8 @@ class LayerListing:
     """A layer that has a bundle."""
 
     layer: int
-    n_ff: int
+    n_expert: int  # 0: dense
+    n_ff: int  # of a layer of experts: of each expert
     record_bytes: int
     bundle_bytes: int
     predictor_rank: int  # 0: none
@@ -85,7 +86,7 @@ class Listing:
 
 
 _ROLES = (  # the first that matches
-    ("bundles", re.compile(r"blk\.\d+\.ffn_bundle\.weight")),
+    ("bundles", re.compile(r"blk\.\d+\.ffn_bundle(_exps)?\.weight")),
     ("predictors", re.compile(r"blk\.\d+\.ffn_predictor(_in|_out)?\.\w+")),
     ("experts", re.compile(r"blk\.\d+\.ffn_\w+_exps\.\w+")),
     ("feed-forward", re.compile(r"blk\.\d+\.ffn_(gate|up|down)(_shexp)?\.\w+")),
@@ -148,9 +149,10 @@ def _flash(source: Source, info: FlashInfo, sizes: dict[str, int]) -> FlashListi
         layers.append(
             LayerListing(
                 layer=il,
+                n_expert=info.n_expert.get(il, 0),
                 n_ff=n_ff,
                 record_bytes=bundle.record_bytes,
-                bundle_bytes=sizes[weight_name(il, "bundle")],
+                bundle_bytes=sizes[weight_name(il, f"bundle{EXPERTS if il in info.n_expert else ''}")],
                 predictor_rank=predictor.ranks[il] if predictor else 0,
                 predictor_bytes=sum(sizes.get(name, 0) for name in names),
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gguf_tools.bundle import plan_bundle
+from gguf_tools.errors import GgufToolsError
 from gguf_tools.format import Activation, BundleLayout, bias_name, read_flash, weight_name
 from gguf_tools.neurons import Neurons, dense_layers
 from gguf_tools.observe import Floats
@@ -33,7 +35,9 @@ class SparseModel:
         info = read_flash(source, path)
         if info is None:
             plan = plan_bundle(source, file=path)
+            _refuse_experts(plan.n_expert, path)
             return cls(path, source, dense_layers(source, path), plan.activation, plan.layout, False)
+        _refuse_experts(info.n_expert, path)
         layers = {il: neurons for il, neurons in dense_layers(source, path).items() if il in info.n_ff}
         return cls(path, source, layers, info.activation, info.bundle, True)
 
@@ -65,3 +69,11 @@ class SparseModel:
         bias = self.source.tensors.get(bias_name(il, part))
         weights = neurons.parts[part].floats(0, neurons.n_ff)
         return weights, np.zeros(neurons.n_ff, np.float32) if bias is None else bias.floats(0, 1)[0]
+
+
+def _refuse_experts(n_expert: Mapping[int, int], path: Path) -> None:
+    if n_expert:
+        raise GgufToolsError(
+            f"layer {min(n_expert)} is of experts: only the neurons of dense layers can be calibrated or reordered",
+            file=path,
+        )

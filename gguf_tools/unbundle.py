@@ -30,7 +30,8 @@ def unbundle(
     """Writes a flash file as an ordinary one: bundles become gate, up and down again, predictors are dropped.
 
     Rows of gate and up are copied bit by bit. down_kind: type of down; None: F32 where the bundles hold it quantised,
-    which loses nothing, else the type it has. The key of the activation stays. memory, force, progress: see `bundle`.
+    which loses nothing, else the type it has. The key of the activation stays, unless it is that of experts. memory,
+    force, progress: see `bundle`.
 
     Raises:
         GgufToolsError: not a flash file, damaged, a type that the rows of down cannot have, or it cannot be written.

@@ -1,7 +1,8 @@
 """Whether two GGUF files hold the same model, however they store it.
 
-Bundles are compared as the weights that they replace, and the neurons of a layer may be in another order: up, gate,
-down and the biases must then agree neuron by neuron. Predictors are not compared: they do not belong to the function.
+Bundles are compared as the weights that they replace, and the neurons of a dense layer may be in another order: up,
+gate, down and the biases must then agree neuron by neuron. Predictors are not compared: they do not belong to the
+function.
 """
 
 from __future__ import annotations

@@ -128,6 +128,46 @@ def dense_model(
     return ArraySource(values, {t.name: t for t in tensors()})
 
 
+def expert_model(
+    *,
+    n_layer: int = 2,
+    n_embd: int = 64,
+    n_ff: int = 96,
+    n_expert: int = 4,
+    kind: K = K.F32,
+    down: K | None = None,
+    arch: str = "smallthinker",
+    activation: str | None = None,
+    seed: int = 0,
+) -> ArraySource:
+    """Layers of experts, and a tensor that nothing is done to. No values are alike."""
+    rng = np.random.default_rng(seed)
+    values = {
+        "general.architecture": text(arch),
+        f"{arch}.block_count": u32(n_layer),
+        f"{arch}.embedding_length": u32(n_embd),
+        f"{arch}.feed_forward_length": u32(7),  # of dense layers, of which there are none
+        f"{arch}.expert_feed_forward_length": u32(n_ff),
+        f"{arch}.expert_count": u32(n_expert),
+    }
+    if activation:
+        values[f"{arch}.feed_forward_activation"] = text(activation)
+
+    def random(*shape: int) -> npt.NDArray[np.float32]:
+        return rng.standard_normal(shape, np.float32)
+
+    def tensors() -> Iterator[ArrayTensor]:
+        yield tensor("token_embd.weight", random(5, n_embd))
+        for il in range(n_layer):
+            blk = f"blk.{il}."
+            yield tensor(blk + "ffn_gate_inp.weight", random(n_expert, n_embd))
+            yield tensor(blk + "ffn_gate_exps.weight", random(n_expert, n_ff, n_embd), kind)
+            yield tensor(blk + "ffn_down_exps.weight", random(n_expert, n_embd, n_ff), kind if down is None else down)
+            yield tensor(blk + "ffn_up_exps.weight", random(n_expert, n_ff, n_embd), kind)
+
+    return ArraySource(values, {t.name: t for t in tensors()})
+
+
 def contents(tensors: Mapping[str, SourceTensor]) -> dict[str, tuple[tuple[int, ...], K, bytes]]:
     """All that there is to compare about tensors."""
     return {name: (t.shape, t.kind, t.raw(0, row_count(t)).tobytes()) for name, t in tensors.items()}

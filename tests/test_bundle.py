@@ -317,28 +317,28 @@ def zero_model(path: Path, *, n_layer: int, n_embd: int, n_ff: int) -> Path:
         for part, shape in (("up", (n_embd, n_ff)), ("down", (n_ff, n_embd)))
     ]
     # the head of such a file, and then a hole
-    head, n_bytes = _head_of(model.values, planned)
+    head, n_bytes = head_of(model.values, planned)
     with path.open("wb") as file:
         file.write(head)
         file.truncate(n_bytes)
     return path
 
 
-def _head_of(values: dict[str, KeyValue], planned: list[PlannedTensor]) -> tuple[bytes, int]:
+def head_of(values: dict[str, KeyValue], planned: list[PlannedTensor]) -> tuple[bytes, int]:
     sizes = [data_bytes(one) for one in planned]
     head = stream._head(values, planned, sizes, 32)
     return head, len(head) + sum(-(-size // 32) * 32 for size in sizes)
 
 
 PEAK = """
-import json, resource, sys
+import json, re, sys
 import numpy as np
 from gguf import GGMLQuantizationType as K
 from gguf_tools import ggml
 from gguf_tools.bundle import bundle
 ggml.dequantize(ggml.quantize(np.zeros((8, 1 << 18), np.float32), K.Q8_0), K.Q8_0)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def peak():  # not ru_maxrss, which begins with that of the process that started this one
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) << 10
 before, memory = peak(), int(sys.argv[3])
 bundle(sys.argv[1], sys.argv[2], memory=memory)
 print(json.dumps(peak() - before))

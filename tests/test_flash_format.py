@@ -183,7 +183,7 @@ BUNDLE = "blk.0.ffn_bundle.weight"
     [
         ([raw_tensor(BUNDLE, (171, N_FF), FLASH, RNG)], r"has the shape \[171, 96\], expected \[172, 96\]"),
         ([raw_tensor(BUNDLE, (172, N_FF, 2), FLASH, RNG)], r"has the shape \[172, 96, 2\]"),
-        ([raw_tensor(BUNDLE, (172, N_FF), K.I8, RNG)], "is of type I8, not FLASH"),
+        ([raw_tensor(BUNDLE, (172, N_FF), K.I8, RNG)], "is of type I8, expected FLASH"),
         ([raw_tensor("blk.0.ffn_norm.weight", (64,), FLASH, RNG)], r"ffn_norm\.weight: is of type FLASH, but no"),
         ([raw_tensor("blk.3.ffn_bundle.weight", (172, N_FF), FLASH, RNG)], "the model has 3 layers"),
         ([zeros("blk.1.ffn_up.weight", N_FF, N_EMBD)], r"blk\.1\.ffn_up\.weight: is there besides blk\.1\.ffn_bundle"),

@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "gpt-oss": "gpt-oss",
     "deepseek2": "deepseek2",
     "deepseek2-fused": "deepseek2",  # gate and up in one tensor
+    "smallthinker": "smallthinker",  # experts with a ReLU
 }
 DENSE_FORMS = ("llama", "arcee")
 MOE_FORMS = tuple(form for form in ARCHITECTURES if form not in DENSE_FORMS)
@@ -97,6 +98,8 @@ def add_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
         writer.add_rope_dimension_count(shape.head_dim)
         writer.add_key_length(shape.head_dim)
         writer.add_value_length(shape.head_dim)
+    if shape.form == "smallthinker":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if shape.form == "gpt-oss":
         writer.add_sliding_window(128)
     if shape.is_moe:

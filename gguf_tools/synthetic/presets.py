@@ -37,6 +37,7 @@ _LLAMA2_7B_18L = SyntheticModel(
 
 def tiny(form: str, quantisation: str = "Q8_0", *, seed: int = 0, n_layer: int = 3, n_ff: int = 512) -> SyntheticModel:
     """A model of a few MB for tests: every row is a multiple of 256, so that every type fits."""
+    few_experts = form in ("mixtral", "smallthinker")
     shape = Shape(
         form=form,
         n_layer=n_layer,
@@ -46,9 +47,9 @@ def tiny(form: str, quantisation: str = "Q8_0", *, seed: int = 0, n_layer: int =
         n_head_kv=4 if form == "olmoe" else 2,
         head_dim=64,
         n_vocab=512,
-        n_expert=8 if form == "mixtral" else 16,
-        n_expert_used=2 if form == "mixtral" else 4,
-        n_ff_exp=256,
+        n_expert=8 if few_experts else 16,
+        n_expert_used=2 if few_experts else 4,
+        n_ff_exp=512 if form == "smallthinker" else 256,  # not square: a bundle holds down transposed
     )
     return SyntheticModel(shape, types_named(quantisation), seed)
 
