@@ -51,8 +51,8 @@ int32_t cache_add(slot_cache * cache, uint32_t size_class) {
     return cache->add(size_class);
 }
 
-bool cache_retire(slot_cache * cache, uint32_t size_class, int32_t * slot, int32_t * moved, int32_t * evicted) {
-    const slot_cache::retired r = cache->retire(size_class);
+bool cache_retire(slot_cache * cache, uint32_t size_class, bool move, int32_t * slot, int32_t * moved, int32_t * evicted) {
+    const slot_cache::retired r = cache->retire(size_class, move);
     *slot                       = r.slot;
     *moved                      = r.moved;
     *evicted                    = r.evicted;

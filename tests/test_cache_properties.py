@@ -46,7 +46,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         ("cache_set_reading", None, handle, i32, boolean),
         ("cache_drop", None, handle, i32),
         ("cache_add", i32, handle, u32),
-        ("cache_retire", boolean, handle, u32, *[ctypes.POINTER(i32)] * 3),
+        ("cache_retire", boolean, handle, u32, boolean, *[ctypes.POINTER(i32)] * 3),
         ("cache_record_in", u32, handle, i32),
         ("cache_used", u32, handle),
         ("ring_new", handle, size, u32),
@@ -116,7 +116,7 @@ CACHE_OPERATIONS = runs(
         st.tuples(st.just("drop"), st.integers(0, 99), st.just(True)),
         st.tuples(st.just("pass"), st.integers(1, 16), st.just(True)),
         st.tuples(st.just("add"), st.integers(0, 2), st.just(True)),
-        st.tuples(st.just("retire"), st.integers(0, 2), st.just(True)),
+        st.tuples(st.just("retire"), st.integers(0, 2), st.booleans()),
     ),
 )
 
@@ -150,7 +150,7 @@ def test_the_least_used_record_loses_its_slot_and_none_does_while_held(
             elif operation == "add":
                 _add(shim, cache, model, number % n_classes)
             elif operation == "retire":
-                _retire(shim, cache, model, number % n_classes)
+                _retire(shim, cache, model, number % n_classes, flag)
             elif model.used:
                 slot = sorted(model.used)[number % len(model.used)]
                 if operation == "drop":
@@ -196,14 +196,15 @@ def _add(shim: ctypes.CDLL, cache: Any, model: CacheModel, size_class: int) -> N
     model.empty[size_class].add(expected)
 
 
-def _retire(shim: ctypes.CDLL, cache: Any, model: CacheModel, size_class: int) -> None:
+def _retire(shim: ctypes.CDLL, cache: Any, model: CacheModel, size_class: int, move: bool) -> None:
     slot, moved, evicted = (ctypes.c_int32(-2) for _ in range(3))
-    done = shim.cache_retire(cache, size_class, slot, moved, evicted)
+    done = shim.cache_retire(cache, size_class, move, slot, moved, evicted)
     members, empty = model.members[size_class], model.empty[size_class]
     last = members[-1] if members else NONE
     there = model.used.get(last)
+    stays = move or (there is not None and there.held)
     free = model.free(size_class)
-    if last == NONE or (there and (there.reading or not (empty or free))):
+    if last == NONE or (there and (there.reading or (stays and not (empty or free)))):
         assert not done
         return
     assert done and slot.value == last
@@ -211,6 +212,8 @@ def _retire(shim: ctypes.CDLL, cache: Any, model: CacheModel, size_class: int) -
     if there is None:
         assert (moved.value, evicted.value) == (NONE, NONE)
         empty.remove(last)
+    elif not stays:
+        assert (moved.value, evicted.value) == (NONE, model.used.pop(last).record)
     elif empty:
         assert moved.value in empty and evicted.value == NONE
         empty.remove(moved.value)

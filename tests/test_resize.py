@@ -46,9 +46,9 @@ def open_form(form: str, files: dict[str, Path], share: float) -> Any:
     return open_flash(files[form], what={"experts": "experts", "panels": "ffn", "both": "all"}[form], share=share)
 
 
-def resize(llm: Any, n_bytes: int) -> Any:
+def resize(llm: Any, n_bytes: int, urgent: bool = False) -> Any:
     out = _bindings.llama_flash_resize()
-    llm.flash._call("llama_flash_session_resize", n_bytes, out)
+    llm.flash._call("llama_flash_session_resize", n_bytes, urgent, out)
     return out
 
 
@@ -84,7 +84,7 @@ def resizing(llm: Any, seed: int) -> Iterator[list[int]]:
                 size = rng.randint(least, most)
                 sizes.append(size)
                 for _ in range(rng.randint(1, 30)):
-                    if resize(llm, size).done:
+                    if resize(llm, size, urgent=rng.random() < 0.3).done:
                         break
                     stop.wait(0.0005)
                 stop.wait(rng.random() * 0.01)
@@ -174,7 +174,7 @@ def test_before_there_is_memory(model_file: ModelFile) -> None:
     library = _bindings.load()
     session = library.llama_flash_session_new(None, None)
     error, out = _bindings.llama_flash_error(), _bindings.llama_flash_resize()
-    assert library.llama_flash_session_resize(session, 1 << 30, out, error) == 1
+    assert library.llama_flash_session_resize(session, 1 << 30, False, out, error) == 1
     assert b"set_memory" in error.message
-    assert library.llama_flash_session_resize(None, 1 << 30, out, error) == 1
+    assert library.llama_flash_session_resize(None, 1 << 30, False, out, error) == 1
     library.llama_flash_session_free(session)

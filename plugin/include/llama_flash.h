@@ -237,10 +237,19 @@ LLAMA_FLASH_API int32_t llama_flash_session_requirements(const struct llama_flas
 LLAMA_FLASH_API int32_t llama_flash_session_set_memory(struct llama_flash_session * session, uint64_t bytes, struct llama_flash_error * err);
 
 // Changes the memory given while the model runs, also in the middle of a decode, and keeps what is cached as far as it fits. Moves
-// on by a few milliseconds and returns: to be called until out->done. Ops that run meanwhile move on as well.
-LLAMA_FLASH_API int32_t llama_flash_session_resize(struct llama_flash_session * session, uint64_t bytes, struct llama_flash_resize * out, struct llama_flash_error * err);
+// on by a few milliseconds and returns: to be called until out->done. Ops that run meanwhile move on as well. urgent: give back
+// at once, even if what is dropped for it would have been worth keeping.
+LLAMA_FLASH_API int32_t llama_flash_session_resize(struct llama_flash_session * session, uint64_t bytes, bool urgent, struct llama_flash_resize * out, struct llama_flash_error * err);
 
 LLAMA_FLASH_API int32_t llama_flash_session_memory(const struct llama_flash_session * session, struct llama_flash_memory * out);
+
+// Warm start: which records are in slots (experts and neurons), the most used first. Returns how many there are, fills the first
+// `capacity`. The numbers mean the same in every session on the same files with the same flash tensors and read sizes.
+LLAMA_FLASH_API uint64_t llama_flash_session_hot(const struct llama_flash_session * session, uint64_t * ids, uint64_t capacity);
+
+// Starts to read records (as llama_flash_session_hot numbers them) into empty slots, a few MiB, and returns; *done: how many of the ids
+// are dealt with. To be called again with the rest until *done is n. Ids that make no sense are passed over.
+LLAMA_FLASH_API int32_t llama_flash_session_warm(struct llama_flash_session * session, const uint64_t * ids, uint64_t n, uint64_t * done, struct llama_flash_error * err);
 
 // ggml_abort_callback: true once a flash op has failed, so that llama_decode stops. data: the session.
 LLAMA_FLASH_API bool llama_flash_abort(void * data);

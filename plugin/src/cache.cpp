@@ -178,7 +178,7 @@ int32_t slot_cache::add(uint32_t size_class) {
     return i;
 }
 
-slot_cache::retired slot_cache::retire(uint32_t size_class) {
+slot_cache::retired slot_cache::retire(uint32_t size_class, bool move) {
     size_class_state & c = classes[size_class];
     retired            r = { false, NONE, NONE, NONE };
     if (c.count == 0) {
@@ -190,12 +190,12 @@ slot_cache::retired slot_cache::retire(uint32_t size_class) {
         if (s.reading) {
             return r;
         }
-        int32_t to = NONE; // where what it holds goes
-        // the slot itself counts as gone already: an empty one before it
-        s.gone = true;
-        to     = pop_empty(c);
+        // where what it holds goes; the slot itself counts as gone already
+        s.gone           = true;
+        const bool stays = move || s.held;
+        int32_t    to    = stays ? pop_empty(c) : NONE;
         if (to == NONE) {
-            to = lowest_slot(c);
+            to = stays ? lowest_slot(c) : i;
             if (to == NONE) {
                 s.gone = false;
                 return r;

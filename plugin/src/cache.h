@@ -46,14 +46,15 @@ class slot_cache {
     // One slot more for the class: its next one by address (the class's n_slots() before the call tells which).
     int32_t add(uint32_t size_class);
 
-    // One slot less: the class's last one by address.
+    // One slot less: the class's last one by address. move: what it holds goes to an empty slot, or to that of the record with the
+    // lowest score; else it is evicted, unless it is held.
     struct retired {
         bool    done;    // false: it or what could make room for it is held; nothing has changed
         int32_t slot;    // the slot that is gone
         int32_t moved;   // the slot that has what it held; NONE: nothing, or it is `evicted`
         int32_t evicted; // the record that lost its place; NONE: none
     };
-    retired retire(uint32_t size_class);
+    retired retire(uint32_t size_class, bool move = true);
 
     uint32_t record_in(int32_t slot) const { return slots[(size_t) slot].record; }
 

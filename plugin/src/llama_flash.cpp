@@ -105,11 +105,29 @@ int32_t llama_flash_session_set_memory(llama_flash_session * session, uint64_t b
     return guarded(err, [&] { return session->set_memory(bytes, err); });
 }
 
-int32_t llama_flash_session_resize(llama_flash_session * session, uint64_t bytes, llama_flash_resize * out, llama_flash_error * err) {
+int32_t llama_flash_session_resize(llama_flash_session * session, uint64_t bytes, bool urgent, llama_flash_resize * out, llama_flash_error * err) {
     if (!session || !out) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "resize: no session or nowhere to tell how far it has come");
     }
-    return guarded(err, [&] { return session->resize(bytes, *out, err); });
+    return guarded(err, [&] { return session->resize(bytes, urgent, *out, err); });
+}
+
+uint64_t llama_flash_session_hot(const llama_flash_session * session, uint64_t * ids, uint64_t capacity) {
+    uint64_t n = 0;
+    if (session) {
+        guarded(nullptr, [&] {
+            n = session->hot(ids, ids ? capacity : 0);
+            return LLAMA_FLASH_OK;
+        });
+    }
+    return n;
+}
+
+int32_t llama_flash_session_warm(llama_flash_session * session, const uint64_t * ids, uint64_t n, uint64_t * done, llama_flash_error * err) {
+    if (!session || !ids || !done) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "warm: no session, no records or nowhere to tell how far it has come");
+    }
+    return guarded(err, [&] { return session->warm(ids, n, *done, err); });
 }
 
 int32_t llama_flash_session_memory(const llama_flash_session * session, llama_flash_memory * out) {

@@ -57,9 +57,9 @@ void neuron_store::drop(uint32_t neuron) {
 
 // demand
 
-bool neuron_store::take(llama_flash_session & s, uint32_t neuron) {
+bool neuron_store::take(llama_flash_session & s, uint32_t neuron, bool evict) {
     int32_t       evicted;
-    const int32_t slot = cache.take(0, neuron, true, &evicted);
+    const int32_t slot = cache.take(0, neuron, evict, &evicted);
     if (slot == slot_cache::NONE) {
         return false;
     }
@@ -165,6 +165,27 @@ void neuron_store::expect(llama_flash_session & s, const flash_bundle & b, const
     s.stats.neurons_expected += wanted.size();
     plan(b, true);
     pump(s);
+}
+
+bool neuron_store::warm(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n) {
+    bool room = true;
+    wanted.clear();
+    for (size_t k = 0; k < n && room; k++) {
+        const uint32_t neuron = b.first + list[k];
+        if (list[k] < b.n_pinned || slot_of[neuron] >= 0) {
+            continue;
+        }
+        if (cache.score(neuron) < 0.0) {
+            cache.use(neuron, b.tokens, 1, 1); // used in another life
+        }
+        room = take(s, neuron, false);
+        if (room) {
+            wanted.push_back({ list[k], slot_of[neuron] });
+        }
+    }
+    plan(b, true);
+    pump(s);
+    return room;
 }
 
 // reads
@@ -517,8 +538,8 @@ void neuron_store::add_slots(uint32_t n) {
     pending.resize(std::max<size_t>(pending.size(), n), 0);
 }
 
-bool neuron_store::remove_slot(llama_flash_session & s) {
-    const slot_cache::retired r = cache.retire(0);
+bool neuron_store::remove_slot(llama_flash_session & s, bool move) {
+    const slot_cache::retired r = cache.retire(0, move);
     if (!r.done) {
         return false;
     }

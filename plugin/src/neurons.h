@@ -35,6 +35,18 @@ class neuron_store {
     // Reads the listed neurons if slots can be had; not held. For an evaluation that is expected soon.
     void expect(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
 
+    // The same, into empty slots only; false: there is none left.
+    bool warm(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
+
+    // Neurons in slots, by their numbers among the session's, with their scores.
+    template <typename F> void each(F f) const {
+        for (uint32_t neuron = 0; neuron < slot_of.size(); neuron++) {
+            if (slot_of[neuron] >= 0) {
+                f(neuron, cache.score(neuron));
+            }
+        }
+    }
+
     // Lets go of what demand() held.
     void release() { cache.end_op(); }
 
@@ -111,7 +123,7 @@ class neuron_store {
 
     // A moving limit. No op is in progress; the slots' memory has room for n.
     void add_slots(uint32_t n);
-    bool remove_slot(llama_flash_session & s); // the last one; false: a read into it is under way
+    bool remove_slot(llama_flash_session & s, bool move); // the last one, see slot_cache::retire; false: a read into it is under way
     void settle(llama_flash_session & s);      // waits for reads of neurons and copies what has come
 
     uint32_t used() const { return cache.used(); }
@@ -154,7 +166,7 @@ class neuron_store {
     void      plan(const flash_bundle & b, bool ahead);
     void      cancel_ahead();
     void      expire(llama_flash_session & s, uint64_t now);
-    bool      take(llama_flash_session & s, uint32_t neuron);
+    bool      take(llama_flash_session & s, uint32_t neuron, bool evict = true);
     void      drop(uint32_t neuron);
     void      hold_only(const flash_bundle & b, const uint32_t * list, size_t n);
     void      note_here(int32_t slot);

@@ -2,7 +2,7 @@
 //
 // resize() only says where to go. The way there is gone in steps of about a millisecond: by each op as it begins, and by resize()
 // itself, which is called again until it is done. Memory is given back before any is taken. What leaves is what the cache would
-// have evicted next; what lies in slots that vanish moves to slots that stay. Rings, work space, and what a mode keeps resident stay.
+// have evicted next; what lies in slots that vanish moves to slots that stay, unless there is no time for it. Rings, work space, and what a mode keeps resident stay.
 #include "session.h"
 
 #include "status.h"
@@ -11,7 +11,7 @@
 #include <cstring>
 
 constexpr int64_t IDLE_NS      = 200000000; // without an op for so long, nobody waits
-constexpr int64_t IDLE_STEP_NS = 20000000;
+constexpr int64_t LONG_STEP_NS = 20000000;
 
 // bytes that no resize changes
 uint64_t llama_flash_session::resize_least() const {
@@ -101,7 +101,7 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
     }
 }
 
-int32_t llama_flash_session::resize(uint64_t bytes, llama_flash_resize & out, llama_flash_error * err) {
+int32_t llama_flash_session::resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err) {
     std::lock_guard<std::mutex> lock(mutex);
     if (memory.total == 0 || forked()) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "resize: before set_memory, or in a child of the process that loaded the model");
@@ -109,6 +109,7 @@ int32_t llama_flash_session::resize(uint64_t bytes, llama_flash_resize & out, ll
     out       = {};
     out.least = resize_least();
     bytes     = std::clamp(bytes, out.least, std::max(out.least, requirements().max_memory));
+    resizing.urgent = urgent;
     if (bytes != memory.total) {
         plan_resize(bytes);
         memory.total    = bytes;
@@ -116,7 +117,7 @@ int32_t llama_flash_session::resize(uint64_t bytes, llama_flash_resize & out, ll
     }
     if (resizing.active && !failed()) {
         const int64_t now = flash_now_ns();
-        resize_step(now + (now - resizing.last_op_ns > IDLE_NS ? IDLE_STEP_NS : RESIZE_NS));
+        resize_step(now + (urgent || now - resizing.last_op_ns > IDLE_NS ? LONG_STEP_NS : RESIZE_NS));
     }
     out.total = bytes;
     out.done  = !resizing.active;
@@ -127,6 +128,10 @@ int32_t llama_flash_session::resize(uint64_t bytes, llama_flash_resize & out, ll
 void llama_flash_session::resize_step(int64_t until_ns) {
     bool stuck = false;
     bool less  = false;
+    cache.end_op();
+    if (flash_now_ns() - resizing.last_op_ns > IDLE_NS) {
+        neurons.release(); // an evaluation that nobody goes on with
+    }
     while (flash_now_ns() < until_ns && give_back_one(stuck)) {
         less = true;
     }
@@ -177,7 +182,7 @@ bool llama_flash_session::give_back_one(bool & stuck) {
         }
     }
     if (neurons.n_slots() > resizing.neuron_slots) {
-        if (neurons.remove_slot(*this)) {
+        if (neurons.remove_slot(*this, !resizing.urgent)) {
             return true;
         }
         stuck = true;
@@ -186,7 +191,7 @@ bool llama_flash_session::give_back_one(bool & stuck) {
         if (cache.n_slots(c) <= resizing.slots[c]) {
             continue;
         }
-        const slot_cache::retired r = cache.retire(c);
+        const slot_cache::retired r = cache.retire(c, !resizing.urgent);
         if (!r.done) {
             stuck = true;
             continue;

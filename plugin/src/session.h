@@ -133,7 +133,12 @@ struct llama_flash_session {
     int32_t                  set_neurons(const llama_flash_neuron_params & params, llama_flash_error * err);
     llama_flash_requirements requirements() const;
     int32_t                  set_memory(uint64_t bytes, llama_flash_error * err);
-    int32_t                  resize(uint64_t bytes, llama_flash_resize & out, llama_flash_error * err); // resize.cpp
+    int32_t                  resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err); // resize.cpp
+
+    // warm.cpp
+
+    uint64_t hot(uint64_t * ids, uint64_t capacity) const;
+    int32_t  warm(const uint64_t * ids, uint64_t n, uint64_t & done, llama_flash_error * err);
 
     uint64_t                 slots_touched() const; // bytes
 
@@ -220,6 +225,7 @@ struct llama_flash_session {
     // where a moving limit leads (resize.cpp)
     struct resize_state {
         bool                  active = false;
+        bool                  urgent = false; // nothing is moved: what lies in a slot that vanishes is dropped
         std::vector<uint32_t> slots;          // by class
         std::vector<uint32_t> panels;         // by tensor: pinned
         std::vector<uint32_t> bundle_records; // by bundle: pinned

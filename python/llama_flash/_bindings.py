@@ -365,11 +365,23 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
         [
             ctypes.c_void_p,
             ctypes.c_uint64,
+            ctypes.c_bool,
             ctypes.POINTER(llama_flash_resize),
             ctypes.POINTER(llama_flash_error),
         ],
     ),
     "llama_flash_session_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_memory)]),
+    "llama_flash_session_hot": (ctypes.c_uint64, [ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_uint64]),
+    "llama_flash_session_warm": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(ctypes.c_uint64),
+            ctypes.c_uint64,
+            ctypes.POINTER(ctypes.c_uint64),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
     "llama_flash_abort": (ctypes.c_bool, [ctypes.c_void_p]),
     "llama_flash_session_take_error": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
     "llama_flash_session_stats": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_stats)]),
