@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from gguf_tools.synthetic import tiny, write
+
+# a test must not begin with what another one has left warm
+os.environ.setdefault("LLAMA_FLASH_CACHE", "")
 
 ModelFile = Callable[..., Path]
 

@@ -62,7 +62,7 @@ def open_flash(
     wanted: Any = "ffn" if what == "auto" else what
     llm = _open(
         path,
-        flash_offload=FlashOffload(what=wanted, io_engine=io_engine, panel_bytes=65536),
+        flash_offload=FlashOffload(what=wanted, io_engine=io_engine, panel_bytes=65536, follow=False),
         **options,
     )
     give_memory(llm, share)

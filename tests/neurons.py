@@ -28,7 +28,7 @@ def open_neurons(
 ) -> Model:
     """Opens a bundle file with memory for `share` of its neurons above the least that works."""
     flash = {key: options.pop(key) for key in ("io_engine", "lookahead") if key in options}
-    llm = _open(path, flash_offload=FlashOffload(predictor=predictor, window=window, **flash), **options)
+    llm = _open(path, flash_offload=FlashOffload(predictor=predictor, window=window, follow=False, **flash), **options)
     give_neurons(llm, share)
     return llm
 

@@ -6,6 +6,7 @@ Importing this package is cheap: the engine (llama_cpp) is only loaded when it i
 from __future__ import annotations
 
 from .capped import CapResult, run_capped
+from .controller import Controller, FlashEvent, controller
 from .errors import FlashBudgetError, FlashCapError, FlashError, FlashFormatError, FlashReadError
 from .options import FlashOffload
 
@@ -13,12 +14,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CapResult",
+    "Controller",
     "FlashBudgetError",
     "FlashCapError",
     "FlashError",
+    "FlashEvent",
     "FlashFormatError",
     "FlashOffload",
     "FlashReadError",
     "__version__",
+    "controller",
     "run_capped",
 ]

@@ -16,11 +16,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .cgroup import machine_memory, memory_groups, process_memory
+from .cgroup import Controller, machine_memory, memory_groups, process_memory
 from .errors import FlashBudgetError
 from .sizes import format_size, parse_size
 
-__all__ = ["Breakdown", "Budget", "default_reserve", "held_by_process", "resolve_budget", "smallest_budget"]
+__all__ = [
+    "Breakdown",
+    "Budget",
+    "Room",
+    "default_reserve",
+    "held_by_process",
+    "resolve_budget",
+    "rooms",
+    "smallest_budget",
+]
 
 # Left unused within the budget, for what is charged to us and cannot be asked for beforehand: page tables (2 MB per
 # GB of slots), thread stacks and other kernel memory, the kernel's charging in batches (256 KiB per core), growth of
@@ -41,6 +50,20 @@ class Budget:
     reserve: int
     reason: str  # what set it: "dram_budget", "cgroup NAME" or "free memory"
     asked: int | None = None  # as the user wrote it; more than `total` where the limits allow less
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one limit leaves to this process, in bytes."""
+
+    name: str  # "cgroup NAME" or "free memory"
+    limit: int
+    others: int  # held by others, below the same limit
+    group: Path | None = None  # the memory group, if it is one
+
+    @property
+    def bytes(self) -> int:
+        return max(0, self.limit - self.others)
 
 
 @dataclass(frozen=True)
@@ -89,6 +112,19 @@ def held_by_process(root: Path = Path("/"), pid: int | Literal["self"] = "self")
     return memory.held + min(memory.file, LIBRARIES_MAX)
 
 
+def rooms(
+    root: Path = Path("/"), pid: int | Literal["self"] = "self", controller: Controller | None = None
+) -> list[Room]:
+    """What the machine and each memory group with a limit leave to process `pid`, the machine first."""
+    own = process_memory(root, pid).held
+    machine = machine_memory(root)
+    result = [Room("free memory", machine.total, max(0, machine.total - machine.available - own))]
+    for group in memory_groups(root, pid, controller):
+        if group.limit is not None:
+            result.append(Room(f"cgroup {group.path.name}", group.limit, max(0, group.held - own), group.path))
+    return result
+
+
 def resolve_budget(
     dram_budget: int | str = "auto",
     reserve: int | str | None = None,
@@ -108,15 +144,8 @@ def resolve_budget(
     Raises:
         ValueError: not a size.
     """
-    own = process_memory(root, pid).held
-    machine = machine_memory(root)
-    available, reason = min(machine.available + own, machine.total), "free memory"
-    for group in memory_groups(root, pid):
-        if group.limit is not None:
-            room = group.limit - max(0, group.held - own)
-            if room < available:
-                available, reason = room, f"cgroup {group.path.name}"
-    available = max(0, available)
+    tightest = min(rooms(root, pid), key=lambda room: room.bytes)
+    available, reason = tightest.bytes, tightest.name
     if dram_budget == "auto":
         total, asked = available, None
     else:

@@ -6,6 +6,8 @@ Every function takes the root of the file system, so that recorded trees can be 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ __all__ = [
     "Controller",
     "Machine",
     "MemoryGroup",
+    "PressureWatch",
     "ProcessMemory",
     "machine_memory",
     "memory_controller",
@@ -84,6 +87,77 @@ class ProcessMemory:
         return self.anonymous + self.shmem + self.page_tables
 
 
+class PressureWatch:
+    """Notices that the kernel finds it hard to free memory in a group of this process, or in one above it.
+
+    v1: the notification "critical" of memory.pressure_level, where the group lets this process ask for it. v2: time
+    stalled, from memory.pressure, and memory.events' counts of limits met. Where neither can be had it notices nothing.
+    """
+
+    STALLED = 0.1  # share of the time since the last look
+
+    def __init__(self, root: Path = Path("/"), pid: int | Literal["self"] = "self") -> None:
+        controller = memory_controller(root, pid)
+        self._events: list[int] = []  # v1: eventfds
+        self._groups: list[Path] = []  # v2
+        self._seen: dict[Path, tuple[float, int, int]] = {}
+        if controller is None:
+            return
+        for group in controller.lineage():
+            if controller.version == 1:
+                with contextlib.suppress(OSError):
+                    self._events.append(_notified(group))
+            elif (group / "memory.pressure").exists():
+                self._groups.append(group)
+        self.poll(0.0)
+
+    def poll(self, now: float) -> bool:
+        """Whether there was pressure since the last call; now: seconds, of any clock."""
+        found = False
+        for event in self._events:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(event)
+                found = True
+        for group in self._groups:
+            stalled, limits = _stalled(group / "memory.pressure"), _limits_met(group / "memory.events")
+            before = self._seen.get(group)
+            self._seen[group] = (now, stalled, limits)
+            if before is not None:
+                elapsed = max(now - before[0], 1e-3)
+                found = found or stalled - before[1] > self.STALLED * elapsed * 1e6 or limits > before[2]
+        return found
+
+    def close(self) -> None:
+        while self._events:
+            os.close(self._events.pop())
+
+
+def _notified(group: Path) -> int:
+    """An eventfd that counts a v1 group's notifications of critical pressure."""
+    event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        level = os.open(group / "memory.pressure_level", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            (group / "cgroup.event_control").write_text(f"{event} {level} critical")
+        finally:
+            os.close(level)
+    except OSError:
+        os.close(event)
+        raise
+    return event
+
+
+def _stalled(path: Path) -> int:
+    """Microseconds for which some task of a group has waited for memory."""
+    match = re.search(r"^some .*\btotal=(\d+)", _read(path), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def _limits_met(path: Path) -> int:
+    events = _table(_read(path))
+    return events.get("high", 0) + events.get("max", 0)
+
+
 def parse_limit(text: str) -> int | None:
     """Bytes of a cgroup limit file; None for unlimited ("max", "-1", v1's number near 2^63).
 
@@ -131,12 +205,17 @@ def memory_controller(root: Path = Path("/"), pid: int | Literal["self"] = "self
     return None
 
 
-def memory_groups(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> list[MemoryGroup]:
+def memory_groups(
+    root: Path = Path("/"), pid: int | Literal["self"] = "self", controller: Controller | None = None
+) -> list[MemoryGroup]:
     """The memory groups that `pid` counts in, innermost first; empty where there is no memory controller.
 
     Each of them limits the process: the tightest decides.
+
+    Args:
+        controller: of the process, where the caller knows it: finding it takes longer than all the rest.
     """
-    controller = memory_controller(root, pid)
+    controller = controller or memory_controller(root, pid)
     if controller is None:
         return []
     read = _read_v1 if controller.version == 1 else _read_v2

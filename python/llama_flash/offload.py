@@ -17,9 +17,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import _bindings, engine
+import numpy as np
+
+from . import _bindings, engine, hot
 from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
 from .bundles import holds_bundles
+from .controller import Callback, FlashEvent, controller
 from .errors import FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
@@ -125,9 +128,27 @@ class FlashSession:
         self._progress = _Progress()
         self._final: FlashStats | None = None
         self._neuron_slots = 0
+        self._beside = 0  # bytes of this model beside flash and interpreter
+        self._granted = self._least = self._most = 0  # flash memory: on the way to, at least, at most
+        self._moving = False
+        self._hot: hot.Ids | None = None  # to be read in the background; None: not yet looked for
+        self._hot_mark = ""
+        self._callbacks: list[Callback] = []
+        self._short = False
+        self._making_room = contextlib.ExitStack()
         self.predictor = "none"  # how active neurons are found
         self.summary = ""  # the line about the load
 
+        if options.follow:
+            self._making_room.enter_context(controller().loading())
+        try:
+            self._prepare(model_params, context_params)
+        except BaseException:
+            self._making_room.close()
+            raise
+
+    def _prepare(self, model_params: Any, context_params: Any) -> None:
+        options, model_path, logits_all = self.options, self._path, self._logits_all
         self._base = held_by_process() + _promised(self)
         self.meta: GgufMeta = read_gguf(model_path)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
@@ -215,6 +236,10 @@ class FlashSession:
             FlashBudgetError: too little is left.
             FlashReadError: filling pinned panels failed.
         """
+        with self._making_room:
+            self._attach(context, scores_bytes)
+
+    def _attach(self, context: Any, scores_bytes: int) -> None:
         if self.plan.mode == "nothing":
             self.memory = replace(self.memory, reserve=0)
             kind = "" if self.options.what == "auto" else f" of what={self.options.what!r}"
@@ -242,25 +267,184 @@ class FlashSession:
         else:
             self._divide()
         self._say(self._describe())
+        if self.plan.mode == "flash" and self.options.follow:
+            controller().join(self)
 
     def _divide(self) -> None:
         left = self.budget.total - self.memory.total
         needs = self._choose_predictor(left) if self.plan.bundles else self._requirements()
         if left < needs.min_memory:
             raise refuse(self.budget, self.memory, needs.min_memory, self.options.reserve)
-        self._call("llama_flash_session_set_memory", min(left, needs.max_memory))
+        memory = self.memory
+        self._beside = memory.fixed - memory.interpreter
+        self._granted, self._most = min(left, needs.max_memory), needs.max_memory
+        self._call("llama_flash_session_set_memory", self._granted)
+        state = _bindings.llama_flash_resize()
+        self._call("llama_flash_session_resize", self._granted, False, ctypes.byref(state))
+        self._least = state.least
+        self._note_memory()
+        self._progress = _Progress(seen=Counters.from_struct(self._raw()))
+
+    def _note_memory(self) -> None:
         given = _bindings.llama_flash_memory()
         self._lib.llama_flash_session_memory(self._handle, ctypes.byref(given))
+        before = self.memory
         self.memory = replace(
-            self.memory,
+            before,
             slots=given.slots,
             pinned=given.pinned,
             stream=given.stream,
             bookkeeping=given.bookkeeping,
-            weights=self.memory.weights + given.resident,
+            weights=self._beside - before.kv - before.compute - before.outputs + given.resident,
         )
         self._neuron_slots = given.n_neuron_slots
-        self._progress = _Progress(seen=Counters.from_struct(self._raw()))
+
+    # what the controller knows of it
+
+    @property
+    def asked(self) -> int | None:
+        return self.budget.asked
+
+    @property
+    def reserve(self) -> int | None:
+        reserve = self.options.reserve
+        return None if reserve is None else 0 if reserve == 0 else parse_size(reserve)
+
+    @property
+    def fixed(self) -> int:
+        return self._beside
+
+    @property
+    def interpreter(self) -> int:
+        return self.memory.interpreter
+
+    @property
+    def granted(self) -> int:
+        return self._granted
+
+    @property
+    def least(self) -> int:
+        return self._least
+
+    @property
+    def most(self) -> int:
+        return self._most
+
+    @property
+    def touched(self) -> int:
+        return 0 if self._handle is None else int(self._raw().resident_bytes)
+
+    def move(self, n_bytes: int, urgent: bool) -> bool:
+        if self._handle is None or (n_bytes == self._granted and not self._moving):
+            return True
+        self._granted = n_bytes
+        state = _bindings.llama_flash_resize()
+        if not self._call_if_open("llama_flash_session_resize", n_bytes, urgent, ctypes.byref(state)):
+            return True
+        self._moving = not state.done
+        if state.done:
+            self._note_memory()
+        return bool(state.done)
+
+    def limited(self, total: int, reserve: int, reason: str) -> None:
+        self.budget = replace(self.budget, total=total, reserve=reserve, reason=reason)
+        self.memory = replace(self.memory, reserve=reserve)
+
+    def warm(self) -> bool:
+        if self._handle is None or not self.options.warm_start:
+            return False
+        if self._hot is None:
+            self._hot_mark = hot.fingerprint(self.meta.files, self._layout())
+            self._hot = hot.load(self.meta.files[0], self._hot_mark)
+        if not len(self._hot):
+            return False
+        ids = np.ascontiguousarray(self._hot[:4096])
+        done = ctypes.c_uint64()
+        pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
+        if not self._call_if_open("llama_flash_session_warm", pointer, len(ids), ctypes.byref(done)):
+            return False
+        self._hot = self._hot[done.value :]
+        return len(self._hot) > 0
+
+    def tell(self, event: FlashEvent) -> None:
+        if event.kind == "short":
+            if self._short:
+                return  # once is enough
+            logger.warning(
+                "%s: %s leaves less than the %s of flash memory that cannot be given back while the model is loaded",
+                os.path.basename(self._path),
+                event.reason,
+                format_size(event.after),
+            )
+        self._short = event.kind == "short" or (self._short and event.kind != "grow")
+        for callback in list(self._callbacks):
+            try:
+                callback(event)
+            except Exception:
+                logger.exception("a callback of on_event failed")
+
+    def describe(self) -> dict[str, object]:
+        return {"path": self._path, "granted": self._granted, "least": self._least, "most": self._most} | (
+            self.stats().as_dict()
+        )
+
+    # for users
+
+    @property
+    def window(self) -> float | None:
+        """Tokens whose neurons fit into the slots: as set, else as many as have room; None without neuron bundles.
+
+        An estimate from what the tokens generated so far have used.
+        """
+        if self.options.window is not None or not self.plan.bundles:
+            return self.options.window
+        decode = self._progress.decode
+        if not decode.tokens or not decode.neurons_newly_active:
+            return None
+        active, newly = decode.neurons_per_token, decode.neurons_newly_active / decode.tokens
+        return max(0.0, (self._neuron_slots - active) / newly)
+
+    def set_budget(self, dram_budget: int | str) -> None:
+        """Sets the DRAM budget of the process ("auto", bytes, a size, or a share of the model), while the model runs.
+
+        Returns when what must be given back is given back. More memory is used as it is needed.
+
+        Raises:
+            FlashBudgetError: it leaves too little; nothing has changed.
+            FlashError: the session does not follow limits (`follow=False`), or has nothing on flash.
+            ValueError: not a budget.
+        """
+        replace(self.options, dram_budget=dram_budget)  # checks it
+        if self._handle is None or not self.options.follow:
+            raise FlashError("there is no flash memory to be moved: everything is resident, or follow=False")
+        budget = resolve_budget(dram_budget, self.options.reserve, model_bytes=self.meta.file_bytes)
+        if budget.total - budget.reserve - self.memory.fixed < self._least - self._kept():
+            raise refuse(budget, self.memory, self._least, self.options.reserve)
+        self.budget = replace(self.budget, asked=budget.asked)
+        controller().settle()
+
+    def on_event(self, callback: Callback) -> None:
+        """Calls `callback(event)`, a FlashEvent, whenever flash memory is given back or taken. From another thread."""
+        self._callbacks.append(callback)
+
+    def _kept(self) -> int:
+        """Bytes of resident parts that count as weights and are part of the flash memory."""
+        return self.memory.weights + self.memory.kv + self.memory.compute + self.memory.outputs - self._beside
+
+    def _layout(self) -> str:
+        options = self.options
+        return f"{[t.name for t in self.plan.tensors]} {options.panel_bytes} {self.plan.n_neurons}"
+
+    def _keep_hot(self) -> None:
+        """Remembers what is in slots, for the next load."""
+        n = int(self._lib.llama_flash_session_hot(self._handle, None, 0))
+        if not n or not self.stats().total.tokens:
+            return
+        ids = np.empty(n, np.uint64)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
+        n = min(n, int(self._lib.llama_flash_session_hot(self._handle, pointer, n)))
+        mark = self._hot_mark or hot.fingerprint(self.meta.files, self._layout())
+        hot.save(self.meta.files[0], mark, ids[:n])
 
     def _requirements(self) -> Any:
         needs = _bindings.llama_flash_requirements()
@@ -343,8 +527,13 @@ class FlashSession:
     def close(self) -> None:
         """Frees slots and closes files. `stats` keeps answering with the last numbers. May be called twice."""
         handle, lib = self._handle, self._lib
+        self._making_room.close()
         if handle is None:
             return
+        controller().leave(self)
+        if self.options.warm_start:
+            with contextlib.suppress(OSError):
+                self._keep_hot()
         self._final = self.stats()
         self._handle = None
         _live.discard(self)
@@ -379,6 +568,16 @@ class FlashSession:
         error = _bindings.llama_flash_error()
         if getattr(self._lib, function)(self._handle, *arguments, ctypes.byref(error)) != 0:
             engine.raise_error(error)
+
+    def _call_if_open(self, function: str, *arguments: Any) -> bool:
+        """The controller's calls: garbage collection may close the session in the middle of them. False: it has."""
+        try:
+            self._call(function, *arguments)
+        except FlashError:
+            if self._handle is not None:
+                raise
+            return False
+        return True
 
     def _raise_pending(self) -> None:
         if self._handle is None:

@@ -33,6 +33,9 @@ class FlashOffload:
             "auto": exact where the budget allows, else lowrank where there are predictors.
         window: tokens before the current one whose neurons stay in slots; None: as many as have room.
         lookahead: read ahead the neurons that the next layer's predictor expects ("lowrank").
+        follow: give memory back and take it again while the model runs, as limits and neighbours move.
+        warm_start: remember which weights were hot, in a small file beside the model or in the user's cache folder, and
+            read them in the background after the next load.
         io_engine: "io_uring", "pread" (a pool of threads) or "auto" (io_uring where it works).
         io_depth: most reads in flight at once; None: 32, and 128 where single neurons are read.
         io_threads: threads of the pread pool.
@@ -49,6 +52,8 @@ class FlashOffload:
     predictor: Predictor = "auto"
     window: int | None = None
     lookahead: bool = True
+    follow: bool = True
+    warm_start: bool = True
     io_engine: IoEngine = "auto"
     io_depth: int | None = None
     io_threads: int = 8
@@ -67,8 +72,9 @@ class FlashOffload:
         _one_of("predictor", self.predictor, get_args(Predictor))
         if self.window is not None:
             _in_range("window", self.window, 0, 1 << 20)
-        if not isinstance(self.lookahead, bool):
-            raise ValueError(f"lookahead: {self.lookahead!r} is not one of True, False")
+        for name in ("lookahead", "follow", "warm_start"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}: {value!r} is not one of True, False")
         if self.io_depth is not None:
             _in_range("io_depth", self.io_depth, 1, 4096)
         _in_range("io_threads", self.io_threads, 1, 256)

@@ -1,0 +1,91 @@
+"""What running processes say of themselves: one JSON file per process, for `llama-flash top`.
+
+They lie in $LLAMA_FLASH_RUNTIME, else in $XDG_RUNTIME_DIR/llama-flash, else in a folder of the user's own below the
+folder for temporary files. They are written about once a second, and are gone when the process ends; what a process
+that was killed has left behind is removed by whoever reads it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from .budget import held_by_process, rooms
+
+__all__ = ["StatusFile", "folder", "read_all"]
+
+
+def folder() -> Path:
+    """Where the status files of this user's processes lie."""
+    if chosen := os.environ.get("LLAMA_FLASH_RUNTIME"):
+        return Path(chosen)
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "llama-flash"
+    return Path(tempfile.gettempdir()) / f"llama-flash-{os.getuid()}"
+
+
+class StatusFile:
+    """The file of this process. Problems with it never reach the caller: it is not worth failing for."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._started = time.time()
+
+    def write(self, models: list[dict[str, object]]) -> None:
+        with contextlib.suppress(OSError):
+            if self._path is None:
+                place = folder()
+                place.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if place.stat().st_uid != os.getuid():
+                    return  # somebody else's: they could read or replace it
+                self._path = place / f"{os.getpid()}.json"
+                atexit.register(self.remove)
+            tightest = min(rooms(), key=lambda room: room.bytes)
+            text = json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+                    "started": self._started,
+                    "written": time.time(),
+                    "held": held_by_process(),
+                    "room": tightest.bytes,
+                    "limit": tightest.limit,
+                    "limited_by": tightest.name,
+                    "models": models,
+                }
+            )
+            part = self._path.with_suffix(".part")
+            part.write_text(text)
+            part.replace(self._path)
+
+    def remove(self) -> None:
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            self._path = None
+
+
+def read_all(place: Path | None = None) -> list[dict[str, Any]]:
+    """The status of each process that runs, by process number."""
+    found = []
+    for path in sorted((place or folder()).glob("*.json")):
+        if not path.stem.isdigit():
+            continue
+        try:
+            status = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue  # just being replaced, or not ours
+        if not Path(f"/proc/{path.stem}").exists():
+            with contextlib.suppress(OSError):
+                path.unlink()
+            continue
+        if isinstance(status, dict) and isinstance(status.get("models"), list):
+            found.append(status)
+    return sorted(found, key=lambda status: int(status.get("pid", 0)))
