@@ -6,7 +6,7 @@ Importing this package is cheap: the engine (llama_cpp) is only loaded when it i
 from __future__ import annotations
 
 from .capped import CapResult, run_capped
-from .controller import Controller, FlashEvent, controller
+from .controller import Controller, FlashEvent
 from .errors import FlashBudgetError, FlashCapError, FlashError, FlashFormatError, FlashReadError
 from .options import FlashOffload
 
@@ -23,6 +23,5 @@ __all__ = [
     "FlashOffload",
     "FlashReadError",
     "__version__",
-    "controller",
     "run_capped",
 ]

@@ -16,6 +16,7 @@ from typing import Literal
 
 __all__ = [
     "Controller",
+    "Gauge",
     "Machine",
     "MemoryGroup",
     "PressureWatch",
@@ -87,6 +88,45 @@ class ProcessMemory:
         return self.anonymous + self.shmem + self.page_tables
 
 
+class Gauge:
+    """A group's usage and limit, read through files that stay open: some microseconds."""
+
+    _FILES = (("memory.usage_in_bytes", "memory.limit_in_bytes"), ("memory.current", "memory.max"))
+
+    def __init__(self, group: Path) -> None:
+        self.group = group
+        self._open: list[int] = []
+        for names in self._FILES:
+            if all((group / name).exists() for name in names):
+                with contextlib.suppress(OSError):
+                    self._open = [os.open(group / name, os.O_RDONLY | os.O_CLOEXEC) for name in names]
+                    break
+        self._limit = self._read_limit()
+
+    def alarmed(self, near: int) -> bool:
+        """Whether less than `near` bytes are left, or the limit is another one than at the last call."""
+        limit, self._limit = self._limit, self._read_limit()
+        if self._limit is None:
+            return limit is not None
+        return limit != self._limit or self._usage() > self._limit - near
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.pop())
+
+    def _usage(self) -> int:
+        try:
+            return int(os.pread(self._open[0], 64, 0))
+        except (OSError, ValueError, IndexError):  # the group is gone
+            return 0
+
+    def _read_limit(self) -> int | None:
+        try:
+            return parse_limit(os.pread(self._open[1], 64, 0).decode())
+        except (OSError, ValueError, IndexError):
+            return None
+
+
 class PressureWatch:
     """Notices that the kernel finds it hard to free memory in a group of this process, or in one above it.
 
@@ -127,18 +167,23 @@ class PressureWatch:
                 found = found or stalled - before[1] > self.STALLED * elapsed * 1e6 or limits > before[2]
         return found
 
+    @property
+    def events(self) -> list[int]:
+        """File descriptors that are readable when there is something to notice; without them, poll now and then."""
+        return list(self._events)
+
     def close(self) -> None:
         while self._events:
             os.close(self._events.pop())
 
 
 def _notified(group: Path) -> int:
-    """An eventfd that counts a v1 group's notifications of critical pressure."""
+    """An eventfd that counts a v1 group's notifications of critical pressure of its own, not of groups below it."""
     event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     try:
         level = os.open(group / "memory.pressure_level", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            (group / "cgroup.event_control").write_text(f"{event} {level} critical")
+            (group / "cgroup.event_control").write_text(f"{event} {level} critical,local")
         finally:
             os.close(level)
     except OSError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import threading
 import time
 import weakref
@@ -23,19 +24,19 @@ from typing import Literal, Protocol
 
 from .budget import Room, default_reserve, held_by_process, rooms
 from .cgroup import Controller as Group
-from .cgroup import PressureWatch, memory_controller
+from .cgroup import Gauge, PressureWatch, memory_controller
 from .sizes import format_size
 from .status import StatusFile
 
-__all__ = ["Callback", "Controller", "FlashEvent", "Session", "controller", "divide"]
+__all__ = ["Callback", "Controller", "FlashEvent", "Session", "divide"]
 
 logger = logging.getLogger("llama_flash")
 
-_TICK = 0.05  # seconds between looks at the limits
-_GLANCE = 0.01  # seconds between glances at the usage of groups with a limit
+_TICK = 0.25  # seconds between looks at all there is
+_GLANCE = 0.015  # seconds between glances: usage near a limit, another limit, or pressure lead to a look at once
 _REDISCOVER = 1.0  # seconds after which the process' groups are looked up again
 _BUSY_TICK = 0.002  # while memory is given back or read ahead
-_STATUS = 1.0  # seconds between two status files
+_STATUS = 2.0  # seconds between two status files
 _NEIGHBOURS = 20.0  # seconds for which the most that neighbours held is kept free
 _CALM = 2.0  # seconds without pressure after which it is forgotten, bit by bit
 _STEP_SHARE = 0.06  # of the flash memory: given back at each sign of pressure
@@ -103,7 +104,7 @@ def divide(pool: int, sessions: Sequence[tuple[int, int]]) -> list[int]:
 
 
 class Controller:
-    """Divides the process' budget among its sessions, and follows the limits. One per process: `controller()`.
+    """Divides the process' budget among its sessions, and follows the limits. `Controller.of_process()` is the one.
 
     Args:
         root: root of the file system whose /proc and /sys are read.
@@ -114,19 +115,29 @@ class Controller:
         self._lock = threading.RLock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
-        self._wake = threading.Event()
+        self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller = select.poll()
+        self._poller.register(self._called, select.POLLIN)
         self._pressure: PressureWatch | None = None
         self._status = StatusFile()
         self._neighbours: deque[tuple[float, dict[str, int]]] = deque()  # (time, others by room)
+        self._limits: dict[str, int] = {}  # by room, at the last look
+        self._near = 0  # bytes below a limit that are an alarm
         self._interpreter = 0  # bytes, before the first session's model was loaded
-        self._penalty = 0.0  # bytes held back because of pressure
+        self._ceiling: float | None = None  # of the pool, because of pressure
         self._last_pressure = -1e9
         self._last_tick = 0.0
         self._paused = 0
         self._groups: Group | None = None
         self._groups_known = -1e9
-        self._watched: list[tuple[Path, int]] = []  # usage files, and what is too much
+        self._gauges: list[Gauge] = []
+        self._pressed = False  # since the last look
         self.seconds = 0.0  # CPU time of the thread
+
+    @staticmethod
+    def of_process() -> Controller:
+        """The controller of this process."""
+        return _the_controller
 
     # sessions
 
@@ -138,7 +149,7 @@ class Controller:
             self._sessions.add(session)
             if self._thread is None or not self._thread.is_alive():
                 self._start()
-        self._wake.set()
+        os.eventfd_write(self._called, 1)
 
     def leave(self, session: Session) -> None:
         """The session's memory is gone, or about to be."""
@@ -146,7 +157,7 @@ class Controller:
             self._sessions.discard(session)
             if not self._sessions:
                 self._status.remove()
-        self._wake.set()
+        os.eventfd_write(self._called, 1)
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -162,7 +173,7 @@ class Controller:
         finally:
             with self._lock:
                 self._paused -= 1
-            self._wake.set()
+            os.eventfd_write(self._called, 1)
 
     def settle(self) -> None:
         """Applies the limits now, and waits until what must be given back is given back."""
@@ -175,6 +186,8 @@ class Controller:
     def _start(self) -> None:
         if self._pressure is None:
             self._pressure = PressureWatch(self._root)
+            for event in self._pressure.events:
+                self._poller.register(event, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="llama-flash", daemon=True)
         self._thread.start()
 
@@ -194,13 +207,20 @@ class Controller:
                 logger.exception("llama-flash: the controller met an error and goes on")
                 busy = False
             self.seconds = time.thread_time()
-            self._wake.wait(_BUSY_TICK if busy else _GLANCE if self._watched else _TICK)
-            self._wake.clear()
+            if self._wait(_BUSY_TICK if busy else _GLANCE):
+                self._pressed = self._pressure is not None and self._pressure.poll(time.monotonic())
+
+    def _wait(self, seconds: float) -> bool:
+        """Until somebody calls, there is pressure (True), or the time has passed."""
+        ready = [event for event, _ in self._poller.poll(seconds * 1000)]
+        if self._called in ready:
+            os.eventfd_read(self._called)
+        return any(event != self._called for event in ready)
 
     def tick(self, now: float) -> bool:
         """One look at the limits, and a step towards what they ask for. True: there is more to do soon."""
         busy = False
-        if now - self._last_tick >= _TICK or now < self._last_tick or self._close_to_a_limit():
+        if now - self._last_tick >= _TICK or now < self._last_tick or self._glance():
             self._last_tick = now
             self._follow(now)
         for session in self._sessions:
@@ -218,6 +238,10 @@ class Controller:
             self._groups, self._groups_known = memory_controller(self._root), now
         found = rooms(self._root, controller=self._groups)
         room, reason = self._tightest(found, now)
+        limits = {r.name: r.limit for r in found}
+        if any(limit > self._limits.get(name, limit) for name, limit in limits.items()):
+            self._ceiling, self._last_pressure = None, -1e9  # a limit was raised: what was tight before says nothing
+        self._limits = limits
         sessions = list(self._sessions)
         asked = [session.asked for session in sessions]
         if all(value is not None for value in asked):
@@ -225,30 +249,39 @@ class Controller:
             if most < room:
                 room, reason = most, "dram_budget"
         reserve = max(default_reserve(room) if s.reserve is None else s.reserve for s in sessions)
-        usage = "memory.usage_in_bytes" if self._groups and self._groups.version == 1 else "memory.current"
-        self._watched = [(r.group / usage, r.limit - reserve // 2) for r in found if r.group]
+        self._watch([room.group for room in found if room.group], reserve // 2)
         granted = sum(session.granted for session in sessions)
         pressed = self._note_pressure(now, granted, reason)
         fixed = self._fixed(sessions)
-        pool = room - reserve - fixed - int(self._penalty)
+        pool = room - reserve - fixed
+        if self._ceiling is not None:
+            pool = min(pool, int(self._ceiling))
         shares = divide(pool, [(session.least, session.most) for session in sessions])
         # the kernel acts when usage meets the limit: then nothing is moved, but dropped
         urgent = pressed or room - fixed - sum(session.touched for session in sessions) < reserve // 2
         for session, share in zip(sessions, shares, strict=True):
             session.limited(room, reserve, reason)
             calm = now - self._last_pressure > _CALM
-            if share < session.granted or (share > session.granted + _GROW_MIN + session.most // 100 and calm):
+            slack = 0 if urgent else reserve // 8  # a little comes from the reserve
+            less = share < session.granted - slack
+            if less or (calm and share > session.granted + _GROW_MIN + session.most // 100):
                 self._move(session, share, reason, urgent)
         if pool < sum(session.least for session in sessions):
             for session in sessions:
                 session.tell(FlashEvent("short", session.granted, session.least, reason, time.time()))
 
-    def _close_to_a_limit(self) -> bool:
-        for path, most in self._watched:
-            with contextlib.suppress(OSError, ValueError):
-                if int(path.read_text()) > most:
-                    return True
-        return False
+    def _watch(self, groups: list[Path], near: int) -> None:
+        """Keeps the gauges of these groups at hand."""
+        if [gauge.group for gauge in self._gauges] != groups:
+            for gauge in self._gauges:
+                gauge.close()
+            self._gauges = [Gauge(group) for group in groups]
+        self._near = near
+
+    def _glance(self) -> bool:
+        """Whether there is a reason to look closer."""
+        alarmed = [gauge.alarmed(self._near) for gauge in self._gauges]
+        return self._pressed or any(alarmed)
 
     def _tightest(self, found: list[Room], now: float) -> tuple[int, str]:
         """The least that a limit leaves, beside the most that neighbours have held lately."""
@@ -271,14 +304,17 @@ class Controller:
         return max(planned, held_by_process(self._root) - touched)
 
     def _note_pressure(self, now: float, granted: int, reason: str) -> bool:
-        pressed = self._pressure is not None and self._pressure.poll(now)
+        pressed = self._pressed or (self._pressure is not None and self._pressure.poll(now))
+        self._pressed = False
         if pressed:
             self._last_pressure = now
-            self._penalty = min(granted, self._penalty + max(_STEP_MIN, _STEP_SHARE * granted))
+            self._ceiling = granted - max(_STEP_MIN, _STEP_SHARE * granted)
             for session in self._sessions:
                 session.tell(FlashEvent("pressure", session.granted, session.granted, reason, time.time()))
-        elif self._penalty and now - self._last_pressure > _CALM:
-            self._penalty = self._penalty * 0.98 if self._penalty > 1 << 20 else 0.0
+        elif self._ceiling is not None and now - self._last_pressure > _CALM:
+            self._ceiling += max(_STEP_MIN, self._ceiling * 0.05)
+            if self._ceiling > sum(session.most for session in self._sessions):
+                self._ceiling = None
         return pressed
 
     def _move(self, session: Session, n_bytes: int, reason: str, urgent: bool = False) -> None:
@@ -303,11 +339,6 @@ class Controller:
 
 Callback = Callable[[FlashEvent], None]
 _the_controller = Controller()
-
-
-def controller() -> Controller:
-    """The controller of this process."""
-    return _the_controller
 
 
 def _after_fork() -> None:

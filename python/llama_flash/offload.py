@@ -7,6 +7,7 @@ memory is there when `attach` divides the rest of the budget, so it is measured 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -22,7 +23,7 @@ import numpy as np
 from . import _bindings, engine, hot
 from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
 from .bundles import holds_bundles
-from .controller import Callback, FlashEvent, controller
+from .controller import Callback, Controller, FlashEvent
 from .errors import FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
@@ -140,7 +141,7 @@ class FlashSession:
         self.summary = ""  # the line about the load
 
         if options.follow:
-            self._making_room.enter_context(controller().loading())
+            self._making_room.enter_context(Controller.of_process().loading())
         try:
             self._prepare(model_params, context_params)
         except BaseException:
@@ -268,7 +269,7 @@ class FlashSession:
             self._divide()
         self._say(self._describe())
         if self.plan.mode == "flash" and self.options.follow:
-            controller().join(self)
+            Controller.of_process().join(self)
 
     def _divide(self) -> None:
         left = self.budget.total - self.memory.total
@@ -421,7 +422,7 @@ class FlashSession:
         if budget.total - budget.reserve - self.memory.fixed < self._least - self._kept():
             raise refuse(budget, self.memory, self._least, self.options.reserve)
         self.budget = replace(self.budget, asked=budget.asked)
-        controller().settle()
+        Controller.of_process().settle()
 
     def on_event(self, callback: Callback) -> None:
         """Calls `callback(event)`, a FlashEvent, whenever flash memory is given back or taken. From another thread."""
@@ -438,13 +439,14 @@ class FlashSession:
     def _keep_hot(self) -> None:
         """Remembers what is in slots, for the next load."""
         n = int(self._lib.llama_flash_session_hot(self._handle, None, 0))
-        if not n or not self.stats().total.tokens:
+        if not n or not self.options.warm_start or not self.stats().total.tokens:
             return
         ids = np.empty(n, np.uint64)
         pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
         n = min(n, int(self._lib.llama_flash_session_hot(self._handle, pointer, n)))
-        mark = self._hot_mark or hot.fingerprint(self.meta.files, self._layout())
-        hot.save(self.meta.files[0], mark, ids[:n])
+        with contextlib.suppress(OSError):  # the model is gone
+            mark = self._hot_mark or hot.fingerprint(self.meta.files, self._layout())
+            hot.save(self.meta.files[0], mark, ids[:n])
 
     def _requirements(self) -> Any:
         needs = _bindings.llama_flash_requirements()
@@ -530,10 +532,9 @@ class FlashSession:
         self._making_room.close()
         if handle is None:
             return
-        controller().leave(self)
-        if self.options.warm_start:
-            with contextlib.suppress(OSError):
-                self._keep_hot()
+        Controller.of_process().leave(self)
+        if not sys.is_finalizing():  # else it was done when the interpreter began to end
+            self._keep_hot()
         self._final = self.stats()
         self._handle = None
         _live.discard(self)
@@ -633,6 +634,13 @@ class FlashSession:
         logger.info("%s", line)
         if self._verbose and not (logger.isEnabledFor(logging.INFO) and logger.hasHandlers()):
             print(f"llama-flash: {line}", file=sys.stderr, flush=True)
+
+
+@atexit.register
+def _keep_all_hot() -> None:
+    for session in list(_live):
+        if session._handle is not None:
+            session._keep_hot()
 
 
 def _promised(asking: FlashSession) -> int:
