@@ -276,6 +276,22 @@ def _report(stats: FlashStats, result: dict[str, Any]) -> None:
     _stderr.print(f"budget {format_size(stats.budget.total)} ({stats.budget.reason}): {stats.memory}", soft_wrap=True)
 
 
+@app.command(epilog="Examples:  [bold]llama-flash top[/]   |   [bold]llama-flash top --json[/]")
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Print the table once, and exit.")] = False,
+    seconds: Annotated[float, typer.Option("-d", "--delay", min=0.1, help="Between two looks.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="The processes as JSON, once.")] = False,
+) -> None:
+    """Show running processes with weights on flash: speed, hit rate, bytes per token, memory and what limits it."""
+    from . import status
+    from .top import show
+
+    if as_json:
+        print(json.dumps(status.read_all()))
+    else:
+        show(once, seconds)
+
+
 def _report_cap(result: CapResult) -> None:
     peak = "unknown" if result.peak_bytes is None else format_size(result.peak_bytes)
     _stderr.print(

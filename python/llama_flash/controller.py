@@ -202,7 +202,8 @@ class Controller:
                     busy = self.tick(time.monotonic())
                     if time.monotonic() - told > _STATUS:
                         told = time.monotonic()
-                        self._status.write([session.describe() for session in self._sessions])
+                        ago = told - self._last_pressure if self._last_pressure > 0 else None
+                        self._status.write([session.describe() for session in self._sessions], ago)
             except Exception:  # a thread that dies would leave the limit unwatched
                 logger.exception("llama-flash: the controller met an error and goes on")
                 busy = False

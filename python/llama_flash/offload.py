@@ -385,9 +385,12 @@ class FlashSession:
                 logger.exception("a callback of on_event failed")
 
     def describe(self) -> dict[str, object]:
-        return {"path": self._path, "granted": self._granted, "least": self._least, "most": self._most} | (
-            self.stats().as_dict()
-        )
+        return {
+            "path": os.path.abspath(self._path),
+            "granted": self._granted,
+            "least": self._least,
+            "most": self._most,
+        } | (self.stats().as_dict())
 
     # for users
 

@@ -38,7 +38,8 @@ class StatusFile:
         self._path: Path | None = None
         self._started = time.time()
 
-    def write(self, models: list[dict[str, object]]) -> None:
+    def write(self, models: list[dict[str, object]], pressure: float | None) -> None:
+        """pressure: seconds since the kernel last found it hard to free memory; None: it did not."""
         with contextlib.suppress(OSError):
             if self._path is None:
                 place = folder()
@@ -58,6 +59,7 @@ class StatusFile:
                     "room": tightest.bytes,
                     "limit": tightest.limit,
                     "limited_by": tightest.name,
+                    "pressure": pressure,
                     "models": models,
                 }
             )

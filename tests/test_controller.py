@@ -1,0 +1,411 @@
+"""The controller: shares of the budget, moving limits, neighbours, pressure. With made-up trees, and in real groups."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_capped_models import require_caps
+
+from gguf_tools.synthetic import PRESETS, write
+from llama_flash import FlashEvent
+from llama_flash.cgroup import Gauge, PressureWatch, memory_controller
+from llama_flash.controller import Controller, divide
+
+MiB = 1 << 20
+
+# shares
+
+SESSIONS = st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)).map(lambda p: (p[0], sum(p))), max_size=5)
+
+
+@given(pool=st.integers(-1000, 10000), sessions=SESSIONS)
+def test_shares(pool: int, sessions: list[tuple[int, int]]) -> None:
+    shares = divide(pool, sessions)
+    assert len(shares) == len(sessions)
+    for share, (least, most) in zip(shares, sessions, strict=True):
+        assert least <= share <= most
+    assert sum(shares) <= max(pool, sum(least for least, _ in sessions))
+    left, wanted = pool - sum(shares), sum(most for _, most in sessions) - sum(shares)
+    assert min(left, wanted) < max(1, len(sessions)), "memory that somebody wants is left"
+
+
+# decisions, in a group of a made-up tree (v2, as the kernel writes it)
+
+
+class Tree:
+    """A root with one v2 group whose files can be rewritten, and a process in it that holds `own` bytes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.group = root, root / "sys/fs/cgroup/app"
+        self.group.mkdir(parents=True)
+        (root / "proc/self").mkdir(parents=True)
+        (root / "proc/self/cgroup").write_text("0::/app\n")
+        (root / "proc/self/mountinfo").write_text("30 1 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+        (root / "proc/meminfo").write_text("MemTotal: 67108864 kB\nMemAvailable: 60000000 kB\n")
+        (root / "sys/fs/cgroup/cgroup.controllers").write_text("memory\n")
+        (self.group / "memory.high").write_text("max\n")
+        (self.group / "memory.events").write_text("low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n")
+        self.stalled(0)
+        self.set(limit=1000, own=300, others=0)
+
+    def set(self, *, limit: int | None = None, own: int | None = None, others: int | None = None) -> None:
+        """In MiB."""
+        self.limit = self.limit if limit is None else limit
+        self.own = self.own if own is None else own
+        self.others = self.others if others is None else others
+        (self.group / "memory.max").write_text(f"{self.limit * MiB}\n")
+        (self.group / "memory.current").write_text(f"{(self.own + self.others) * MiB}\n")
+        (self.group / "memory.stat").write_text(f"anon {(self.own + self.others) * MiB}\n")
+        status = f"VmRSS:\t{self.own * 1024} kB\nRssAnon:\t{self.own * 1024} kB\nRssFile:\t0 kB\nRssShmem:\t0 kB\n"
+        (self.root / "proc/self/status").write_text(status)
+
+    def stalled(self, microseconds: int) -> None:
+        line = f"avg10=0.00 avg60=0.00 avg300=0.00 total={microseconds}\n"
+        (self.group / "memory.pressure").write_text(f"some {line}full {line}")
+
+    limit = own = others = 0
+
+
+class Model:
+    """A session of which the tests know all: it needs 100 MiB beside flash, and arrives at once."""
+
+    asked: int | None = None
+    reserve: int | None = 40 * MiB
+    fixed, interpreter = 60 * MiB, 40 * MiB
+    touched = 0
+
+    def __init__(self, granted: int, least: int = 50, most: int = 2000) -> None:
+        self.granted, self.least, self.most = granted * MiB, least * MiB, most * MiB
+        self.events: list[FlashEvent] = []
+        self.urgent: list[bool] = []
+        self.budget = 0
+
+    def move(self, n_bytes: int, urgent: bool) -> bool:
+        if n_bytes != self.granted:
+            self.urgent.append(urgent)
+        self.granted = n_bytes
+        return True
+
+    def warm(self) -> bool:
+        return False
+
+    def limited(self, total: int, reserve: int, reason: str) -> None:
+        self.budget = total
+
+    def tell(self, event: FlashEvent) -> None:
+        self.events.append(event)
+
+    def describe(self) -> dict[str, object]:
+        return {}
+
+
+class Clock:
+    """A controller whose looks the test makes itself."""
+
+    def __init__(self, tree: Tree, *models: Model) -> None:
+        self.controller, self.now, self.models = Controller(tree.root), 100.0, models
+        self.controller._pressure = PressureWatch(tree.root)
+        for model in models:
+            if not self.controller._sessions:
+                self.controller._interpreter = model.interpreter
+            self.controller._sessions.add(model)
+
+    def look(self, seconds: float = 0.5) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.25
+            self.controller._pressed = False
+            self.controller.tick(self.now)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+def test_a_lower_limit_takes_and_a_higher_one_gives(tree: Tree) -> None:
+    model = Model(granted=800)
+    clock = Clock(tree, model)
+    clock.look()
+    assert model.granted == (1000 - 40 - 300) * MiB, "all that the process holds beside flash counts"
+    tree.set(own=100)
+    clock.look()
+    assert model.granted == (1000 - 40 - 100) * MiB
+    tree.set(limit=500)
+    clock.look()
+    assert model.granted == (500 - 40 - 100) * MiB == model.events[-1].after
+    assert model.budget == 500 * MiB
+    tree.set(limit=900)
+    clock.look()
+    assert model.granted == (900 - 40 - 100) * MiB
+    assert [event.kind for event in model.events] == ["shrink", "grow", "shrink", "grow"]
+
+
+def test_neighbours_count_and_are_remembered_for_a_while(tree: Tree) -> None:
+    tree.set(own=100)
+    model = Model(granted=860)
+    clock = Clock(tree, model)
+    tree.set(others=200)
+    clock.look()
+    assert model.granted == (1000 - 200 - 40 - 100) * MiB
+    tree.set(others=0)
+    clock.look(10)
+    assert model.granted == (1000 - 200 - 40 - 100) * MiB, "they may come back"
+    clock.look(15)
+    assert model.granted == (1000 - 40 - 100) * MiB
+
+
+def test_near_the_limit_nothing_is_moved_but_dropped(tree: Tree) -> None:
+    tree.set(own=900)
+    model = Model(granted=860)
+    model.touched = 800 * MiB
+    clock = Clock(tree, model)
+    clock.look()
+    assert model.granted == (1000 - 40 - 100) * MiB and not model.urgent
+    tree.set(others=90)
+    clock.look()
+    assert model.granted == (1000 - 90 - 40 - 100) * MiB and model.urgent == [True]
+
+
+def test_pressure_takes_bit_by_bit_and_is_forgotten(tree: Tree) -> None:
+    tree.set(own=100)
+    model = Model(granted=860)
+    clock = Clock(tree, model)
+    clock.look()
+    for step in range(1, 6):
+        before = model.granted
+        tree.stalled(step * 200_000)
+        clock.look(0.25)
+        assert 0.9 * before < model.granted < before
+    clock.look(1.0)
+    assert model.granted < before, "not yet calm"
+    clock.look(10)
+    assert model.granted > 0.95 * (1000 - 40 - 100) * MiB
+    assert {event.kind for event in model.events} == {"pressure", "shrink", "grow"}
+
+
+def test_a_limit_that_leaves_too_little_is_told(tree: Tree) -> None:
+    tree.set(own=100)
+    model = Model(granted=860)
+    clock = Clock(tree, model)
+    tree.set(limit=150)
+    clock.look()
+    assert model.granted == model.least
+    assert model.events[-1].kind == "short" and model.events[-1].after == model.least
+
+
+def test_models_share(tree: Tree) -> None:
+    tree.set(own=100)
+    small, large = Model(granted=400, most=150), Model(granted=400, most=1050)
+    clock = Clock(tree, small, large)
+    clock.look()
+    pool = 1000 - 40 - 40 - 2 * 60
+    assert small.granted == pytest.approx((50 + (pool - 100) * 100 / 1100) * MiB, abs=8 * MiB)
+    assert large.granted == pytest.approx((50 + (pool - 100) * 1000 / 1100) * MiB, abs=8 * MiB)
+    before = large.granted
+    with clock.controller.loading():
+        assert large.granted < 0.75 * before
+        shrunk = large.granted
+        clock.look()
+        assert large.granted == shrunk, "nobody grows while a model is loaded"
+    clock.look()
+    assert large.granted == before
+    clock.controller.leave(small)
+    clock.look()
+    assert large.granted == (1000 - 40 - 40 - 60) * MiB
+
+
+def test_what_the_user_asked_for_is_the_most(tree: Tree) -> None:
+    tree.set(own=100)
+    model = Model(granted=860)
+    model.asked = 400 * MiB
+    clock = Clock(tree, model)
+    clock.look()
+    assert model.granted == (400 - 40 - 100) * MiB
+    model.asked = 4000 * MiB
+    clock.look()
+    assert model.granted == (1000 - 40 - 100) * MiB
+
+
+def test_gauge(tree: Tree) -> None:
+    gauge = Gauge(tree.group)
+    assert not gauge.alarmed(100 * MiB)
+    tree.set(own=950)
+    assert gauge.alarmed(100 * MiB) and not gauge.alarmed(10 * MiB)
+    tree.set(limit=2000)
+    assert gauge.alarmed(10 * MiB) and not gauge.alarmed(10 * MiB), "once for each change"
+    (tree.group / "memory.max").write_text("max\n")
+    assert gauge.alarmed(0) and not gauge.alarmed(0)
+    gauge.close()
+    gauge.close()
+    assert not Gauge(tree.root).alarmed(0), "a folder without the files"
+
+
+def test_without_a_group(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    (tree.root / "proc/self/cgroup").write_text("")
+    tree.set(own=100)
+    (tree.root / "proc/meminfo").write_text("MemTotal: 1024000 kB\nMemAvailable: 400000 kB\n")
+    model = Model(granted=860)
+    clock = Clock(tree, model)
+    clock.look()
+    assert model.granted == pytest.approx(400000 * 1024 + 100 * MiB - (40 + 100) * MiB, abs=MiB)
+
+
+# real groups
+
+_CHILD = """
+import json, sys, time
+import llama_cpp, llama_flash
+import numpy as np
+
+path, out, n, flash = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+llm = llama_cpp.Llama(path, n_ctx=512, n_batch=64, n_ubatch=64, n_threads=2, verbose=False, flash_offload=flash)
+events = []
+if flash:
+    llm.flash.on_event(lambda event: events.append((event.kind, event.before, event.after)))
+rng = np.random.default_rng(1)
+llm.eval(rng.integers(0, llm.n_vocab(), 60).tolist())
+tokens, hits = [], []
+for i in range(n):
+    print(i, flush=True)
+    if llm.n_tokens == 500:
+        llm.reset()
+    tokens.append(int(llm.sample(temp=0.0)))
+    llm.eval([tokens[-1]])
+    if flash:
+        hits.append(llm.flash.stats().last.hit_rate)
+open(out, "w").write(json.dumps({"tokens": tokens, "hits": hits, "events": events}))
+"""
+_NEIGHBOUR = """
+import random, sys, time
+import numpy as np
+limit, end, rng = int(sys.argv[1]), time.monotonic() + float(sys.argv[2]), random.Random(1)
+while time.monotonic() < end:
+    block = np.ones(int(limit * 0.2 * rng.random()) + 1, np.uint8)
+    time.sleep(rng.random() * 0.5)
+    del block
+    time.sleep(rng.random() * 0.5)
+"""
+ENTER = 'echo $$ > "$1"/cgroup.procs || exit 126; shift; exec "$@"'
+
+
+@pytest.fixture(scope="module")
+def moe(model_folder: Path) -> Iterator[Path]:
+    (path,) = write(PRESETS["moe-400m"], model_folder / "controlled.gguf")
+    yield path
+    path.unlink()
+
+
+class Group:
+    """A v1 memory group with a limit that can be moved."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def number(self, name: str) -> int:
+        return int((self.path / name).read_text())
+
+    def limit(self, n_bytes: int) -> bool:
+        """False: the kernel does not accept it, as long as more is in use."""
+        try:
+            (self.path / "memory.limit_in_bytes").write_text(str(n_bytes))
+        except OSError:
+            return False
+        return True
+
+    def kills(self) -> int:
+        table = dict(line.split() for line in (self.path / "memory.oom_control").read_text().splitlines())
+        return int(table.get("oom_kill", 0))
+
+    def start(self, *command: object, **options: Any) -> subprocess.Popen[str]:
+        arguments = ["sh", "-c", ENTER, "sh", str(self.path), *map(str, command)]
+        return subprocess.Popen(arguments, text=True, **options)
+
+
+@contextmanager
+def group() -> Iterator[Group]:
+    require_caps()
+    controller = memory_controller()
+    if controller is None or controller.version != 1:
+        pytest.skip("moves the limit of a cgroup v1 group; there is no v1 memory controller here")
+    path = controller.group / f"llama-flash-test-{os.getpid()}"
+    path.mkdir()
+    try:
+        yield Group(path)
+    finally:
+        for pid in (path / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        for _ in range(100):
+            try:
+                path.rmdir()
+                break
+            except OSError:
+                time.sleep(0.05)
+
+
+def test_a_limit_that_moves_while_text_is_generated(moe: Path, tmp_path: Path) -> None:
+    n, size = 300, moe.stat().st_size
+    free, moved = tmp_path / "free.json", tmp_path / "moved.json"
+    subprocess.run([sys.executable, "-c", _CHILD, moe, free, str(n), "false"], check=True, stdout=subprocess.DEVNULL)
+    beside = 130 * MiB  # of the interpreter: the model is small
+    high, low = beside + int(0.75 * size), beside + int(0.40 * size)
+    over = 0
+    with group() as it:
+        assert it.limit(high)
+        options = json.dumps({"what": "experts", "warm_start": False})
+        child = it.start(sys.executable, "-c", _CHILD, moe, moved, n, options, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        for line in child.stdout:
+            if int(line) == 60:
+                end = time.monotonic() + 60
+                while not it.limit(low):  # the kernel's refusal is what tells the process
+                    assert time.monotonic() < end, "the lower limit was never accepted"
+                    time.sleep(0.02)
+            if int(line) == 160:
+                assert it.limit(high)
+            over = max(over, it.number("memory.usage_in_bytes") - it.number("memory.limit_in_bytes"))
+        assert child.wait() == 0
+        assert it.kills() == 0 and over <= 0
+    expected, actual = json.loads(free.read_text()), json.loads(moved.read_text())
+    assert actual["tokens"] == expected["tokens"] and len(set(actual["tokens"])) > 100
+    kinds = [kind for kind, *_ in actual["events"]]
+    assert "pressure" in kinds and "shrink" in kinds and kinds.index("shrink") < len(kinds) - kinds[::-1].index("grow")
+
+    def hit_rate(first: int, last: int) -> float:
+        return sum(actual["hits"][first:last]) / (last - first)
+
+    before, squeezed, after = hit_rate(30, 60), hit_rate(130, 160), hit_rate(260, 300)
+    assert squeezed < before - 0.01, "the lower limit made no difference"
+    assert after > before - 0.02, "100 tokens later the cache is not back"
+
+
+def test_a_neighbour_that_comes_and_goes(moe: Path, tmp_path: Path) -> None:
+    seconds, limit = 8.0, 130 * MiB + int(0.75 * moe.stat().st_size)
+    with group() as it:
+        assert it.limit(limit)
+        options = json.dumps({"what": "experts", "warm_start": False})
+        child = it.start(sys.executable, "-c", _CHILD, moe, tmp_path / "never", 10**6, options, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        for line in child.stdout:
+            if int(line) == 40:
+                break
+        neighbour = it.start(sys.executable, "-c", _NEIGHBOUR, limit, seconds)
+        while neighbour.poll() is None:
+            assert child.poll() is None
+            child.stdout.readline()
+        assert neighbour.returncode == 0 and child.poll() is None and it.kills() == 0
+        child.terminate()
+        child.wait()
