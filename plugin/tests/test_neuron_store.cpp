@@ -79,6 +79,7 @@ class store {
             llama_flash_bundle b = {};
             b.layer              = (int32_t) (2 * il + 1); // layers between have none
             b.n_ff               = N_FF;
+            b.n_neurons          = N_FF;
             b.n_embd             = N_EMBD;
             b.split              = how.split;
             b.record_bytes       = record;

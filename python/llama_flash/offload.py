@@ -418,7 +418,7 @@ class FlashSession:
         how = {
             "exact": "exact (gate resident)" if plan.bundles.format.gated else "exact (up resident)",
             "lowrank": "by low-rank predictors (lossy)",
-            "off": "off: whole layers are read",
+            "off": f"off: whole {'experts' if plan.bundles.n_expert_used else 'layers'} are read",
         }[self.predictor]
         return (
             f"{os.path.basename(self._path)}: {format_size(memory.weights)} of weights resident, "

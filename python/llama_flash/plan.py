@@ -214,7 +214,9 @@ def _least_flash(meta: GgufMeta, plan: Plan, options: FlashOffload) -> int:
 def least_for_neurons(bundles: Bundles) -> int:
     """About the bytes without which bundles cannot be computed: two runs of records, a prompt's sums and tables."""
     widest = max(layer.n_ff for layer in bundles.layers)
-    rows = bundles.format.n_embd + (widest if bundles.format.gated else 0) + 1024
+    columns = max(1, bundles.n_expert_used)  # of a token
+    rows = columns * (bundles.format.n_embd + (widest if bundles.format.gated else 0)) + 1024
+    rows += bundles.format.n_embd if bundles.n_expert_used else 0
     return 3 * 256 * bundles.format.record_bytes + 4 * 512 * rows + 24 * bundles.n_neurons + (6 << 20)
 
 
