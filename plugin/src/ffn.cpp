@@ -791,6 +791,17 @@ static void run_sums(llama_flash_session & s, const flash_bundle & b, const ggml
     }
 }
 
+// leader: whether an expert with n columns is among those of the layer that empty slots are for, if experts are kept whole
+static bool is_kept(const llama_flash_session & s, const flash_bundle & b, uint32_t first, uint32_t n) {
+    const ffn_work & w     = s.ffn;
+    uint32_t         ahead = 0; // experts that are used more
+    for (uint32_t e : w.experts) {
+        const uint32_t other = w.first_column[e + 1] - w.first_column[e];
+        ahead += other > n || (other == n && e * b.n_ff < first);
+    }
+    return ahead < s.neurons.share_of(0, b.n_neurons) / b.n_ff;
+}
+
 // leader: empty slots are filled with the neurons that the prompt uses most, each layer its share
 static void keep_most_used(llama_flash_session & s, const flash_bundle & b, const expert_columns & e) {
     ffn_work &                w   = s.ffn;
@@ -798,8 +809,10 @@ static void keep_most_used(llama_flash_session & s, const flash_bundle & b, cons
     if (s.neurons.n_slots() == 0 || s.neurons.n_empty() == 0 || run.first < b.n_pinned) {
         return;
     }
+    uint32_t most = s.neurons.share_of(run.first, run.count);
     if (b.n_expert > 0 && s.neuron_params.mode != LLAMA_FLASH_NEURONS_EXACT) { // decoding uses whole experts
         std::fill(w.uses.begin(), w.uses.end(), e.n);
+        most = is_kept(s, b, e.first, e.n) ? run.count : 0;
     } else {
         std::fill(w.uses.begin(), w.uses.end(), 0);
         for (uint32_t t = 0; t < e.n; t++) {
@@ -808,7 +821,7 @@ static void keep_most_used(llama_flash_session & s, const flash_bundle & b, cons
             }
         }
     }
-    s.neurons.keep(b, run, w.uses.data(), w.n_tokens, b.tokens);
+    s.neurons.keep(b, run, w.uses.data(), most, w.n_tokens, b.tokens);
 }
 
 // All: one pass over b's records. Between begin() and end(). false: the op has failed.

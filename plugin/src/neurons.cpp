@@ -480,13 +480,12 @@ void neuron_store::stream_end(llama_flash_session & s) {
     }
 }
 
-void neuron_store::keep(const flash_bundle & b, const run & r, const uint32_t * uses_of, uint32_t n_tokens, uint64_t now) {
-    const uint64_t share = (uint64_t) n_slots() * (r.first + r.count) / slot_of.size() - (uint64_t) n_slots() * r.first / slot_of.size();
-    uint32_t       least = 1; // uses that earn a slot
-    if (share < r.count) {
+void neuron_store::keep(const flash_bundle & b, const run & r, const uint32_t * uses_of, uint32_t most, uint32_t n_tokens, uint64_t now) {
+    uint32_t least = 1; // uses that earn a slot
+    if (most < r.count) {
         std::vector<uint32_t> counts(uses_of, uses_of + r.count);
-        std::nth_element(counts.begin(), counts.begin() + (ptrdiff_t) share, counts.end(), std::greater<uint32_t>());
-        least = counts[share] + 1;
+        std::nth_element(counts.begin(), counts.begin() + (ptrdiff_t) most, counts.end(), std::greater<uint32_t>());
+        least = counts[most] + 1;
     }
     for (uint32_t k = 0; k < r.count; k++) {
         const uint32_t neuron = b.first + r.first + k;

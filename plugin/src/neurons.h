@@ -95,9 +95,14 @@ class neuron_store {
 
     bool streaming() const { return !runs.empty(); }
 
-    // Copies the run's most used neurons into empty slots, as many as the run's share of all neurons allows; uses: by row of the
-    // run, of n_tokens tokens the last of which is number `now`.
-    void keep(const flash_bundle & b, const run & r, const uint32_t * uses, uint32_t n_tokens, uint64_t now);
+    // Slots for `count` neurons from number `first` of a bundle on, if all neurons get the same share of them.
+    uint32_t share_of(uint32_t first, uint32_t count) const {
+        return (uint32_t) ((uint64_t) n_slots() * (first + count) / slot_of.size() - (uint64_t) n_slots() * first / slot_of.size());
+    }
+
+    // Copies the run's most used neurons into empty slots, `most` of them; uses: by row of the run, of n_tokens tokens the last of
+    // which is number `now`.
+    void keep(const flash_bundle & b, const run & r, const uint32_t * uses, uint32_t most, uint32_t n_tokens, uint64_t now);
 
     uint32_t n_empty() const { return cache.n_slots(0) - cache.used(); }
 

@@ -239,7 +239,7 @@ class store {
                 for (auto & n : uses) {
                     n = (uint32_t) random.below(20);
                 }
-                s->neurons.keep(b, *run, uses.data(), 20, b.tokens);
+                s->neurons.keep(b, *run, uses.data(), s->neurons.share_of(run->first, run->count), 20, b.tokens);
             }
             done += run->count;
             s->neurons.stream_give();
