@@ -1,4 +1,4 @@
-"""A tiny SmallThinker, as an ordinary GGUF file and with its experts in neuron bundles, written without gguf_tools' bundler."""
+"""A tiny SmallThinker as an ordinary GGUF file, and with its experts in neuron bundles that are packed here."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _packed(rows: npt.NDArray[np.float32], kind: K) -> Bytes:
 
 
 def write(path: Path, keys: dict[str, Any], tensors: Tensors, n_vocab: int = 512) -> Path:
-    """Keys are typed by their values: int (uint32), np.uint64, float, str, list of str, (list, type of its elements)."""
+    """Keys are typed by their values: int (uint32), np.uint64, float, str, list of str, (list, its elements' type)."""
     gguf.GGML_QUANT_SIZES.setdefault(FLASH, (1, 1))  # type: ignore[call-overload]
     writer = gguf.GGUFWriter(path, keys.get("general.architecture", ARCH))
     for key, value in keys.items():

@@ -91,7 +91,7 @@ struct llama_flash_bundle_part {
     uint64_t offset;  // of the part in a record, bytes
 };
 
-// One layer's neuron bundles, of a dense block or of experts, as docs/format.md describes them. What is pointed to is copied.
+// One layer's neuron bundles (docs/format.md): a dense block's, or its experts'. What is pointed to is copied.
 struct llama_flash_bundle {
     int32_t  layer;         // N of blk.N.ffn_bundle.weight or blk.N.ffn_bundle_exps.weight
     uint32_t n_ff;          // neurons, of one expert

@@ -35,9 +35,7 @@ _SEARCHED = 64 << 20  # bytes at most
 PartName = Literal["gate", "up", "down"]
 Activation = Literal["relu", "relu2", "reglu", "fatrelu", "drelu"]
 
-_OURS = re.compile(
-    r"blk\.(0|[1-9][0-9]{0,8})\.ffn_((?:bundle|bundle_exps|predictor|predictor_in|predictor_out)\.\w+)"
-)
+_OURS = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.ffn_((?:bundle|bundle_exps|predictor|predictor_in|predictor_out)\.\w+)")
 _BUNDLE, _EXPERTS_BUNDLE = "bundle.weight", "bundle_exps.weight"
 _EXPERTS_ARCHITECTURES = ("smallthinker",)  # whose experts compute _EXPERTS_ACTIVATION
 _EXPERTS_ACTIVATION = "reglu"
