@@ -108,10 +108,10 @@ static const uint8_t * convert(const row_kernel & k, const float * src, size_t s
 
 // columns
 
-// whether what an op reads and writes are rows of floats, `columns` of them, one behind the other
-static bool is_rows(const ggml_tensor * t, int64_t per_token, int64_t n_tokens, bool dense) {
-    const bool shape = dense ? t->ne[1] == n_tokens && t->ne[2] == 1 : t->ne[1] == per_token && t->ne[2] == n_tokens;
-    return shape && t->ne[3] == 1 && t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && (dense || t->nb[2] == (size_t) t->ne[1] * t->nb[1]);
+// whether an op's input or output is ne1 * ne2 columns of floats, nb[1] bytes from one to the next
+static bool is_columns(const ggml_tensor * t, int64_t ne1, int64_t ne2) {
+    return t->ne[1] == ne1 && t->ne[2] == ne2 && t->ne[3] == 1 && t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) &&
+           (ne2 == 1 || t->nb[2] == (size_t) ne1 * t->nb[1]);
 }
 
 // Leader: the op's columns, by expert. false: the op is not one that can be computed here.
@@ -128,13 +128,13 @@ static bool sort_columns(ffn_work & w, const flash_bundle & b, ffn_part part, co
         }
         w.experts.push_back(0);
         w.first_column[1] = w.n_tokens;
-        return is_rows(x, 1, x->ne[1], true) && is_rows(op, 1, x->ne[1], true) && op->nb[1] == (size_t) op->ne[0] * sizeof(float);
+        return is_columns(x, w.n_tokens, 1) && is_columns(op, w.n_tokens, 1) && op->nb[1] == (size_t) op->ne[0] * sizeof(float);
     }
-    w.n_tokens             = (uint32_t) ids->ne[1];
-    const uint32_t n_used  = (uint32_t) ids->ne[0];
-    const bool     one_x   = part != ffn_part::down && x->ne[1] == 1; // for all of a token's experts
-    if (ids->type != GGML_TYPE_I32 || ids->ne[2] != 1 || ids->ne[3] != 1 || n_used > b.n_expert_used || !is_rows(x, one_x ? 1 : n_used, w.n_tokens, false) ||
-        !is_rows(op, n_used, w.n_tokens, false) || op->nb[1] != (size_t) op->ne[0] * sizeof(float)) {
+    w.n_tokens            = (uint32_t) ids->ne[1];
+    const uint32_t n_used = (uint32_t) ids->ne[0];
+    const bool     one_x  = part != ffn_part::down && x->ne[1] == 1; // for all of a token's experts
+    if (ids->type != GGML_TYPE_I32 || ids->ne[2] != 1 || ids->ne[3] != 1 || n_used > b.n_expert_used || !is_columns(x, one_x ? 1 : n_used, w.n_tokens) ||
+        !is_columns(op, n_used, w.n_tokens) || op->nb[1] != (size_t) op->ne[0] * sizeof(float)) {
         return false;
     }
     auto expert = [&](uint32_t t, uint32_t k) { return *(const int32_t *) ((const char *) ids->data + t * ids->nb[1] + k * ids->nb[0]); };
@@ -291,12 +291,14 @@ template <typename F> static void pick(llama_flash_session & s, const flash_bund
     uint32_t last;
     share((uint32_t) w.experts.size() * b.n_ff, params, first, last);
     while (first < last) { // expert by expert
-        const uint32_t e   = w.experts[first / b.n_ff];
-        const uint32_t row = first % b.n_ff;
-        const uint32_t n   = std::min(b.n_ff - row, last - first);
+        const uint32_t           e     = w.experts[first / b.n_ff];
+        const uint32_t           row   = first % b.n_ff;
+        const uint32_t           n     = std::min(b.n_ff - row, last - first);
+        const ffn_column * const begin = w.columns.data() + w.first_column[e];
+        const ffn_column * const end   = w.columns.data() + w.first_column[e + 1];
         for (uint32_t i = row; i < row + n; i++) {
-            for (uint32_t k = w.first_column[e]; k < w.first_column[e + 1]; k++) {
-                if (f(w.columns[k].out, i)) {
+            for (const ffn_column * c = begin; c < end; c++) {
+                if (f(c->out, i)) {
                     picked.push_back(e * b.n_ff + i);
                     break;
                 }
