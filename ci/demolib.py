@@ -50,7 +50,7 @@ def _row(console: Console, path: Path, flash: Any, prompt: str, text: str, *, sa
         if not flash:
             return perplexity, "all", "-", "-"
         done = llm.flash.stats().decode - before
-        neurons = sum(layer.n_ff for layer in llm.flash.plan.bundles.layers)
+        neurons = llm.flash.plan.bundles.n_neurons
         computed, read = done.neurons_active / done.tokens, done.misses / done.tokens
         return (
             perplexity,

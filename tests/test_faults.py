@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bundled_experts import TinyExperts
 from conftest import ModelFile
 from engines import IO_ENGINES
 from neurons import bundled, some_active, with_predictors, write_model
@@ -97,6 +98,20 @@ def test_disturbed_reads_of_neurons(scenario: str, predictor: str, bundles: Path
 )
 def test_file_of_neurons_on_disk(scenario: str, predictor: str, bundles: Path) -> None:
     run_scenario(scenario, bundles, "auto", predictor)
+
+
+@pytest.mark.parametrize("predictor", ["exact", "off"])
+@pytest.mark.parametrize("scenario", DISTURBED)
+def test_disturbed_reads_of_experts_in_bundles(scenario: str, predictor: str, shim: Path, tmp_path: Path) -> None:
+    run_disturbed(scenario, TinyExperts().write_bundled(tmp_path / "model.gguf"), shim, tmp_path, predictor)
+
+
+@pytest.mark.parametrize("predictor", ["exact", "off"])
+@pytest.mark.parametrize(
+    "scenario", ["truncated_file_raises_and_the_next_call_works_once_it_is_whole", "changed_file_raises"]
+)
+def test_file_of_experts_in_bundles_on_disk(scenario: str, predictor: str, tmp_path: Path) -> None:
+    run_scenario(scenario, TinyExperts().write_bundled(tmp_path / "model.gguf"), "auto", predictor)
 
 
 def run_disturbed(scenario: str, model: Path, shim: Path, tmp_path: Path, *predictor: str) -> None:

@@ -36,7 +36,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 2
+#define LLAMA_FLASH_API_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -82,7 +82,7 @@ enum llama_flash_activation {
 enum llama_flash_neuron_mode {
     LLAMA_FLASH_NEURONS_LOWRANK = 0,  // by the predictors; layers without one as in OFF
     LLAMA_FLASH_NEURONS_EXACT   = 1,  // gate (without gate: up) resident and computed in full
-    LLAMA_FLASH_NEURONS_OFF     = 2,  // not at all: whole layers are read
+    LLAMA_FLASH_NEURONS_OFF     = 2,  // not at all: whole layers are read; of experts those that are used
 };
 
 struct llama_flash_bundle_part {
@@ -91,14 +91,16 @@ struct llama_flash_bundle_part {
     uint64_t offset;  // of the part in a record, bytes
 };
 
-// One layer's neuron bundles, as docs/format.md describes them. Everything that is pointed to is copied.
+// One layer's neuron bundles (docs/format.md): a dense block's, or its experts'. What is pointed to is copied.
 struct llama_flash_bundle {
-    int32_t  layer;         // N of blk.N.ffn_bundle.weight
-    uint32_t n_ff;          // neurons
+    int32_t  layer;         // N of blk.N.ffn_bundle.weight or blk.N.ffn_bundle_exps.weight
+    uint32_t n_ff;          // neurons, of one expert
     uint32_t n_embd;        // elements of a part
     uint32_t activation;    // enum llama_flash_activation
     float    threshold;     // of FATRELU
     uint32_t split;         // layout: 0 bundled, 1 split
+    uint32_t n_expert;      // 0: a dense block; experts have neither biases nor a predictor, and are not split
+    uint32_t n_expert_used; // most experts of a token
     uint64_t record_bytes;
     struct llama_flash_bundle_part gate;
     struct llama_flash_bundle_part up;

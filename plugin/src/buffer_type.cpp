@@ -101,6 +101,10 @@ static llama_flash_session * session_of(const ggml_tensor * weight) {
     return ((flash_buffer *) weight->buffer->context)->session;
 }
 
+static ggml_op op_of(const flash_bundle & b) {
+    return b.n_expert > 0 ? GGML_OP_MUL_MAT_ID : GGML_OP_MUL_MAT;
+}
+
 namespace ggml::cpu::flash {
 
 class tensor_traits : public ggml::cpu::tensor_traits {
@@ -117,7 +121,7 @@ class tensor_traits : public ggml::cpu::tensor_traits {
         llama_flash_session * s = session_of(op->src[0]);
         ffn_part              part;
         flash_bundle *        b = s->find_part(op->src[0]->data, part);
-        if (b && op->op == GGML_OP_MUL_MAT && ggml_are_same_shape(op->src[0], &b->part(part).weight)) {
+        if (b && op->op == op_of(*b) && ggml_are_same_shape(op->src[0], &b->part(part).weight)) {
             flash_ffn(*s, *b, part, params, op);
             return true;
         }
@@ -150,8 +154,8 @@ class extra_buffer_type : public ggml::cpu::extra_buffer_type {
             return false;
         }
         ffn_part part;
-        if (session_of(weight)->find_part(weight->data, part)) {
-            return op->op == GGML_OP_MUL_MAT;
+        if (const flash_bundle * b = session_of(weight)->find_part(weight->data, part)) {
+            return op->op == op_of(*b);
         }
         const flash_tensor * t = session_of(weight)->find(weight->data);
         return t && t->is_experts == (op->op == GGML_OP_MUL_MAT_ID);

@@ -39,8 +39,11 @@ struct bundle_stream {
 struct flash_bundle {
     std::string  name;       // of the tensor in the file
     int32_t      layer = 0;
-    uint32_t     n_ff   = 0;
+    uint32_t     n_ff   = 0; // neurons of the block, or of each expert
     uint32_t     n_embd = 0;
+    uint32_t     n_expert      = 0; // 0: a dense block
+    uint32_t     n_expert_used = 1; // blocks that a token passes through, at most
+    uint32_t     n_neurons     = 0; // neuron i of expert e is number e * n_ff + i
     bool         split  = false;
     bool         gated  = false;
     uint64_t     record_bytes = 0;
@@ -89,11 +92,14 @@ struct flash_bundle {
         return data + (split ? n_ff * q.offset + i * q.row_bytes : i * record_bytes + q.offset);
     }
 
-    uint32_t n_neurons() const { return n_ff; }
+    uint64_t tensor_bytes() const { return record_bytes * n_neurons; }
 
-    uint64_t tensor_bytes() const { return record_bytes * n_ff; }
+    uint32_t n_blocks() const { return n_expert > 0 ? n_expert : 1; }
 
-    // value of a neuron whose gate and up (biases not yet added) are g and u
+    // the expert that neuron i belongs to
+    uint32_t block_of(uint32_t i) const { return n_expert > 0 ? i / n_ff : 0; }
+
+    // value of a block's neuron i whose gate and up (biases not yet added) are g and u
     float value(uint32_t i, float g, float u) const {
         if (!up_bias.empty()) {
             u += up_bias[i];

@@ -1,4 +1,4 @@
-// MUL_MAT with a part of a neuron bundle: gate, up or down of a feed-forward block. See docs/neurons.md.
+// MUL_MAT with a part of a neuron bundle, MUL_MAT_ID with one of experts: gate, up or down of a feed-forward block. See docs/neurons.md.
 #pragma once
 
 #include "bundle.h"
@@ -16,10 +16,23 @@ struct llama_flash_session;
 // Neurons of a run that are computed together: a multiple of every kernel's interleave.
 constexpr uint32_t FFN_RUN_ROWS = 256;
 
+// A column of an op: one token's, or, with experts, that of a token and one of its experts.
+struct ffn_column {
+    uint32_t out; // number in the output (and, for down, in the input)
+    uint32_t x;   // in the input
+};
+
 // What the threads of an op share. Sized by reserve(), so that nothing is allocated while decoding.
 struct ffn_work {
     void   reserve(const std::vector<flash_bundle> & bundles, uint32_t n_ubatch);
     size_t bytes(const std::vector<flash_bundle> & bundles, uint32_t n_ubatch) const;
+
+    // the op's columns by the expert (a dense block counts as one) that they go to
+    uint32_t                n_tokens = 0;
+    bool                    whole    = false; // all neurons of these experts are computed, in passing
+    std::vector<uint32_t>   experts;          // that have columns, ascending
+    std::vector<uint32_t>   first_column;     // [experts of the layer + 1]: in `columns`
+    std::vector<ffn_column> columns;          // ascending, expert by expert
 
     std::vector<std::vector<uint32_t>> picked; // by thread: neurons of its range
     std::vector<float>    projected;           // [tokens][rank]
@@ -38,11 +51,13 @@ struct ffn_work {
     const neuron_store::run * run = nullptr;
     neuron_store::run         home;            // a run of pinned records
     std::vector<uint8_t>      compact;         // rows of one part of the run
-    std::vector<float>        other;           // [tokens][n_ff]: gate, or the part whose op has not come yet
-    std::vector<float>        sums;            // [tokens][n_embd]
-    std::vector<uint32_t>     value_row;       // [tokens][FFN_RUN_ROWS]: rows with a value
+    std::vector<float>        other;           // [columns][n_ff]: gate, or the part whose op has not come yet
+    std::vector<float>        sums;            // [columns][n_embd]
+    std::vector<float>        gathered;        // [columns of an expert][n_embd]: their inputs
+    std::vector<float>        rows;            // [columns of an expert][FFN_RUN_ROWS]: gate or up of the run
+    std::vector<uint32_t>     value_row;       // [columns of an expert][FFN_RUN_ROWS]: rows with a value
     std::vector<float>        value;
-    std::vector<uint32_t>     n_values;        // [tokens], as many as there is room for
+    std::vector<uint32_t>     n_values;        // [columns of an expert], as many as there is room for
     std::vector<uint32_t>     uses;            // by row of the run: tokens that use it
     std::vector<uint64_t>     digests;         // by thread
 };

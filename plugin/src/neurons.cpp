@@ -334,7 +334,8 @@ void neuron_store::end_landing() {
 
 bool neuron_store::start_run(llama_flash_session & s) {
     const flash_bundle & b     = *stream_bundle;
-    const uint32_t       count = std::min(stream_rows, b.n_ff - stream_first);
+    const uint32_t       end   = stream_list ? ((*stream_list)[stream_expert] + 1) * b.n_ff : b.n_neurons;
+    const uint32_t       count = std::min(stream_rows, end - stream_first);
 
     struct extent {
         uint64_t begin;
@@ -386,7 +387,9 @@ bool neuron_store::start_run(llama_flash_session & s) {
     s.stats.panel_reads++;
 
     stream_first += count;
-    if (stream_first == b.n_ff) {
+    if (stream_first == end && stream_list && ++stream_expert < stream_list->size()) {
+        stream_first = (*stream_list)[stream_expert] * b.n_ff;
+    } else if (stream_first == end) {
         stream_bundle = nullptr;
         if (stream_ahead) {
             stream_after(s, b);
@@ -399,9 +402,22 @@ bool neuron_store::start_run(llama_flash_session & s) {
 void neuron_store::stream_after(llama_flash_session & s, const flash_bundle & b) {
     stream_bundle = nullptr;
     for (uint32_t i = b.index + 1; i < s.bundles.size() && !stream_bundle; i++) {
-        if (s.bundles[i].n_pinned < s.bundles[i].n_ff) {
+        if (s.bundles[i].n_pinned < s.bundles[i].n_neurons) {
             stream_bundle = &s.bundles[i];
             stream_first  = stream_bundle->n_pinned;
+        }
+    }
+}
+
+// neurons that were asked for are in the ring's way
+void neuron_store::let_land(llama_flash_session & s) {
+    while (under_way() && !s.failed()) {
+        pump(s);
+        if (begin_landing()) {
+            land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
+            end_landing();
+        } else {
+            s.wait_for_reads();
         }
     }
 }
@@ -411,17 +427,18 @@ void neuron_store::stream_begin(llama_flash_session & s, const flash_bundle & b,
     if (!runs.empty()) {
         const read & r     = reads[runs.front()];
         const bool   next  = r.bundle == &b && r.whole.first == first;
-        const bool   later = first == b.n_ff && r.bundle->index > b.index; // nothing of b is read
+        const bool   later = first == b.n_neurons && r.bundle->index > b.index; // nothing of b is read
         if (!(next || later) || stream_rows != rows || under_way()) {
             stream_end(s);
         }
     }
-    settle(s); // neurons that were asked for are in the ring's way
+    let_land(s); // neurons that were asked for are in the ring's way
     stream_ahead    = ahead;
     stream_rows     = rows;
     stream_resident = resident;
+    stream_list     = nullptr;
     if (runs.empty()) {
-        stream_bundle = first < b.n_ff ? &b : nullptr;
+        stream_bundle = first < b.n_neurons ? &b : nullptr;
         stream_first  = first;
         if (!stream_bundle && ahead) {
             stream_after(s, b);
@@ -431,6 +448,24 @@ void neuron_store::stream_begin(llama_flash_session & s, const flash_bundle & b,
     }
     if (stream_bundle && !s.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
         return;
+    }
+    while (stream_bundle && !s.failed() && start_run(s)) {
+    }
+    s.reads->submit();
+}
+
+void neuron_store::stream_experts(llama_flash_session & s, const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows) {
+    cancel_ahead();
+    stream_end(s);
+    let_land(s);
+    stream_ahead    = false;
+    stream_rows     = rows;
+    stream_resident = false;
+    stream_list     = &experts;
+    stream_expert   = 0;
+    if (s.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+        stream_bundle = &b;
+        stream_first  = experts[0] * b.n_ff;
     }
     while (stream_bundle && !s.failed() && start_run(s)) {
     }
@@ -466,13 +501,12 @@ void neuron_store::stream_end(llama_flash_session & s) {
     }
 }
 
-void neuron_store::keep(const flash_bundle & b, const run & r, const uint32_t * uses_of, uint32_t n_tokens, uint64_t now) {
-    const uint64_t share = (uint64_t) n_slots() * (r.first + r.count) / slot_of.size() - (uint64_t) n_slots() * r.first / slot_of.size();
-    uint32_t       least = 1; // uses that earn a slot
-    if (share < r.count) {
+void neuron_store::keep(const flash_bundle & b, const run & r, const uint32_t * uses_of, uint32_t most, uint32_t n_tokens, uint64_t now) {
+    uint32_t least = 1; // uses that earn a slot
+    if (most < r.count) {
         std::vector<uint32_t> counts(uses_of, uses_of + r.count);
-        std::nth_element(counts.begin(), counts.begin() + (ptrdiff_t) share, counts.end(), std::greater<uint32_t>());
-        least = counts[share] + 1;
+        std::nth_element(counts.begin(), counts.begin() + (ptrdiff_t) most, counts.end(), std::greater<uint32_t>());
+        least = counts[most] + 1;
     }
     for (uint32_t k = 0; k < r.count; k++) {
         const uint32_t neuron = b.first + r.first + k;
@@ -520,15 +554,7 @@ void neuron_store::abandon(llama_flash_session & s) {
 
 void neuron_store::settle(llama_flash_session & s) {
     cancel_ahead();
-    while (under_way() && !s.failed()) {
-        pump(s);
-        if (begin_landing()) {
-            land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
-            end_landing();
-        } else {
-            s.wait_for_reads();
-        }
-    }
+    let_land(s);
 }
 
 void neuron_store::add_slots(uint32_t n) {

@@ -97,6 +97,8 @@ class neuron_store {
     // The next runs to be asked for begin with neuron `first` of b, `rows` at a time, to its end; then, if `ahead`, those of
     // the bundle after it. resident: to fill the parts that are not cached, else for those that are.
     void stream_begin(llama_flash_session & s, const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident = false);
+    // The same for some experts (ascending; the list stays until the last run is given back); no run goes beyond one's end.
+    void stream_experts(llama_flash_session & s, const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows);
     // Waits for the next run; nullptr: the session has failed. To be given back with stream_give() once computed.
     const run * stream_next(llama_flash_session & s);
     void        stream_give();
@@ -105,9 +107,14 @@ class neuron_store {
 
     bool streaming() const { return !runs.empty(); }
 
-    // Copies the run's most used neurons into empty slots, as many as the run's share of all neurons allows; uses: by row of the
-    // run, of n_tokens tokens the last of which is number `now`.
-    void keep(const flash_bundle & b, const run & r, const uint32_t * uses, uint32_t n_tokens, uint64_t now);
+    // Slots for `count` neurons from number `first` of a bundle on, if all neurons get the same share of them.
+    uint32_t share_of(uint32_t first, uint32_t count) const {
+        return (uint32_t) ((uint64_t) n_slots() * (first + count) / slot_of.size() - (uint64_t) n_slots() * first / slot_of.size());
+    }
+
+    // Copies the run's most used neurons into empty slots, `most` of them; uses: by row of the run, of n_tokens tokens the last of
+    // which is number `now`.
+    void keep(const flash_bundle & b, const run & r, const uint32_t * uses, uint32_t most, uint32_t n_tokens, uint64_t now);
 
     uint32_t n_empty() const { return cache.n_slots(0) - cache.used(); }
 
@@ -174,6 +181,7 @@ class neuron_store {
     uint8_t * copy(const read & r, uint32_t item) const;
     bool      start_run(llama_flash_session & s);
     void      stream_after(llama_flash_session & s, const flash_bundle & b);
+    void      let_land(llama_flash_session & s);
 
     slot_cache            cache;
     ring                  neuron_ring;
@@ -202,5 +210,7 @@ class neuron_store {
     uint32_t              stream_rows   = 0;
     bool                  stream_ahead  = false;
     bool                  stream_resident = false;
+    const std::vector<uint32_t> * stream_list = nullptr; // experts; nullptr: all of the bundle
+    size_t                stream_expert   = 0;       // of the list
     std::deque<uint32_t>  runs;       // started and not yet given back, in order
 };

@@ -18,7 +18,7 @@ uint64_t llama_flash_session::resize_least() const {
     uint64_t bytes = bookkeeping_bytes() + neuron_bookkeeping() + memory.stream + memory.resident;
     if (!bundles.empty()) {
         bytes += 2 * HUGE_PAGE;
-        if (neuron_params.mode != LLAMA_FLASH_NEURONS_OFF) {
+        if (uses_neuron_slots()) {
             bytes += FEWEST_NEURON_SLOTS * (slot_bytes_of(bundles) + 64);
         }
     }
@@ -37,7 +37,7 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
         const bool     others = need.n_panels + need.n_experts > 0;
         const uint64_t room   = others && !all ? left / 2 : left;
         uint64_t       used   = 0;
-        if (neuron_params.mode == LLAMA_FLASH_NEURONS_OFF) {
+        if (!uses_neuron_slots()) {
             uint64_t whole = 0;
             for (const auto & b : bundles) {
                 whole += b.tensor_bytes() + 2 * FLASH_SECTOR;
@@ -46,7 +46,7 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
             double       due  = 0.0; // runs
             for (size_t i = 0; i < bundles.size(); i++) {
                 const flash_bundle & b    = bundles[i];
-                const uint32_t       n    = b.n_neurons();
+                const uint32_t       n    = b.n_neurons;
                 const uint32_t       runs = (n + FFN_RUN_ROWS - 1) / FFN_RUN_ROWS;
                 due += part * runs;
                 const uint32_t whole_runs = std::min(runs, (uint32_t) due);
@@ -325,7 +325,7 @@ bool llama_flash_session::pin_more(flash_bundle & b) {
     }
     neurons.stream_end(*this);
     const uint64_t first = b.n_pinned * b.record_bytes;
-    const uint32_t n     = std::min(b.n_neurons() - b.n_pinned, FFN_RUN_ROWS);
+    const uint32_t n     = std::min(b.n_neurons - b.n_pinned, FFN_RUN_ROWS);
     op.checked           = nullptr;
     if (!check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
         return false;

@@ -161,7 +161,7 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     t.file         = file;
     t.offset       = offset;
     t.is_experts   = tensor->ne[2] > 1;
-    t.kernel       = stock_kernel_for(tensor);
+    t.kernel       = stock_kernel_for(tensor, t.is_experts);
     by_address[tensor->data] = tensors.size();
     tensors.push_back(std::move(t));
     return true;
@@ -173,15 +173,16 @@ bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file
     for (uint32_t k = 0; k < bundles.size(); k++) {
         flash_bundle & b = bundles[k];
         for (size_t p = 0; p < FFN_PARTS; p++) {
-            if (!b.parts[p].present || "blk." + std::to_string(b.layer) + "." + names[p] + ".weight" != tensor->name) {
+            const char * const suffix = b.n_expert > 0 ? "_exps.weight" : ".weight";
+            if (!b.parts[p].present || "blk." + std::to_string(b.layer) + "." + names[p] + suffix != tensor->name) {
                 continue;
             }
             const bool down = p == (size_t) ffn_part::down;
-            if (tensor->ne[0] != (down ? b.n_ff : b.n_embd) || tensor->ne[1] != (down ? b.n_embd : b.n_ff) || tensor->ne[2] != 1 ||
+            if (tensor->ne[0] != (down ? b.n_ff : b.n_embd) || tensor->ne[1] != (down ? b.n_embd : b.n_ff) || tensor->ne[2] != b.n_blocks() ||
                 (!down && tensor->type != b.parts[p].type)) {
-                flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s is %s [%lld, %lld], its bundle holds %u neurons of %u %s", tensor->name,
-                           ggml_type_name(tensor->type), (long long) tensor->ne[0], (long long) tensor->ne[1], b.n_ff, b.n_embd,
-                           ggml_type_name(b.parts[p].type));
+                flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s is %s [%lld, %lld, %lld], its bundle holds %u times %u neurons of %u %s",
+                           tensor->name, ggml_type_name(tensor->type), (long long) tensor->ne[0], (long long) tensor->ne[1],
+                           (long long) tensor->ne[2], b.n_blocks(), b.n_ff, b.n_embd, ggml_type_name(b.parts[p].type));
                 ok = false;
                 return true;
             }
@@ -195,7 +196,7 @@ bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file
             b.offset          = offset;
             b.parts[p].weight = *tensor;
             if (!down) {
-                b.parts[p].kernel = stock_kernel_for(tensor);
+                b.parts[p].kernel = stock_kernel_for(tensor, b.n_expert > 0);
             }
             part_by_address[tensor->data] = { k, (ffn_part) p };
             return true;
@@ -224,8 +225,9 @@ int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flas
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_bundle: layers come in order, before the model is loaded");
     }
     flash_bundle b;
-    b.name         = "blk." + std::to_string(d.layer) + ".ffn_bundle.weight";
+    b.name         = "blk." + std::to_string(d.layer) + (d.n_expert > 0 ? ".ffn_bundle_exps.weight" : ".ffn_bundle.weight");
     b.layer        = d.layer;
+    b.n_expert     = d.n_expert;
     b.n_ff         = d.n_ff;
     b.n_embd       = d.n_embd;
     b.split        = d.split != 0;
@@ -237,6 +239,21 @@ int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flas
     auto bad = [&](const char * what) { return flash_fail(err, LLAMA_FLASH_E_FORMAT, "tensor %s: %s", b.name.c_str(), what); };
     if (d.n_ff == 0 || d.n_embd == 0 || d.up.type < 0 || d.down.type < 0) {
         return bad("a bundle has an up and a down part of some length");
+    }
+    const uint64_t n_neurons = (uint64_t) d.n_ff * b.n_blocks();
+    const uint64_t before    = bundles.empty() ? 0 : bundles.back().first + bundles.back().n_neurons;
+    if (before + n_neurons > INT32_MAX) {
+        return bad("the model has more neurons than can be numbered");
+    }
+    b.n_neurons = (uint32_t) n_neurons;
+    if (d.n_expert > 0) {
+        if (d.n_expert_used == 0 || d.n_expert_used > d.n_expert) {
+            return bad("a token uses some of the experts");
+        }
+        if (d.split || !b.gated || d.up_bias || d.gate_bias || d.predictor_rank > 0) {
+            return bad("bundles of experts have a gate and are not split, and have neither biases nor predictors");
+        }
+        b.n_expert_used = d.n_expert_used;
     }
     if (!read_part(d.gate, d.n_embd, b.part(ffn_part::gate)) || !read_part(d.up, d.n_embd, b.part(ffn_part::up)) ||
         !read_part(d.down, d.n_embd, b.part(ffn_part::down))) {
@@ -286,7 +303,7 @@ int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flas
         p.bias.assign(d.predictor_bias, d.predictor_bias + d.n_ff);
     }
     b.index = (uint32_t) bundles.size();
-    b.first = bundles.empty() ? 0 : bundles.back().first + bundles.back().n_ff;
+    b.first = (uint32_t) before;
     bundles.push_back(std::move(b));
     return LLAMA_FLASH_OK;
 }
@@ -479,15 +496,21 @@ size_t slot_bytes_of(const std::vector<flash_bundle> & bundles) {
 }
 
 uint64_t n_neurons_of(const std::vector<flash_bundle> & bundles) {
-    return bundles.empty() ? 0 : bundles.back().first + bundles.back().n_ff;
+    return bundles.empty() ? 0 : bundles.back().first + bundles.back().n_neurons;
 }
 
 static uint64_t resident_bytes_of(const flash_bundle & b) {
     uint64_t bytes = 0;
     for (const auto & p : b.parts) {
-        bytes += p.present && !p.cached ? p.row_bytes * b.n_ff : 0;
+        bytes += p.present && !p.cached ? p.row_bytes * b.n_neurons : 0;
     }
     return bytes;
+}
+
+// With the mode OFF dense layers pass by whole; of experts there is always a choice.
+bool llama_flash_session::uses_neuron_slots() const {
+    return neuron_params.mode != LLAMA_FLASH_NEURONS_OFF ||
+           std::any_of(bundles.begin(), bundles.end(), [](const flash_bundle & b) { return b.n_expert > 0; });
 }
 
 uint64_t llama_flash_session::neuron_bookkeeping() const {
@@ -502,7 +525,7 @@ uint64_t llama_flash_session::neuron_bookkeeping() const {
 uint64_t llama_flash_session::neuron_ring_minimum() const {
     uint64_t run = 0;
     for (const auto & b : bundles) {
-        run = std::max(run, b.record_bytes * std::min(b.n_ff, FFN_RUN_ROWS) + 2 * FFN_PARTS * FLASH_SECTOR);
+        run = std::max(run, b.record_bytes * std::min(b.n_neurons, FFN_RUN_ROWS) + 2 * FFN_PARTS * FLASH_SECTOR);
     }
     return run == 0 ? 0 : 2 * std::max<uint64_t>(run, neuron_store::LONGEST + 2 * FLASH_SECTOR);
 }
@@ -515,7 +538,7 @@ uint64_t llama_flash_session::neuron_minimum() const {
     for (const auto & b : bundles) {
         bytes += resident_bytes_of(b);
     }
-    if (neuron_params.mode != LLAMA_FLASH_NEURONS_OFF) {
+    if (uses_neuron_slots()) {
         bytes += (uint64_t) FEWEST_NEURON_SLOTS * slot_bytes_of(bundles);
     }
     return bytes;
@@ -539,11 +562,11 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         for (auto & p : b.parts) {
             p.resident = nullptr;
             if (p.present && !p.cached) {
-                p.resident = home(p.row_bytes * b.n_ff, p.row_bytes * b.n_ff);
+                p.resident = home(p.row_bytes * b.n_neurons, p.row_bytes * b.n_neurons);
                 if (!p.resident) {
                     return false;
                 }
-                memory.resident += p.row_bytes * b.n_ff;
+                memory.resident += p.row_bytes * b.n_neurons;
             }
         }
     }
@@ -557,12 +580,12 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
     left -= ring_bytes;
 
     // all of it, or with whole layers read anyway: what is pinned is not read. Whole runs, the same share of each layer.
-    const double part = all ? 1.0 : neuron_params.mode == LLAMA_FLASH_NEURONS_OFF ? (double) left / (double) whole : 0.0;
+    const double part = all ? 1.0 : uses_neuron_slots() ? 0.0 : (double) left / (double) whole;
     double       due  = 0.0; // runs
     for (auto & b : bundles) {
-        const uint32_t runs = (b.n_ff + FFN_RUN_ROWS - 1) / FFN_RUN_ROWS;
+        const uint32_t runs = (b.n_neurons + FFN_RUN_ROWS - 1) / FFN_RUN_ROWS;
         due += part * runs;
-        b.n_pinned = b.split ? 0 : std::min(b.n_ff, std::min(runs, (uint32_t) due) * FFN_RUN_ROWS);
+        b.n_pinned = b.split ? 0 : std::min(b.n_neurons, std::min(runs, (uint32_t) due) * FFN_RUN_ROWS);
         if (b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR > left) { // a layer's last run may be a short one
             b.n_pinned = 0;
         }
@@ -582,11 +605,11 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
     }
     const size_t slot_bytes = slot_bytes_of(bundles);
     uint64_t     n          = 0;
-    if (neuron_params.mode != LLAMA_FLASH_NEURONS_OFF && memory.n_neurons_pinned < n_neurons_of(bundles)) {
+    if (uses_neuron_slots() && memory.n_neurons_pinned < n_neurons_of(bundles)) {
         n = std::min<uint64_t>(n_neurons_of(bundles), left / (slot_bytes + 64)); // a slot's entry in the cache
     }
     // addresses for all neurons: the memory given may grow
-    neuron_slots = neuron_params.mode == LLAMA_FLASH_NEURONS_OFF ? mapping() : mapping::allocate(n_neurons_of(bundles) * slot_bytes, n * slot_bytes);
+    neuron_slots = !uses_neuron_slots() ? mapping() : mapping::allocate(n_neurons_of(bundles) * slot_bytes, n * slot_bytes);
     if (n && !neuron_slots.data) {
         return false;
     }
@@ -614,7 +637,7 @@ bool llama_flash_session::read_neurons() {
         const bool resident = resident_bytes_of(b) > 0;
         if (resident) {
             neurons.stream_begin(*this, b, 0, FFN_RUN_ROWS, false, true);
-            for (uint32_t done = 0; done < b.n_ff;) {
+            for (uint32_t done = 0; done < b.n_neurons;) { // an expert's rows are whole groups of the kernel's: all are one matrix
                 const neuron_store::run * run = neurons.stream_next(*this);
                 if (!run) {
                     break;
@@ -663,11 +686,11 @@ llama_flash_requirements llama_flash_session::requirements() const {
     }
     for (const auto & b : bundles) {
         q.n_bundles++;
-        q.n_neurons += b.n_ff;
+        q.n_neurons += b.n_neurons;
         q.neuron_bytes += b.tensor_bytes();
         q.neuron_resident += resident_bytes_of(b);
         q.neuron_record = std::max<uint64_t>(q.neuron_record, b.cached_bytes);
-        every += std::max<uint64_t>(b.tensor_bytes(), b.n_ff * (slot_bytes_of(bundles) + 64)) + 4 * FLASH_SECTOR;
+        every += std::max<uint64_t>(b.tensor_bytes(), b.n_neurons * (slot_bytes_of(bundles) + 64)) + 4 * FLASH_SECTOR;
     }
     q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false) + neuron_minimum();
     q.max_memory = q.min_memory + every + 4 * HUGE_PAGE + tensors.size() * 2 * FLASH_SECTOR;

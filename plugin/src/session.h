@@ -259,6 +259,7 @@ struct llama_flash_session {
     bool     bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok);
     int32_t  check_bundles(llama_flash_error * err);
     void     lay_out_bundles();
+    bool     uses_neuron_slots() const;
     uint64_t neuron_bookkeeping() const;
     uint64_t neuron_ring_minimum() const;
     uint64_t neuron_minimum() const;

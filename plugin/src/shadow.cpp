@@ -26,7 +26,7 @@ static ggml_backend_buffer_t stand_in(ggml_backend_buffer_type_t buft) {
     return buffer;
 }
 
-stock_kernel stock_kernel_for(const ggml_tensor * weight) {
+stock_kernel stock_kernel_for(const ggml_tensor * weight, bool experts) {
     ggml_tensor w = *weight;
     w.data        = nullptr;
     w.extra       = nullptr;
@@ -35,7 +35,7 @@ stock_kernel stock_kernel_for(const ggml_tensor * weight) {
     ggml_tensor src1 = {};
     src1.type        = GGML_TYPE_F32;
     ggml_tensor op   = {};
-    op.op            = w.ne[2] > 1 ? GGML_OP_MUL_MAT_ID : GGML_OP_MUL_MAT;
+    op.op            = experts ? GGML_OP_MUL_MAT_ID : GGML_OP_MUL_MAT;
     op.type          = GGML_TYPE_F32;
     op.src[0]        = &w;
     op.src[1]        = &src1;

@@ -16,7 +16,8 @@ struct stock_kernel {
 };
 
 // The kernel that the stock loader's choice of buffer type leads to for this weight (it asks the extra buffer types in order).
-stock_kernel stock_kernel_for(const ggml_tensor * weight);
+// experts: it is a weight of MUL_MAT_ID.
+stock_kernel stock_kernel_for(const ggml_tensor * weight, bool experts);
 
 // Rows per unit of stock_repack: a multiple of every interleave.
 constexpr int64_t STOCK_REPACK_ROWS = 32;

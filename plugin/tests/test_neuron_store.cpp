@@ -17,11 +17,12 @@ namespace {
 
 constexpr uint32_t N_LAYERS = 3;
 constexpr uint32_t N_EMBD   = 80;
-constexpr uint32_t N_FF     = 700; // no multiple of a run
+constexpr uint32_t N_FF     = 700; // of all experts; no multiple of a run
 
 struct layout {
-    bool split;
-    bool gated;
+    bool     split;
+    bool     gated;
+    uint32_t n_expert = 0;
 };
 
 // a file of random bytes whose tail can be taken away and put back as it was
@@ -78,7 +79,9 @@ class store {
         for (uint32_t il = 0; il < N_LAYERS; il++) {
             llama_flash_bundle b = {};
             b.layer              = (int32_t) (2 * il + 1); // layers between have none
-            b.n_ff               = N_FF;
+            b.n_ff               = N_FF / std::max(1u, how.n_expert);
+            b.n_expert           = how.n_expert;
+            b.n_expert_used      = how.n_expert;
             b.n_embd             = N_EMBD;
             b.split              = how.split;
             b.record_bytes       = record;
@@ -94,15 +97,16 @@ class store {
                 ggml_tensor & w = weights[il * FFN_PARTS + p];
                 w               = {};
                 w.type          = GGML_TYPE_F32;
-                w.ne[0]         = p == 2 ? N_FF : N_EMBD;
-                w.ne[1]         = p == 2 ? N_EMBD : N_FF;
-                w.ne[2] = w.ne[3] = 1;
+                w.ne[2]         = std::max(1u, how.n_expert);
+                w.ne[0]         = p == 2 ? N_FF / w.ne[2] : N_EMBD;
+                w.ne[1]         = p == 2 ? N_EMBD : N_FF / w.ne[2];
+                w.ne[3]         = 1;
                 w.nb[0]           = sizeof(float);
                 for (int d = 1; d < 4; d++) {
                     w.nb[d] = w.nb[d - 1] * (size_t) w.ne[d - 1];
                 }
                 w.data = &w; // an address of its own
-                snprintf(w.name, sizeof(w.name), "blk.%u.ffn_%s.weight", 2 * il + 1, names[p]);
+                snprintf(w.name, sizeof(w.name), "blk.%u.ffn_%s%s.weight", 2 * il + 1, names[p], how.n_expert ? "_exps" : "");
                 CHECK(s->bind(&w, shard_of(il).fd, offset_of(il)), "%s", w.name);
             }
         }
@@ -137,7 +141,7 @@ class store {
     void land() {
         if (s->neurons.begin_landing()) {
             s->neurons.land([&](const flash_bundle & b, uint32_t i, const uint8_t * slot, const bundle_stream * stream) {
-                CHECK(i < b.n_ff && slot && stream->bytes > 0, "neuron %u", i);
+                CHECK(i < b.n_neurons && slot && stream->bytes > 0, "neuron %u", i);
             });
             s->neurons.end_landing();
         }
@@ -189,17 +193,39 @@ class store {
         return !s->failed();
     }
 
-    // one pass over a layer; false: a read failed
+    // one pass over a layer, or over some of its experts; false: a read failed
     bool pass(uint32_t il, bool ahead, bool keep, random_source & random) {
         flash_bundle & b = s->bundles[il];
-        s->neurons.stream_begin(*s, b, b.n_pinned, FFN_RUN_ROWS, ahead);
-        for (uint32_t done = b.n_pinned; done < b.n_ff;) {
+        if (how.n_expert == 0) {
+            s->neurons.stream_begin(*s, b, b.n_pinned, FFN_RUN_ROWS, ahead);
+            return pass(il, b.n_pinned, b.n_neurons, keep, random);
+        }
+        experts.clear();
+        while (experts.empty()) {
+            for (uint32_t e = 0; e < how.n_expert; e++) {
+                if (random.chance(50)) {
+                    experts.push_back(e);
+                }
+            }
+        }
+        s->neurons.stream_experts(*s, b, experts, FFN_RUN_ROWS);
+        for (uint32_t e : experts) {
+            if (!pass(il, e * b.n_ff, (e + 1) * b.n_ff, keep, random)) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    bool pass(uint32_t il, uint32_t first, uint32_t end, bool keep, random_source & random) {
+        flash_bundle & b = s->bundles[il];
+        for (uint32_t done = first; done < end;) {
             const neuron_store::run * run = s->neurons.stream_next(*s);
             if (!run) {
                 CHECK(s->failed(), "layer %u: no run", il);
                 return false;
             }
-            CHECK(run->first == done && run->count > 0, "layer %u: run [%u, +%u), expected from %u", il, run->first, run->count, done);
+            CHECK(run->first == done && run->count > 0 && done + run->count <= end, "layer %u: run [%u, +%u), expected from %u", il, run->first, run->count, done);
             for (uint32_t k = 0; k < run->count; k++) {
                 for (size_t p = 0; p < FFN_PARTS; p++) {
                     if (b.parts[p].cached) {
@@ -213,7 +239,7 @@ class store {
                 for (auto & n : uses) {
                     n = (uint32_t) random.below(20);
                 }
-                s->neurons.keep(b, *run, uses.data(), 20, b.tokens);
+                s->neurons.keep(b, *run, uses.data(), s->neurons.share_of(run->first, run->count), 20, b.tokens);
             }
             done += run->count;
             s->neurons.stream_give();
@@ -224,6 +250,7 @@ class store {
     layout                              how;
     std::vector<std::unique_ptr<shard>> shards;
     std::vector<ggml_tensor>            weights;
+    std::vector<uint32_t>               experts; // that a pass is over
     llama_flash_session *               s = nullptr;
 };
 
@@ -378,10 +405,10 @@ int main() {
     pinned_layers_are_passed_over_by_what_reads_ahead();
     uint64_t seed = 0;
     for (uint32_t io_engine : { LLAMA_FLASH_IO_AUTO, LLAMA_FLASH_IO_PREAD }) {
-        for (layout how : { layout{ false, true }, layout{ false, false }, layout{ true, true } }) {
+        for (layout how : { layout{ false, true }, layout{ false, false }, layout{ true, true }, layout{ false, true, 2 }, layout{ false, true, 7 } }) {
             for (uint32_t mode : { LLAMA_FLASH_NEURONS_LOWRANK, LLAMA_FLASH_NEURONS_EXACT, LLAMA_FLASH_NEURONS_OFF }) {
                 for (uint32_t window : { UINT32_MAX, 0u, 2u }) {
-                    if (mode != LLAMA_FLASH_NEURONS_OFF || window == 0) {
+                    if (mode == LLAMA_FLASH_NEURONS_OFF ? window == 0 : how.n_expert == 0 || window == 2) {
                         random_operations(how, io_engine, mode, window, (double) (seed % 5) / 8.0, seed);
                         seed++;
                     }

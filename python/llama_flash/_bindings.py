@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 2
+LLAMA_FLASH_API_VERSION = 3
 
 
 class llama_flash_code(IntEnum):
@@ -41,7 +41,7 @@ class llama_flash_activation(IntEnum):
 class llama_flash_neuron_mode(IntEnum):
     LLAMA_FLASH_NEURONS_LOWRANK = 0  # by the predictors; layers without one as in OFF
     LLAMA_FLASH_NEURONS_EXACT = 1  # gate (without gate: up) resident and computed in full
-    LLAMA_FLASH_NEURONS_OFF = 2  # not at all: whole layers are read
+    LLAMA_FLASH_NEURONS_OFF = 2  # not at all: whole layers are read; of experts those that are used
 
 
 class llama_flash_params(ctypes.Structure):
@@ -73,7 +73,7 @@ class llama_flash_bundle_part(ctypes.Structure):
 
 
 class llama_flash_bundle(ctypes.Structure):
-    """One layer's neuron bundles, as docs/format.md describes them. Everything that is pointed to is copied.."""
+    """One layer's neuron bundles (docs/format.md): a dense block's, or its experts'. What is pointed to is copied.."""
 
     _fields_: ClassVar = [
         ("layer", ctypes.c_int32),
@@ -82,6 +82,8 @@ class llama_flash_bundle(ctypes.Structure):
         ("activation", ctypes.c_uint32),
         ("threshold", ctypes.c_float),
         ("split", ctypes.c_uint32),
+        ("n_expert", ctypes.c_uint32),
+        ("n_expert_used", ctypes.c_uint32),
         ("record_bytes", ctypes.c_uint64),
         ("gate", llama_flash_bundle_part),
         ("up", llama_flash_bundle_part),
@@ -97,12 +99,14 @@ class llama_flash_bundle(ctypes.Structure):
         ("predictor_bias", ctypes.POINTER(ctypes.c_float)),
     ]
 
-    layer: int  # N of blk.N.ffn_bundle.weight
-    n_ff: int  # neurons
+    layer: int  # N of blk.N.ffn_bundle.weight or blk.N.ffn_bundle_exps.weight
+    n_ff: int  # neurons, of one expert
     n_embd: int  # elements of a part
     activation: int  # enum llama_flash_activation
     threshold: float  # of FATRELU
     split: int  # layout: 0 bundled, 1 split
+    n_expert: int  # 0: a dense block; experts have neither biases nor a predictor, and are not split
+    n_expert_used: int  # most experts of a token
     record_bytes: int
     gate: llama_flash_bundle_part
     up: llama_flash_bundle_part

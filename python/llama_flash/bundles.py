@@ -35,7 +35,10 @@ _SEARCHED = 64 << 20  # bytes at most
 PartName = Literal["gate", "up", "down"]
 Activation = Literal["relu", "relu2", "reglu", "fatrelu", "drelu"]
 
-_OURS = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.ffn_((?:bundle|predictor|predictor_in|predictor_out)\.\w+)")
+_OURS = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.ffn_((?:bundle|bundle_exps|predictor|predictor_in|predictor_out)\.\w+)")
+_BUNDLE, _EXPERTS_BUNDLE = "bundle.weight", "bundle_exps.weight"
+_EXPERTS_ARCHITECTURES = ("smallthinker",)  # whose experts compute _EXPERTS_ACTIVATION
+_EXPERTS_ACTIVATION = "reglu"
 _PARTS: tuple[PartName, ...] = ("gate", "up", "down")
 _PREDICTOR_PARTS = ("predictor_in.weight", "predictor_out.weight", "predictor.bias")
 _F32 = 0
@@ -84,12 +87,17 @@ class LayerBundle:
     """One layer's bundle, biases and predictor."""
 
     layer: int
-    n_ff: int
+    n_ff: int  # neurons, of each expert
+    n_expert: int  # 0: a dense layer
     tensor: TensorInfo
     up_bias: TensorInfo | None
     gate_bias: TensorInfo | None
     rank: int  # 0: no predictor
     predictor: tuple[TensorInfo, TensorInfo, TensorInfo] | None  # in, out, bias
+
+    @property
+    def n_neurons(self) -> int:
+        return self.n_ff * max(1, self.n_expert)
 
 
 @dataclass(frozen=True)
@@ -98,14 +106,15 @@ class Bundles:
 
     format: BundleFormat
     layers: tuple[LayerBundle, ...]
+    n_expert_used: int  # experts of a token; 0: no layer has experts in bundles
 
     @property
     def n_neurons(self) -> int:
-        return sum(layer.n_ff for layer in self.layers)
+        return sum(layer.n_neurons for layer in self.layers)
 
     @property
     def neuron_bytes(self) -> int:
-        return sum(layer.n_ff * self.format.record_bytes for layer in self.layers)
+        return self.n_neurons * self.format.record_bytes
 
     @property
     def predictor_bytes(self) -> int:
@@ -118,7 +127,11 @@ class Bundles:
 
     def part_names(self) -> list[str]:
         """Names of the weights as which the loader presents the bundles' parts."""
-        return [f"blk.{layer.layer}.ffn_{part.name}.weight" for layer in self.layers for part in self.format.parts]
+        return [
+            f"blk.{layer.layer}.ffn_{part.name}{'_exps' if layer.n_expert else ''}.weight"
+            for layer in self.layers
+            for part in self.format.parts
+        ]
 
     def descriptions(self) -> Iterator[Any]:
         """`struct llama_flash_bundle` of each layer, in order; each is valid until the next is asked for."""
@@ -129,6 +142,7 @@ class Bundles:
             raw.activation = _ACTIVATIONS[form.activation][0]
             raw.threshold = form.threshold
             raw.split = form.split
+            raw.n_expert, raw.n_expert_used = layer.n_expert, self.n_expert_used if layer.n_expert else 0
             raw.record_bytes = form.record_bytes
             raw.gate.type = -1
             for part in form.parts:
@@ -191,7 +205,14 @@ def read_bundles(meta: GgufMeta) -> Bundles | None:
         raise keys.error("flash.version", f"is {version}, this engine reads {VERSION}: convert the file again")
     model = _Model.of(keys)
     form = _format(keys, model)
-    return Bundles(form, _Layers(meta, model, form, _ranks(keys, model)).read())
+    layers = _Layers(meta, model, form, _ranks(keys, model)).read()
+    n_expert_used = 0
+    if any(layer.n_expert for layer in layers):
+        _check_experts(keys, model, form)
+        n_expert_used = keys.get(f"{model.architecture}.expert_used_count", *_WHOLE)
+        if not 0 < n_expert_used <= model.n_expert:
+            raise keys.error(f"{model.architecture}.expert_used_count", f"is {n_expert_used} of {model.n_expert}")
+    return Bundles(form, layers, n_expert_used)
 
 
 def _check_ordinary(meta: GgufMeta) -> None:
@@ -245,7 +266,9 @@ class _Model:
     architecture: str
     n_layer: int
     n_embd: int
-    _n_ff: int | list[int]
+    n_expert: int  # 0: none
+    n_ff_expert: int  # neurons of an expert
+    _n_ff: int | list[int]  # of a dense layer
 
     @classmethod
     def of(cls, keys: _Keys) -> _Model:
@@ -253,8 +276,14 @@ class _Model:
         n_layer, n_embd = (keys.get(f"{arch}.{key}", *_WHOLE) for key in ("block_count", "embedding_length"))
         if not 0 < n_layer <= _MOST_LAYERS:
             raise keys.error(f"{arch}.block_count", f"is {n_layer}: expected 1 to {_MOST_LAYERS}")
-        n_ff = keys.get(f"{arch}.feed_forward_length", *_WHOLE, *(f"{kind}[]" for kind in _WHOLE))
-        return cls(arch, n_layer, n_embd, n_ff)
+        n_expert, n_ff_expert = (
+            keys.get(f"{arch}.{key}", *_WHOLE) if f"{arch}.{key}" in keys else 0
+            for key in ("expert_count", "expert_feed_forward_length")
+        )
+        n_ff: int | list[int] = 0
+        if not n_ff_expert or f"{arch}.feed_forward_length" in keys:  # a mixture of experts may have no dense layer
+            n_ff = keys.get(f"{arch}.feed_forward_length", *_WHOLE, *(f"{kind}[]" for kind in _WHOLE))
+        return cls(arch, n_layer, n_embd, n_expert, n_ff_expert, n_ff)
 
     def n_ff(self, layer: int) -> int:
         """Neurons of a layer; 0 if the file does not say it."""
@@ -307,6 +336,18 @@ def _format(keys: _Keys, model: _Model) -> BundleFormat:
     )
 
 
+def _check_experts(keys: _Keys, model: _Model, form: BundleFormat) -> None:
+    """What bundles of experts make of the other key-values."""
+    if model.architecture not in _EXPERTS_ARCHITECTURES:
+        known = ", ".join(_EXPERTS_ARCHITECTURES)
+        raise keys.error("general.architecture", f"is {model.architecture!r}, but experts can be in bundles in {known}")
+    if form.activation != _EXPERTS_ACTIVATION:
+        key = f"{model.architecture}.feed_forward_activation"
+        raise keys.error(key, f"is {form.activation!r}, but that of bundles of experts is {_EXPERTS_ACTIVATION}")
+    if form.split:
+        raise keys.error("flash.bundle.layout", "is 'split', but bundles of experts are 'bundled'")
+
+
 def _ranks(keys: _Keys, model: _Model) -> list[int]:
     """Rank of each layer's predictor; empty if the file has none."""
     if "flash.predictor.kind" not in keys:
@@ -330,28 +371,37 @@ class _Layers:
         self._meta, self._model, self._form, self._ranks = meta, model, form, ranks
 
     def read(self) -> tuple[LayerBundle, ...]:
-        bundles: set[int] = set()
+        bundles: dict[int, str] = {}
         predictors = {layer for layer, rank in enumerate(self._ranks) if rank}
         for tensor in self._meta.tensors.values():
             match = _OURS.fullmatch(tensor.name)
             kind = match[2] if match else ""
-            if tensor.type == BUNDLE_TYPE and kind != "bundle.weight":
+            if tensor.type == BUNDLE_TYPE and kind not in (_BUNDLE, _EXPERTS_BUNDLE):
                 raise _error(tensor, "is of the type of bundles, but is none")
             if match is None:
                 continue
             layer = int(match[1])
             if layer >= self._model.n_layer:
                 raise _error(tensor, f"is there, but the model has {self._model.n_layer} layers")
-            if kind == "bundle.weight":
-                bundles.add(layer)
+            if kind in (_BUNDLE, _EXPERTS_BUNDLE):
+                if layer in bundles:
+                    raise _error(tensor, f"is there besides blk.{layer}.ffn_{bundles[layer]}")
+                bundles[layer] = kind
             elif kind in _PREDICTOR_PARTS:
                 predictors.add(layer)
         if not bundles:
             raise FlashFormatError(
-                f"{self._meta.files[0]}: key flash.version is there, but no tensor blk.N.ffn_bundle.weight"
+                f"{self._meta.files[0]}: key flash.version is there, but no tensor blk.N.ffn_bundle.weight or "
+                "blk.N.ffn_bundle_exps.weight"
             )
+        for layer in predictors:
+            if bundles.get(layer) == _EXPERTS_BUNDLE:
+                raise FlashFormatError(f"{self._meta.files[0]}: layer {layer} has experts in bundles and a predictor")
         found = {layer: self._predictor(layer) for layer in sorted(predictors)}
-        return tuple(self._bundle(layer, found.get(layer)) for layer in sorted(bundles))
+        return tuple(
+            self._bundle(layer, found.get(layer)) if kind == _BUNDLE else self._experts(layer)
+            for layer, kind in sorted(bundles.items())
+        )
 
     def _bundle(self, layer: int, predictor: tuple[TensorInfo, TensorInfo, TensorInfo] | None) -> LayerBundle:
         tensors, form, n_ff = self._meta.tensors, self._form, self._model.n_ff(layer)
@@ -371,7 +421,20 @@ class _Layers:
             _expect(bias, (n,), (_F32,), 4 * n)
             biases[part] = bias
         rank = self._ranks[layer] if predictor else 0
-        return LayerBundle(layer, n_ff, tensor, biases.get("up"), biases.get("gate"), rank, predictor)
+        return LayerBundle(layer, n_ff, 0, tensor, biases.get("up"), biases.get("gate"), rank, predictor)
+
+    def _experts(self, layer: int) -> LayerBundle:
+        tensors, form, model = self._meta.tensors, self._form, self._model
+        tensor = tensors[f"blk.{layer}.ffn_{_EXPERTS_BUNDLE}"]
+        if not form.gated:
+            raise _error(tensor, "is there, but the bundles have no gate")
+        size = form.record_bytes * model.n_ff_expert * model.n_expert
+        _expect(tensor, (form.record_bytes, model.n_ff_expert, model.n_expert), (BUNDLE_TYPE,), size)
+        for part in _PARTS:
+            for name in (f"{part}_exps.weight", f"{part}_exps.bias", f"{part}.weight", f"{part}.bias"):
+                if other := tensors.get(f"blk.{layer}.ffn_{name}"):
+                    raise _error(other, f"is there besides {tensor.name}")
+        return LayerBundle(layer, model.n_ff_expert, model.n_expert, tensor, None, None, 0, None)
 
     def _predictor(self, layer: int) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
         rank = self._ranks[layer] if self._ranks else 0
@@ -407,8 +470,9 @@ def _error(tensor: TensorInfo, message: str) -> FlashFormatError:
 
 def _expect(tensor: TensorInfo, shape: tuple[int, ...], types: tuple[int, ...], size: int) -> None:
     """Shape (further dimensions of 1 do not matter), type, and that `size` bytes are there."""
-    padded = (*shape, *[1] * (len(tensor.shape) - len(shape)))
-    if tensor.shape != padded or 0 in shape:
+    n = max(len(shape), len(tensor.shape))
+    found, wanted = ((*one, *[1] * (n - len(one))) for one in (tensor.shape, shape))
+    if found != wanted or 0 in shape:
         raise _error(tensor, f"has shape {list(tensor.shape)}, expected {list(shape)}")
     if tensor.type not in types:
         raise _error(tensor, f"is of type {tensor.type}, expected {' or '.join(map(str, types))}")

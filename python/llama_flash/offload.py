@@ -461,6 +461,10 @@ class FlashSession:
         bundles = self.plan.bundles
         assert bundles is not None
         asked = self.options.predictor
+        if asked == "lowrank" and bundles.n_expert_used:
+            raise FlashFormatError(
+                f"{self._path}: predictor='lowrank', but experts have no predictors: choose 'exact' or 'off'"
+            )
         if asked == "lowrank" and not bundles.has_predictors:
             raise FlashFormatError(
                 f"{self._path}: predictor='lowrank', but the file has no predictors for all layers: calibrate it "
@@ -474,7 +478,8 @@ class FlashSession:
             return needs
         if bundles.has_predictors:
             return self._set_predictor("lowrank")
-        return needs if left >= needs.min_memory else self._set_predictor("off")
+        # whole dense layers are too much to read for every token; whole experts in the gates' memory are not
+        return needs if left >= needs.min_memory and not bundles.n_expert_used else self._set_predictor("off")
 
     def _set_predictor(self, mode: str) -> Any:
         assert self.plan.bundles is not None
@@ -621,7 +626,7 @@ class FlashSession:
         how = {
             "exact": "exact (gate resident)" if plan.bundles.format.gated else "exact (up resident)",
             "lowrank": "by low-rank predictors (lossy)",
-            "off": "off: whole layers are read",
+            "off": f"off: whole {'experts' if plan.bundles.n_expert_used else 'layers'} are read",
         }[self.predictor]
         return (
             f"{os.path.basename(self._path)}: {format_size(memory.weights)} of weights resident, "

@@ -210,15 +210,21 @@ def _least_flash(meta: GgufMeta, plan: Plan, options: FlashOffload) -> int:
     n_expert = max(1, meta.number("expert_count"))
     panel = parse_size(options.panel_bytes)
     records = (t.size // n_expert if len(t.shape) == 3 else min(t.size, panel) for t in plan.tensors)
-    neurons = least_for_neurons(plan.bundles) if plan.bundles else 0
+    neurons = least_for_neurons(plan.bundles, exact=options.predictor == "exact") if plan.bundles else 0
     return 8 * max(records, default=0) + (4 << 20) + neurons
 
 
-def least_for_neurons(bundles: Bundles) -> int:
-    """About the bytes without which bundles cannot be computed: two runs of records, a prompt's sums and tables."""
+def least_for_neurons(bundles: Bundles, *, exact: bool = False) -> int:
+    """About the bytes without which bundles cannot be computed: two runs of records, a prompt's sums and tables.
+
+    exact: with what that way of finding active neurons keeps resident.
+    """
     widest = max(layer.n_ff for layer in bundles.layers)
-    rows = bundles.format.n_embd + (widest if bundles.format.gated else 0) + 1024
-    return 3 * 256 * bundles.format.record_bytes + 4 * 512 * rows + 24 * bundles.n_neurons + (6 << 20)
+    columns = max(1, bundles.n_expert_used)  # of a token
+    rows = columns * (bundles.format.n_embd + (widest if bundles.format.gated else 0)) + 1024
+    rows += bundles.format.n_embd if bundles.n_expert_used else 0
+    tables = 24 * bundles.n_neurons + (bundles.n_neurons * bundles.format.parts[0].row_bytes if exact else 0)
+    return 3 * 256 * bundles.format.record_bytes + 4 * 512 * rows + tables + (6 << 20)
 
 
 def _load_peak(meta: GgufMeta, plan: Plan) -> int:
