@@ -20,7 +20,8 @@ from llama_flash.cgroup import process_memory
 
 PROMPT, DECODED = tokens(60, seed=1), tokens(24, seed=2)
 N = len(PROMPT) + len(DECODED)
-FORMS = ("experts", "panels", "both", "exact", "lowrank", "off")
+NEURONS = ("exact", "lowrank", "off", "experts-exact", "experts-off")
+FORMS = ("experts", "panels", "both", *NEURONS)
 
 pytestmark = pytest.mark.sanitize
 
@@ -37,12 +38,14 @@ def files(model_file: ModelFile, model_folder: Path) -> dict[str, Path]:
         "exact": plain,
         "lowrank": predicted,
         "off": plain,
+        "experts-exact": bundled(model_file("smallthinker", "F16")),
+        "experts-off": bundled(model_file("smallthinker", "F16")),
     }
 
 
 def open_form(form: str, files: dict[str, Path], share: float) -> Any:
-    if form in ("exact", "lowrank", "off"):
-        return open_neurons(files[form], predictor=form, share=share)
+    if form in NEURONS:
+        return open_neurons(files[form], predictor=form.removeprefix("experts-"), share=share)
     return open_flash(files[form], what={"experts": "experts", "panels": "ffn", "both": "all"}[form], share=share)
 
 
@@ -137,7 +140,7 @@ def test_from_all_to_the_least_and_back(form: str, files: dict[str, Path]) -> No
                 logits_of(llm, PROMPT, DECODED)
                 after = llm.flash.stats()
                 assert after.decode.bytes_read == before.decode.bytes_read
-                assert form in ("exact", "lowrank") or after.total.bytes_read == before.total.bytes_read
+                assert form in NEURONS or after.total.bytes_read == before.total.bytes_read
 
 
 def test_what_fits_stays_cached(files: dict[str, Path]) -> None:
