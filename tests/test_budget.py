@@ -20,7 +20,7 @@ from llama_flash.budget import (
     smallest_budget,
 )
 from llama_flash.gguf_meta import GgufMeta, TensorInfo, read_gguf, shard_paths
-from llama_flash.plan import ContextShape, make_plan
+from llama_flash.placement import ContextShape, make_plan
 
 MIB, GIB = 1 << 20, 1 << 30
 OWN = 101 * MIB  # anonymous memory and page tables of the process in the recorded trees

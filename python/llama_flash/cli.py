@@ -22,7 +22,7 @@ from .capped import CapResult, run_capped
 from .errors import FlashError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
-from .plan import ContextShape, estimate, least_for_neurons
+from .placement import ContextShape, estimate, least_for_neurons
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 

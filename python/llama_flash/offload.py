@@ -23,7 +23,7 @@ from .bundles import holds_bundles
 from .errors import FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
-from .plan import ContextShape, Plan, make_plan, work_bytes
+from .placement import ContextShape, Plan, make_plan, work_bytes
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 
@@ -31,11 +31,7 @@ __all__ = ["FlashSession", "open_session"]
 
 logger = logging.getLogger("llama_flash")
 
-_IO_ENGINES = {
-    "auto": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_AUTO,
-    "io_uring": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_URING,
-    "pread": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_PREAD,
-}
+_IO_ENGINES = engine.IO_ENGINES
 _MODES = {
     "exact": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_EXACT,
     "lowrank": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_LOWRANK,
