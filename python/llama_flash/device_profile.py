@@ -318,8 +318,8 @@ def _fill(fd: int, folder: Path, report: Callable[[float], None]) -> None:
         code = (failure and failure.errno) or errno.ENOSPC
         raise OSError(
             code,
-            f"{os.strerror(code)}: a temporary file needs {format_size(_LEAST_TEMPORARY)} and takes at most a quarter of "
-            f"what is free; a file of at least {format_size(_LARGE_FILE)} would be read itself",
+            f"{os.strerror(code)}: a temporary file needs {format_size(_LEAST_TEMPORARY)} and takes at most a quarter "
+            f"of what is free; a file of at least {format_size(_LARGE_FILE)} would be read itself",
             str(folder),
         )
     os.ftruncate(fd, done)

@@ -19,15 +19,15 @@ from typing import Any
 
 from . import _bindings, engine
 from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
-from .bundles import holds_bundles
-from .errors import FlashError, FlashFormatError
+from .bundles import Bundles, holds_bundles
+from .errors import FlashBudgetError, FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
-from .placement import ContextShape, Plan, make_plan, work_bytes
+from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 
-__all__ = ["FlashSession", "open_session"]
+__all__ = ["MERGE_GAP", "BufferTypeOverride", "FlashSession", "io_depth", "neuron_params", "open_session"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -38,8 +38,7 @@ _MODES = {
     "off": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_OFF,
 }
 _NO_WINDOW = 0xFFFFFFFF
-_MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
-_EXACT_SHARE = 0.10  # of the neurons: with room for fewer beside what exact keeps resident, lowrank is better
+MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
 _IO_NAMES = {int(number): name for name, number in _IO_ENGINES.items()}
 
 _NONE = Counters()
@@ -47,7 +46,7 @@ _NONE = Counters()
 _live: weakref.WeakSet[FlashSession] = weakref.WeakSet()
 
 
-class _BufferTypeOverride(ctypes.Structure):
+class BufferTypeOverride(ctypes.Structure):
     """struct llama_model_tensor_buft_override"""
 
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
@@ -61,6 +60,22 @@ class _Progress:
     prompt: Counters = _NONE
     decode: Counters = _NONE
     last: Counters = _NONE
+
+
+def neuron_params(mode: Mode, options: FlashOffload, bundles: Bundles, n_ubatch: int) -> Any:
+    """`struct llama_flash_neuron_params` of a mode."""
+    return _bindings.llama_flash_neuron_params(
+        mode=_MODES[mode],
+        window=_NO_WINDOW if options.window is None else options.window,
+        n_ubatch=max(n_ubatch, 16),
+        merge_gap=int(MERGE_GAP * bundles.format.record_bytes),
+        lookahead=options.lookahead,
+    )
+
+
+def io_depth(options: FlashOffload, bundles: Bundles | None) -> int:
+    """Most reads in flight at once."""
+    return options.io_depth or (128 if bundles else 32)
 
 
 def open_session(
@@ -137,7 +152,7 @@ class FlashSession:
         if not logits_all and not context_params.embeddings:
             # Only the last token's logits are ever asked for: do not reserve n_ubatch rows of the vocabulary.
             context_params.n_outputs_max = 1
-        self.plan: Plan = make_plan(self.meta, options, self.budget, self._shape(), self._base)
+        self.plan: Plan = self._make_plan()
         self.memory: Breakdown = self.plan.expected
         if model_params.vocab_only:
             self.plan = replace(self.plan, mode="nothing", tensors=())
@@ -154,10 +169,18 @@ class FlashSession:
             context_params.abort_callback = ctypes.cast(self._lib.llama_flash_abort, llama_cpp.ggml_abort_callback)
             context_params.abort_callback_data = self._handle
 
+    def _make_plan(self) -> Plan:
+        try:
+            return make_plan(self.meta, self.options, self.budget, self._shape(), self._base)
+        except FlashBudgetError as error:
+            from . import planner  # which needs this module
+
+            raise planner.smallest_budget_of(self.meta, self.options, self._shape(), error) from None
+
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
         params.io_engine = _IO_ENGINES[self.options.io_engine]
-        params.io_depth = self.options.io_depth or (128 if self.plan.bundles else 32)
+        params.io_depth = io_depth(self.options, self.plan.bundles)
         params.io_threads = self.options.io_threads
         params.panel_bytes = parse_size(self.options.panel_bytes)
         error = _bindings.llama_flash_error()
@@ -172,8 +195,8 @@ class FlashSession:
         """Names the flash tensors' buffer type to the loader. The arrays must outlive the load."""
         patterns = [pattern.encode() for pattern in self.plan.patterns()]
         buft = self._lib.llama_flash_buffer_type()
-        self._overrides = (_BufferTypeOverride * (len(patterns) + 1))(
-            *(_BufferTypeOverride(pattern, buft) for pattern in patterns)
+        self._overrides = (BufferTypeOverride * (len(patterns) + 1))(
+            *(BufferTypeOverride(pattern, buft) for pattern in patterns)
         )
         model_params.tensor_buft_overrides = ctypes.addressof(self._overrides)
 
@@ -259,39 +282,20 @@ class FlashSession:
         self._progress = _Progress(seen=Counters.from_struct(self._raw()))
 
     def _requirements(self) -> Any:
+        """`struct llama_flash_requirements`: what the flash tensors need."""
         needs = _bindings.llama_flash_requirements()
         self._lib.llama_flash_session_requirements(self._handle, ctypes.byref(needs))
         return needs
 
     def _choose_predictor(self, left: int) -> Any:
         """How active neurons are found, and what that needs; left: bytes there are for it."""
-        bundles = self.plan.bundles
-        assert bundles is not None
-        asked = self.options.predictor
-        if asked == "lowrank" and not bundles.has_predictors:
-            raise FlashFormatError(
-                f"{self._path}: predictor='lowrank', but the file has no predictors for all layers: calibrate it "
-                "(python -m gguf_tools calibrate), or choose 'exact' or 'off'"
-            )
-        if asked != "auto":
-            return self._set_predictor(asked)
-        needs = self._set_predictor("exact")
-        rest = needs.neuron_bytes - needs.neuron_resident
-        if left >= needs.min_memory + int(_EXACT_SHARE * rest):
-            return needs
-        if bundles.has_predictors:
-            return self._set_predictor("lowrank")
-        return needs if left >= needs.min_memory else self._set_predictor("off")
+        assert self.plan.bundles is not None
+        return choose_predictor(self._path, self.plan.bundles, self.options.predictor, left, self._set_predictor)
 
-    def _set_predictor(self, mode: str) -> Any:
+    def _set_predictor(self, mode: Mode) -> Any:
         assert self.plan.bundles is not None
         self.predictor = mode
-        params = _bindings.llama_flash_neuron_params()
-        params.mode = _MODES[mode]
-        params.window = _NO_WINDOW if self.options.window is None else self.options.window
-        params.n_ubatch = max(self._context_params.n_ubatch, 16)
-        params.merge_gap = int(_MERGE_GAP * self.plan.bundles.format.record_bytes)
-        params.lookahead = self.options.lookahead
+        params = neuron_params(mode, self.options, self.plan.bundles, self._context_params.n_ubatch)
         self._call("llama_flash_session_set_neurons", ctypes.byref(params))
         return self._requirements()
 

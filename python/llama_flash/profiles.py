@@ -48,8 +48,10 @@ def profile(
 
 
 def profile_for(path: str | os.PathLike[str], io_engine: IoEngine = "auto") -> DeviceProfile:
-    """What is known of the device that holds the file `path`: a profile that was kept, else a quick probe of the file, else
-    cautious defaults; its `source` says which."""
+    """What is known of the device of file `path`: the profile that is kept, else a quick probe, else cautious defaults.
+
+    The profile's `source` says which.
+    """
     return recall(path) or quick_profile(path, io_engine)
 
 
