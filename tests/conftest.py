@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -12,6 +13,15 @@ import pytest
 from gguf_tools.synthetic import tiny, write
 
 ModelFile = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder() -> Iterator[None]:
+    """Tests neither use nor change what the user's cache folder says of this machine's devices."""
+    with tempfile.TemporaryDirectory(prefix="llama-flash-cache-") as folder:
+        os.environ["LLAMA_FLASH_CACHE"] = folder
+        yield
+        del os.environ["LLAMA_FLASH_CACHE"]
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from .device_profile import DeviceProfile
 from .gguf_meta import GgufMeta
 from .placement import Plan, select
 
-__all__ = ["ASSUMED_ACTIVE", "Cost", "Traffic", "expect", "neuron_misses"]
+__all__ = ["ASSUMED_ACTIVE", "Cost", "Traffic", "expect", "expert_slots", "neuron_misses"]
 
 ASSUMED_ACTIVE = 0.10  # share of the neurons, where the file does not say
 
@@ -111,16 +111,21 @@ def expect(
             )
             touched += plan.panel_bytes
         if plan.expert_bytes and needs.n_experts:
-            held = min(1.0, memory.slots / plan.expert_bytes)
+            size = needs.expert_bytes / needs.n_experts
+            held = min(1.0, memory.slots / expert_slots(needs))
             used = needs.n_experts * n_used / n_expert
             layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
-            size = needs.expert_bytes / needs.n_experts
             together = used * (1 - held) / max(1, layers) * max(1.0, size / _PIECE)
             parts.append(_records("experts", used * (1 - held), size, together, io_depth, profile, held))
             touched += plan.expert_bytes * n_used / n_expert
             if held < 1:
                 assumptions.append("experts are used evenly: most models read less")
     return Cost(tuple(part for part in parts if part.reads > 0), touched, touched / profile.dram, tuple(assumptions))
+
+
+def expert_slots(needs: Any) -> int:
+    """Bytes of slots that hold all experts: a slot takes whole sectors."""
+    return int(needs.expert_bytes + _SECTOR * needs.n_experts)
 
 
 def neuron_misses(active: float, held: float, window: int | None = None) -> float:

@@ -27,7 +27,7 @@ from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, wo
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 
-__all__ = ["MERGE_GAP", "BufferTypeOverride", "FlashSession", "io_depth", "neuron_params", "open_session"]
+__all__ = ["BufferTypeOverride", "FlashSession", "held_by_all", "io_depth", "neuron_params", "open_session"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -38,7 +38,7 @@ _MODES = {
     "off": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_OFF,
 }
 _NO_WINDOW = 0xFFFFFFFF
-MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
+_MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
 _IO_NAMES = {int(number): name for name, number in _IO_ENGINES.items()}
 
 _NONE = Counters()
@@ -68,7 +68,7 @@ def neuron_params(mode: Mode, options: FlashOffload, bundles: Bundles, n_ubatch:
         mode=_MODES[mode],
         window=_NO_WINDOW if options.window is None else options.window,
         n_ubatch=max(n_ubatch, 16),
-        merge_gap=int(MERGE_GAP * bundles.format.record_bytes),
+        merge_gap=int(_MERGE_GAP * bundles.format.record_bytes),
         lookahead=options.lookahead,
     )
 
@@ -139,7 +139,7 @@ class FlashSession:
         self.predictor = "none"  # how active neurons are found
         self.summary = ""  # the line about the load
 
-        self._base = held_by_process() + _promised(self)
+        self._base = held_by_all(self)
         self.meta: GgufMeta = read_gguf(model_path)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
@@ -175,7 +175,7 @@ class FlashSession:
         except FlashBudgetError as error:
             from . import planner  # which needs this module
 
-            raise planner.smallest_budget_of(self.meta, self.options, self._shape(), error) from None
+            raise planner.smallest_budget_of(self.meta, self.options, self._shape(), self._base, error) from None
 
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
@@ -436,5 +436,11 @@ class FlashSession:
             print(f"llama-flash: {line}", file=sys.stderr, flush=True)
 
 
-def _promised(asking: FlashSession) -> int:
+def held_by_all(asking: FlashSession | None = None) -> int:
+    """Bytes that this process holds before a model is loaded, with those that were granted to other models."""
+    engine.trim_heap()
+    return held_by_process() + _promised(asking)
+
+
+def _promised(asking: FlashSession | None) -> int:
     return sum(session._promised_bytes() for session in list(_live) if session is not asking)

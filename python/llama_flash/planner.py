@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from . import engine
-from .budget import Breakdown, Budget, default_reserve, held_by_process, refuse, resolve_budget
+from .budget import Breakdown, Budget, default_reserve, refuse, resolve_budget
 from .bundles import Bundles, read_bundles
-from .cost import Cost, expect
+from .cost import Cost, expect, expert_slots
 from .device_profile import DeviceProfile
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
 from .errors import FlashBudgetError, FlashError
 from .gguf_meta import GgufMeta, read_gguf
-from .offload import FlashSession, io_depth
+from .offload import FlashSession, held_by_all, io_depth
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import profile_for
@@ -149,7 +148,9 @@ def plan(
         type_v=1 if type_v is None else type_v,
         flash_attn=flash_attn,
     )
-    planner = _Planner(meta, options, shape)
+    import llama_cpp  # noqa: F401  # so that its size is counted
+
+    planner = _Planner(meta, options, shape, held_by_all())
     try:
         budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
         if budget.asked is not None and budget.asked > budget.total:
@@ -213,13 +214,11 @@ class _Outcome:
 class _Planner:
     """Answers for one model and context; what the engine and the plugin said is remembered."""
 
-    def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape) -> None:
-        import llama_cpp  # noqa: F401  # so that its size is counted
-
+    def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape, base: int) -> None:
+        """base: bytes that the process holds."""
         self._meta, self._options, self._shape = meta, options, shape
         self._bundles: Bundles | None = read_bundles(meta)
-        engine.trim_heap()
-        self._base = held_by_process()
+        self._base = base
         self._sizes: EngineSizes = engine_sizes(meta, self._bundles, shape)
         self._asked: dict[tuple[str, ...], FlashNeeds] = {}
 
@@ -338,13 +337,13 @@ def cost_of(session: FlashSession) -> Callable[[DeviceProfile], Cost]:
 
 
 def smallest_budget_of(
-    meta: GgufMeta, options: FlashOffload, shape: ContextShape, error: FlashBudgetError
+    meta: GgufMeta, options: FlashOffload, shape: ContextShape, base: int, error: FlashBudgetError
 ) -> FlashBudgetError:
     """`error`, raised on estimates alone, with the smallest budget that works, where that can be found out."""
     # it takes the engine's vocabulary, and this process may be under the cap that was too small
     if error.breakdown["interpreter"] + _ROOM_TO_ASK > resolve_budget().total:
         return error
-    planner = _Planner(meta, options, shape)
+    planner = _Planner(meta, options, shape, base)
     try:
         return planner.too_small(error)
     except (FlashError, OSError):
@@ -365,18 +364,19 @@ def _divided(memory: Breakdown, needs: Any, given: int, predictor: str) -> Break
         share = min(share, needs.neuron_bytes + 128 * needs.n_neurons)
         ring = 0 if share >= needs.neuron_bytes else min(_RING_MOST, share // 8)
         left -= share
+        rings += ring
         if share >= needs.neuron_bytes or predictor == "off":
             pinned = min(needs.neuron_bytes, share - ring)
         else:
             slot = -(-needs.neuron_record // 64) * 64
             slots = min(needs.n_neurons, (share - ring) // (slot + _SLOT_TABLE)) * slot
     panels = min(left, needs.panel_bytes)
-    experts = min(left - panels, needs.expert_bytes)
+    experts = min(left - panels, expert_slots(needs))
     slots, pinned = slots + experts, pinned + panels
     return replace(
         memory,
         weights=memory.weights + needs.neuron_resident,
         slots=slots,
         pinned=pinned,
-        stream=given - slots - pinned - needs.neuron_resident,
+        stream=needs.min_memory - needs.neuron_resident + rings,
     )
