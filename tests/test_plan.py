@@ -202,7 +202,7 @@ def test_a_model_that_fits_is_planned_resident_and_reads_nothing(model_file: Mod
 
 def test_a_model_without_weights_of_the_kind_is_planned_as_stock(model_file: ModelFile) -> None:
     plan = llama_flash.plan(model_file("llama"), flash_offload={"what": "experts"}, **SMALL)
-    assert (plan.mode, plan.memory.reserve) == ("nothing", 0)
+    assert (plan.mode, plan.memory.reserve, plan.smallest) == ("nothing", 0, 0)
 
 
 def test_too_small_a_budget_is_refused_with_the_smallest(model_file: ModelFile) -> None:
@@ -249,6 +249,8 @@ def test_a_plan_is_json(model_file: ModelFile) -> None:
         ({"n_ctx": "many"}, TypeError, "n_ctx: .*'many'"),
         ({"n_ubatch": True}, TypeError, "n_ubatch"),
         ({"n_ctx": 2.5}, TypeError, "n_ctx"),
+        ({"type_k": "q8_0"}, ValueError, r"type_k: 'q8_0' .* 8 \(q8_0\)"),
+        ({"type_v": 999}, ValueError, "type_v: 999"),
         ({"dram_budget": "5 parsecs"}, ValueError, r"accepted: .*2GiB.*auto"),
         ({"dram_budget": ""}, ValueError, "accepted"),
         ({"flash_offload": {"budget": 1}}, TypeError, "budget"),

@@ -20,7 +20,15 @@ from .cgroup import machine_memory, memory_groups, process_memory
 from .errors import FlashBudgetError
 from .sizes import format_size, parse_size
 
-__all__ = ["Breakdown", "Budget", "default_reserve", "held_by_process", "resolve_budget", "smallest_budget"]
+__all__ = [
+    "Breakdown",
+    "Budget",
+    "default_reserve",
+    "held_by_process",
+    "reserve_of",
+    "resolve_budget",
+    "smallest_budget",
+]
 
 # Left unused within the budget, for what is charged to us and cannot be asked for beforehand: page tables (2 MB per
 # GB of slots), thread stacks and other kernel memory, the kernel's charging in batches (256 KiB per core), growth of
@@ -83,6 +91,11 @@ def default_reserve(total: int) -> int:
     return max(RESERVE_MIN, int(total * RESERVE_SHARE))
 
 
+def reserve_of(total: int, reserve: int | str | None) -> int:
+    """Bytes of a budget of `total` bytes that are left alone; reserve: as in FlashOffload."""
+    return default_reserve(total) if reserve is None else 0 if reserve == 0 else parse_size(reserve)
+
+
 def held_by_process(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> int:
     """Bytes that the process takes now: anonymous and shared memory, page tables, code in use."""
     memory = process_memory(root, pid)
@@ -124,8 +137,7 @@ def resolve_budget(
         total = min(asked, available)
         if asked <= available:
             reason = "dram_budget"
-    kept = default_reserve(total) if reserve is None else 0 if reserve == 0 else parse_size(reserve)
-    return Budget(total, kept, reason, asked)
+    return Budget(total, reserve_of(total, reserve), reason, asked)
 
 
 def smallest_budget(needed: int, reserve: int | str | None = None) -> int:

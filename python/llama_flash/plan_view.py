@@ -65,7 +65,8 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
     memory.add_section()
     memory.add_row("all of it", format_size(plan.memory.total))
     memory.add_row(f"budget ({plan.budget.reason})", format_size(plan.budget.total))
-    memory.add_row("[bold]smallest workable budget[/]", f"[bold]{plan.smallest >> 20} MiB[/]")
+    if plan.smallest:
+        memory.add_row("[bold]smallest workable budget[/]", f"[bold]{plan.smallest >> 20} MiB[/]")
     console.print(memory)
 
     cost = plan.cost
@@ -80,7 +81,7 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
     if cost.traffic:
         token.add_row(f"reading, {plan.io_engine}, up to {plan.io_depth} in flight", _duration(cost.io_seconds))
     token.add_row(f"computing, {format_size(int(cost.touched))} of weights, at least", _duration(cost.compute_seconds))
-    token.add_row("[bold]tokens per second, at most[/]", f"[bold]{format_rate(cost.tokens_per_second)}[/]")
+    token.add_row("[bold]tokens per second[/]", f"[bold]{format_rate(cost.tokens_per_second)}[/]")
     console.print(token)
 
     others = Table(title="other budgets", title_justify="left", min_width=60)
@@ -104,9 +105,7 @@ def print_comparison(
     table.add_column("measured", justify="right")
     table.add_row("read from flash", format_size(int(cost.bytes_per_token)), format_size(int(decode.bytes_per_token)))
     table.add_row("reads", f"{cost.reads_per_token:.0f}", f"{decode.reads_per_token:.0f}")
-    table.add_row(
-        "tokens per second", f"at most {format_rate(cost.tokens_per_second)}", format_rate(rate) if rate else "-"
-    )
+    table.add_row("tokens per second", format_rate(cost.tokens_per_second), format_rate(rate) if rate else "-")
     console.print(table)
     console.print(
         f"expected by {describe_profile(profile)}; {'; '.join(cost.assumptions)}", soft_wrap=True, style="dim"

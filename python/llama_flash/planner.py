@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from .budget import Breakdown, Budget, default_reserve, refuse, resolve_budget
+from .budget import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, read_bundles
 from .cost import Cost, expect, expert_slots
 from .device_profile import DeviceProfile
@@ -22,9 +22,9 @@ from .errors import FlashBudgetError, FlashError
 from .gguf_meta import GgufMeta, read_gguf
 from .offload import FlashSession, held_by_all, io_depth
 from .options import FlashOffload
-from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
+from .placement import KV_TYPES, ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import profile_for
-from .sizes import format_size, parse_size
+from .sizes import format_size
 
 __all__ = ["LoadPlan", "Option", "cost_of", "plan", "smallest_budget_of"]
 
@@ -56,7 +56,7 @@ class LoadPlan:
 
     model: str
     budget: Budget
-    smallest: int  # budget that works
+    smallest: int  # budget that works; 0: none is refused, as nothing could be left on flash
     mode: Literal["flash", "resident", "nothing"]  # as in `stats().mode`
     predictor: str  # how active neurons are found; "none" without bundles
     window: int | None  # tokens whose neurons stay; None: as many as have room
@@ -81,7 +81,7 @@ class LoadPlan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Expected of decoding, at most."""
+        """Expected of decoding, if the device keeps to its profile and nothing but reading and DRAM takes time."""
         return self.cost.tokens_per_second
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,24 +130,8 @@ def plan(
         raise ValueError("flash_offload: there is nothing to plan where it is off; True or options are expected")
     if dram_budget != "auto":
         options = replace(options, dram_budget=dram_budget)
-    for name, value, least in (("n_ctx", n_ctx, 0), ("n_batch", n_batch, 1), ("n_ubatch", n_ubatch, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected a whole number of tokens, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}: {value} is not a whole number of tokens from {least} on")
     meta = read_gguf(model)
-    n_ctx = n_ctx or meta.number("context_length", 4096)
-    n_batch = min(n_ctx, n_batch)
-    shape = ContextShape(
-        n_ctx=n_ctx,
-        n_batch=n_batch,
-        n_ubatch=min(n_batch, n_ubatch),
-        n_outputs=n_batch if logits_all else 1,
-        n_scores=n_ctx if logits_all else 0,
-        type_k=1 if type_k is None else type_k,
-        type_v=1 if type_v is None else type_v,
-        flash_attn=flash_attn,
-    )
+    shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn)
     import llama_cpp  # noqa: F401  # so that its size is counted
 
     planner = _Planner(meta, options, shape, held_by_all())
@@ -166,7 +150,7 @@ def plan(
         except FlashBudgetError as error:
             raise planner.too_small(error) from None
         cost = planner.cost(found, profile)
-        smallest = planner.smallest()
+        smallest = 0 if found.plan.mode == "nothing" else planner.smallest()
         # a share of a model that is smaller than the interpreter is no budget; see also `llama-flash run --cap 50%`
         beside, words = (smallest, "smallest + ") if meta.file_bytes < smallest else (0, "")
         others = [
@@ -199,6 +183,40 @@ def plan(
         )
     finally:
         planner.close()
+
+
+def _shape(
+    meta: GgufMeta,
+    n_ctx: int,
+    n_batch: int,
+    n_ubatch: int,
+    type_k: int | None,
+    type_v: int | None,
+    logits_all: bool,
+    flash_attn: bool,
+) -> ContextShape:
+    """The context that `Llama` makes of its arguments."""
+    for name, value, least in (("n_ctx", n_ctx, 0), ("n_batch", n_batch, 1), ("n_ubatch", n_ubatch, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected a whole number of tokens, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: {value} is not a whole number of tokens from {least} on")
+    for name, kind in (("type_k", type_k), ("type_v", type_v)):
+        if kind is not None and kind not in KV_TYPES.values():
+            known = ", ".join(f"{number} ({text})" for text, number in KV_TYPES.items())
+            raise ValueError(f"{name}: {kind!r} is no type of KV caches; expected one of {known}")
+    n_ctx = n_ctx or meta.number("context_length", 4096)
+    n_batch = min(n_ctx, n_batch)
+    return ContextShape(
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=min(n_batch, n_ubatch),
+        n_outputs=n_batch if logits_all else 1,
+        n_scores=n_ctx if logits_all else 0,
+        type_k=KV_TYPES["f16"] if type_k is None else type_k,
+        type_v=KV_TYPES["f16"] if type_v is None else type_v,
+        flash_attn=flash_attn,
+    )
 
 
 @dataclass(frozen=True)
@@ -291,8 +309,7 @@ class _Planner:
         return True
 
     def _budget(self, total: int) -> Budget:
-        kept = self._options.reserve
-        return Budget(total, default_reserve(total) if kept is None else parse_size(kept) if kept else 0, "dram_budget")
+        return Budget(total, reserve_of(total, self._options.reserve), "dram_budget")
 
     def too_small(self, error: FlashBudgetError) -> FlashBudgetError:
         """`error` with the smallest budget that works in place of one that is sure to, on estimates."""
