@@ -100,11 +100,12 @@ def test_run_generates_text_and_prints_statistics(model: Path) -> None:
 
 
 def test_run_prints_what_was_expected_beside_what_was_measured(model: Path) -> None:
-    result = flash("run", model, "-p", "hello", "-n", 8, "--dram-budget", "140MiB")
+    budget = int(1.02 * json.loads(flash("plan", model, "--json").stdout)["smallest"])
+    result = flash("run", model, "-p", "hello", "-n", 8, "--dram-budget", budget)
     assert result.returncode == 0, result.stderr
     for said in ("expected", "measured", "read from flash", "a quick probe of"):
         assert said in result.stderr
-    values = json.loads(flash("run", model, "-p", "hello", "-n", 8, "--dram-budget", "140MiB", "--json").stdout)
+    values = json.loads(flash("run", model, "-p", "hello", "-n", 8, "--dram-budget", budget, "--json").stdout)
     assert values["expected"]["bytes_per_token"] > 0 < values["flash"]["decode"]["bytes_per_token"]
     assert values["expected"]["tokens_per_second"] > 0
     assert values["expected"]["rates"] == "quick probe"
