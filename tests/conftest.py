@@ -13,9 +13,18 @@ import pytest
 from gguf_tools.synthetic import tiny, write
 
 # a test must not begin with what another one has left warm
-os.environ.setdefault("LLAMA_FLASH_CACHE", "")
+os.environ["LLAMA_FLASH_WARM_START"] = "0"
 
 ModelFile = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder() -> Iterator[None]:
+    """Tests neither use nor change what the user's cache folder says of this machine's devices."""
+    with tempfile.TemporaryDirectory(prefix="llama-flash-cache-") as folder:
+        os.environ["LLAMA_FLASH_CACHE"] = folder
+        yield
+        del os.environ["LLAMA_FLASH_CACHE"]
 
 
 @pytest.fixture(scope="session")

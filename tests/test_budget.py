@@ -20,7 +20,7 @@ from llama_flash.budget import (
     smallest_budget,
 )
 from llama_flash.gguf_meta import GgufMeta, TensorInfo, read_gguf, shard_paths
-from llama_flash.plan import ContextShape, make_plan
+from llama_flash.placement import ContextShape, make_plan
 
 MIB, GIB = 1 << 20, 1 << 30
 OWN = 101 * MIB  # anonymous memory and page tables of the process in the recorded trees
@@ -63,6 +63,18 @@ def test_a_budget_above_the_limit_is_cut_to_it(trees: Path) -> None:
     auto = resolve_budget(root=trees / "v1_nested")
     budget = resolve_budget("8GiB", root=trees / "v1_nested")
     assert (budget.total, budget.asked, budget.reason) == (auto.total, 8 * GIB, auto.reason)
+
+
+@pytest.mark.parametrize("bad", ["-1", "5 parsecs", 0, -1, float("nan"), float("inf"), True, "", "0%"])
+def test_what_is_not_a_budget_is_refused_with_the_accepted_forms(bad: int | str, trees: Path) -> None:
+    with pytest.raises(ValueError, match=r"accepted: .*2GiB.*50%"):
+        resolve_budget(bad, model_bytes=1 * GIB, root=trees / "no_cgroups")
+
+
+@pytest.mark.parametrize("much", ["4000TiB", (1 << 63) - 1, "99999%"])
+def test_more_than_the_machine_has_is_cut_to_what_there_is(much: int | str, trees: Path) -> None:
+    budget = resolve_budget(much, model_bytes=1 * GIB, root=trees / "no_cgroups")
+    assert budget.total == resolve_budget(root=trees / "no_cgroups").total < (budget.asked or 0)
 
 
 def test_the_reserve_can_be_stated(trees: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def test_version() -> None:
     assert flash("--version").stdout == f"llama-flash {llama_flash.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["cap", "run"])
+@pytest.mark.parametrize("command", ["cap", "run", "plan", "profile"])
 def test_help_has_examples(command: str) -> None:
     result = flash(command, "--help")
     assert result.returncode == 0
@@ -68,6 +70,16 @@ def test_cap_reports_an_oom_kill() -> None:
         (("run", sys.executable, "-p", "x"), "not a GGUF file"),
         (("run", "--predictor", "guess"), "predictor: 'guess' is not one of 'auto', 'exact', 'lowrank', 'off'"),
         (("run", "--window", "-1"), "window: -1 is not a whole number"),
+        (("run", "--dram-budget", "5 parsecs"), "dram_budget: not a size: '5 parsecs'; accepted"),
+        (("plan", "/no/model.gguf"), "/no/model.gguf"),
+        (("plan", sys.executable), "not a GGUF file"),
+        (("plan", "--dram-budget", "-1"), "dram_budget: not a size: '-1'; accepted"),
+        (("plan", "--dram-budget", ""), "dram_budget: not a size: ''; accepted"),
+        (("plan", "--dram-budget", "1MiB"), "The smallest that works is"),
+        (("plan", "--type-k", "q9"), "--type-k: 'q9' is not one of f32, f16"),
+        (("profile", "/no/where"), "/no/where"),
+        (("profile", "/dev/null"), "neither a file nor a directory"),
+        (("profile", "/", "--io-engine", "aio"), "io_engine: 'aio' is not one of"),
     ],
 )
 def test_mistakes_are_one_line_without_traceback(arguments: tuple[str, ...], said: str) -> None:
@@ -85,6 +97,67 @@ def test_run_generates_text_and_prints_statistics(model: Path) -> None:
     assert len(result.stdout) > len("hello\n")
     for said in ("read per token", "hit rate", "tokens per second", "budget"):
         assert said in result.stderr
+
+
+def test_run_prints_what_was_expected_beside_what_was_measured(model: Path) -> None:
+    budget = int(1.02 * json.loads(flash("plan", model, "--json").stdout)["smallest"])
+    result = flash("run", model, "-p", "hello", "-n", 8, "--dram-budget", budget)
+    assert result.returncode == 0, result.stderr
+    for said in ("expected", "measured", "read from flash", "a quick probe of"):
+        assert said in result.stderr
+    values = json.loads(flash("run", model, "-p", "hello", "-n", 8, "--dram-budget", budget, "--json").stdout)
+    assert values["expected"]["bytes_per_token"] > 0 < values["flash"]["decode"]["bytes_per_token"]
+    assert values["expected"]["tokens_per_second"] > 0
+    assert values["expected"]["rates"] == "quick probe"
+
+
+def test_plan_names_the_smallest_budget_and_run_works_with_it(model: Path) -> None:
+    result = flash("plan", model)
+    assert result.returncode == 0, result.stderr
+    for said in ("KV cache", "compute buffers", "tokens per second", "other budgets", "rates: ", "assumed: "):
+        assert said in result.stdout
+    match = re.search(r"smallest workable budget .* (\d+) MiB", result.stdout)
+    assert match
+    smallest = int(match[1])
+    assert json.loads(flash("plan", model, "--json").stdout)["smallest"] == pytest.approx(smallest * MIB, rel=0.02)
+    assert flash("run", model, "-p", "hello", "-n", 2, "--dram-budget", f"{1.03 * smallest:.1f}MiB").returncode == 0
+    refused = flash("run", model, "-p", "hello", "-n", 2, "--dram-budget", f"{0.9 * smallest:.1f}MiB")
+    assert refused.returncode == 1
+    assert "smallest that works" in refused.stderr
+
+
+def test_profile_is_kept_and_used_by_plans(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_FLASH_CACHE", str(tmp_path))
+    result = flash("profile", model.parent)
+    assert result.returncode == 0, result.stderr
+    for said in ("4.00 KiB", "4.00 MiB", "128 in flight", "DRAM", f"kept in {tmp_path}"):
+        assert said in result.stdout
+    plan = json.loads(flash("plan", model, "--json").stdout)
+    assert plan["profile"]["source"] == "cached"
+    assert len(plan["profile"]["reads"]) > 4
+
+
+def test_ctrl_c_ends_a_profile_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llama_flash", "profile", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    links = Path(f"/proc/{process.pid}/fd")
+
+    def temporary() -> bool:
+        """Whether the process has a file without a name in the folder."""
+        try:
+            return any(os.readlink(link).startswith(str(tmp_path)) for link in links.iterdir())
+        except OSError:
+            return False
+
+    deadline = time.monotonic() + 60
+    while not temporary() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert temporary()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_under_a_share_of_the_model_stays_below_the_cap_with_the_same_text(model: Path) -> None:

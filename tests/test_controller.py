@@ -38,7 +38,7 @@ def test_shares(pool: int, sessions: list[tuple[int, int]]) -> None:
         assert least <= share <= most
     assert sum(shares) <= max(pool, sum(least for least, _ in sessions))
     left, wanted = pool - sum(shares), sum(most for _, most in sessions) - sum(shares)
-    assert min(left, wanted) < max(1, len(sessions)), "memory that somebody wants is left"
+    assert min(left, wanted) <= len(sessions), "memory that somebody wants is left"  # parts of bytes are dropped
 
 
 # decisions, in a group of a made-up tree (v2, as the kernel writes it)
@@ -139,7 +139,9 @@ def test_a_lower_limit_takes_and_a_higher_one_gives(tree: Tree) -> None:
     model = Model(granted=800)
     clock = Clock(tree, model)
     clock.look()
-    assert model.granted == (1000 - 40 - 300) * MiB, "all that the process holds beside flash counts"
+    assert model.granted == (1000 - 40 - 280) * MiB, (
+        "all that the process holds beside flash counts, half the reserve off"
+    )
     tree.set(own=100)
     clock.look()
     assert model.granted == (1000 - 40 - 100) * MiB
@@ -281,9 +283,9 @@ llm.eval(rng.integers(0, llm.n_vocab(), 60).tolist())
 tokens, hits = [], []
 for i in range(n):
     print(i, flush=True)
+    tokens.append(int(llm.sample(temp=0.0)))
     if llm.n_tokens == 500:
         llm.reset()
-    tokens.append(int(llm.sample(temp=0.0)))
     llm.eval([tokens[-1]])
     if flash:
         hits.append(llm.flash.stats().last.hit_rate)
@@ -389,7 +391,7 @@ def test_a_limit_that_moves_while_text_is_generated(moe: Path, tmp_path: Path) -
 
     before, squeezed, after = hit_rate(30, 60), hit_rate(130, 160), hit_rate(260, 300)
     assert squeezed < before - 0.01, "the lower limit made no difference"
-    assert after > before - 0.02, "100 tokens later the cache is not back"
+    assert after > before - 0.02, f"100 tokens later the cache is not back: {before}, {squeezed}, {after}"
 
 
 def test_a_neighbour_that_comes_and_goes(moe: Path, tmp_path: Path) -> None:

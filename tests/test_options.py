@@ -39,8 +39,8 @@ def test_sizes_are_read_as_people_write_them(text: int | float | str, size: int)
 @pytest.mark.parametrize(
     "bad",
     [
-        *(0, -1, math.nan, math.inf, True, None, b"2GiB"),
-        *("-1", "0", "0.1", "5 parsecs", "", "GiB", "1e3", "nan", "inf", "٣GiB", "1²", "1.2.3G"),
+        *(0, -1, 0.5, math.nan, math.inf, -math.inf, 1e300, True, False),
+        *("", " ", "-1", "0", "0.1", "5 parsecs", "", "GiB", "1e3", "nan", "inf", "٣GiB", "1²", "1.2.3G"),
         *("9" * 40, "9" * 9999, "9" * 9999 + ".0"),
     ],
 )
@@ -48,6 +48,17 @@ def test_bad_sizes_are_refused_with_the_accepted_forms(bad: object) -> None:
     with pytest.raises(ValueError, match="accepted") as error:
         parse_size(bad)  # type: ignore[arg-type]
     assert ACCEPTED in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [None, b"2GiB", [1], {}, 2j, object])
+def test_what_is_neither_number_nor_text_is_a_type_error_with_the_accepted_forms(bad: object) -> None:
+    with pytest.raises(TypeError, match="accepted") as error:
+        parse_size(bad)  # type: ignore[arg-type]
+    assert ACCEPTED in str(error.value)
+    for option in ("dram_budget", "panel_bytes", "reserve"):
+        if (option, bad) != ("reserve", None):
+            with pytest.raises(TypeError, match=f"{option}: .*accepted"):
+                FlashOffload(**{option: bad})  # type: ignore[arg-type]
 
 
 def test_a_share_needs_something_to_be_a_share_of() -> None:
@@ -100,7 +111,10 @@ def test_true_means_defaults_and_false_means_off() -> None:
     assert FlashOffload.coerce(options) is options
 
 
-@pytest.mark.parametrize("bad", ["-1", "5 parsecs", 0, math.nan, True, "automatic"])
+@pytest.mark.parametrize(
+    "bad",
+    ["-1", -1, "5 parsecs", 0, "0", "0%", "-50%", "%", math.nan, math.inf, -math.inf, True, False, "", "automatic"],
+)
 def test_bad_budgets_are_refused_when_they_are_written(bad: object) -> None:
     with pytest.raises(ValueError, match=r'dram_budget: .*2GiB.*"auto"'):
         FlashOffload(dram_budget=bad)  # type: ignore[arg-type]
@@ -126,6 +140,10 @@ def test_bad_budgets_are_refused_when_they_are_written(bad: object) -> None:
         {"panel_bytes": "1K"},
         {"panel_bytes": "50%"},
         {"reserve": "-1"},
+        {"reserve": True},
+        {"reserve": False},
+        {"reserve": ""},
+        {"reserve": math.nan},
         {"reserve": "10%"},
     ],
 )

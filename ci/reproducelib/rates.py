@@ -1,4 +1,4 @@
-"""Figure 2: random reads past the page cache, by chunk size and number of reads in flight."""
+"""Figure 2: random reads past the page cache by chunk size and number in flight, with the reader that decoding uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchlib import machine
+from llama_flash.device_profile import probe_reads
 
 CHUNKS = tuple(4096 << i for i in range(9))  # 4 KiB to 1 MiB
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -23,7 +23,8 @@ def measure_rates(path: Path, seconds: float, report: Callable[[str], None]) -> 
     for i in range(_ROUNDS):
         report(f"random reads, round {i + 1} of {_ROUNDS}")
         for (chunk, depth), values in measured.items():
-            values.append(machine.read_rate(path, chunk, depth, seconds / _ROUNDS))
+            probe = probe_reads(path, chunk, depth, seconds / _ROUNDS)
+            values.append(probe.bytes / (probe.ns / 1e9))
     return {key: statistics.median(values) for key, values in measured.items()}
 
 

@@ -264,6 +264,31 @@ LLAMA_FLASH_API int32_t llama_flash_session_stats(const struct llama_flash_sessi
 
 LLAMA_FLASH_API int32_t llama_flash_get_context_memory(const struct llama_context * ctx, struct llama_flash_context_memory * out);
 
+// what a device gives, by llama_flash_probe_reads
+struct llama_flash_probe {
+    uint64_t bytes;           // that arrived
+    uint64_t reads;           // of a chunk each
+    uint64_t ns;              // from the first submission to the last arrival
+    uint64_t latency_ns;      // of a read, mean: from its submission to its arrival
+    uint64_t latency_p99_ns;  // 99 of 100 reads took no longer
+    uint32_t in_flight;       // most reads under way at once
+    uint32_t direct;          // 1: past the page cache; 0: the file system cannot
+    uint32_t io_engine;       // enum llama_flash_io_engine: the one in use
+    uint32_t reserved;
+};
+
+// Reads chunks at random offsets (multiples of their size) of the file with the engine that decoding uses, params->io_depth of
+// them in flight, until `duration_ms` have passed and all that was asked for has arrived. Takes 32 MiB of memory at most, or
+// one chunk. chunk: bytes, a multiple of 4096, at most the file's size. params may be NULL (defaults); params->read_bytes is
+// not used: each chunk is one read.
+LLAMA_FLASH_API int32_t llama_flash_probe_reads(const char * path, uint32_t chunk, uint32_t duration_ms, const struct llama_flash_params * params,
+                                                struct llama_flash_probe * out, struct llama_flash_error * err);
+
+// Binds a weight to the bytes at `offset` of a file without a model: between session_new (add_bundle) and bind_end, so that
+// requirements can be asked before anything is loaded. Such a session cannot compute. type: enum ggml_type; ne: as ggml's.
+LLAMA_FLASH_API int32_t llama_flash_session_bind_weight(struct llama_flash_session * session, const char * name, const char * path, uint64_t offset,
+                                                        int32_t type, int64_t ne0, int64_t ne1, int64_t ne2, struct llama_flash_error * err);
+
 #ifdef __cplusplus
 }
 #endif

@@ -7,21 +7,6 @@
 
 #include "llama-ext.h"
 
-#include <exception>
-#include <new>
-
-template <typename F> static int32_t guarded(llama_flash_error * err, F f) {
-    try {
-        return f();
-    } catch (const std::bad_alloc &) {
-        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "out of memory");
-    } catch (const std::exception & e) {
-        return flash_fail(err, LLAMA_FLASH_E_INTERNAL, "%s", e.what());
-    } catch (...) {
-        return flash_fail(err, LLAMA_FLASH_E_INTERNAL, "unknown exception");
-    }
-}
-
 uint32_t llama_flash_api_version(void) {
     return LLAMA_FLASH_API_VERSION;
 }

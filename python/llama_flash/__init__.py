@@ -5,16 +5,24 @@ Importing this package is cheap: the engine (llama_cpp) is only loaded when it i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .capped import CapResult, run_capped
 from .controller import Controller, FlashEvent
 from .errors import FlashBudgetError, FlashCapError, FlashError, FlashFormatError, FlashReadError
 from .options import FlashOffload
+
+if TYPE_CHECKING:
+    from .device_profile import DeviceProfile
+    from .planner import LoadPlan, plan
+    from .profiles import profile
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CapResult",
     "Controller",
+    "DeviceProfile",
     "FlashBudgetError",
     "FlashCapError",
     "FlashError",
@@ -22,6 +30,22 @@ __all__ = [
     "FlashFormatError",
     "FlashOffload",
     "FlashReadError",
+    "LoadPlan",
     "__version__",
+    "plan",
+    "profile",
     "run_capped",
 ]
+
+# these need numpy, and the engine as soon as they are called
+_LATER = {"DeviceProfile": "device_profile", "LoadPlan": "planner", "plan": "planner", "profile": "profiles"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value

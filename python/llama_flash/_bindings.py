@@ -310,6 +310,32 @@ class llama_flash_context_memory(ctypes.Structure):
     compute: int  # graph buffers
 
 
+class llama_flash_probe(ctypes.Structure):
+    """What a device gives, by llama_flash_probe_reads."""
+
+    _fields_: ClassVar = [
+        ("bytes", ctypes.c_uint64),
+        ("reads", ctypes.c_uint64),
+        ("ns", ctypes.c_uint64),
+        ("latency_ns", ctypes.c_uint64),
+        ("latency_p99_ns", ctypes.c_uint64),
+        ("in_flight", ctypes.c_uint32),
+        ("direct", ctypes.c_uint32),
+        ("io_engine", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+    bytes: int  # that arrived
+    reads: int  # of a chunk each
+    ns: int  # from the first submission to the last arrival
+    latency_ns: int  # of a read, mean: from its submission to its arrival
+    latency_p99_ns: int  # 99 of 100 reads took no longer
+    in_flight: int  # most reads under way at once
+    direct: int  # 1: past the page cache; 0: the file system cannot
+    io_engine: int  # enum llama_flash_io_engine: the one in use
+    reserved: int
+
+
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_params,
     llama_flash_bundle_part,
@@ -321,6 +347,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_resize,
     llama_flash_stats,
     llama_flash_context_memory,
+    llama_flash_probe,
 )
 
 # name: (result, arguments)
@@ -390,6 +417,31 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "llama_flash_session_take_error": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
     "llama_flash_session_stats": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_stats)]),
     "llama_flash_get_context_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_context_memory)]),
+    "llama_flash_probe_reads": (
+        ctypes.c_int32,
+        [
+            ctypes.c_char_p,
+            ctypes.c_uint32,
+            ctypes.c_uint32,
+            ctypes.POINTER(llama_flash_params),
+            ctypes.POINTER(llama_flash_probe),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_bind_weight": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_char_p,
+            ctypes.c_uint64,
+            ctypes.c_int32,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
 }
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Room",
     "default_reserve",
     "held_by_process",
+    "reserve_of",
     "resolve_budget",
     "rooms",
     "smallest_budget",
@@ -106,6 +107,11 @@ def default_reserve(total: int) -> int:
     return max(RESERVE_MIN, int(total * RESERVE_SHARE))
 
 
+def reserve_of(total: int, reserve: int | str | None) -> int:
+    """Bytes of a budget of `total` bytes that are left alone; reserve: as in FlashOffload."""
+    return default_reserve(total) if reserve is None else 0 if reserve == 0 else parse_size(reserve)
+
+
 def held_by_process(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> int:
     """Bytes that the process takes now: anonymous and shared memory, page tables, code in use."""
     memory = process_memory(root, pid)
@@ -153,8 +159,7 @@ def resolve_budget(
         total = min(asked, available)
         if asked <= available:
             reason = "dram_budget"
-    kept = default_reserve(total) if reserve is None else 0 if reserve == 0 else parse_size(reserve)
-    return Budget(total, kept, reason, asked)
+    return Budget(total, reserve_of(total, reserve), reason, asked)
 
 
 def smallest_budget(needed: int, reserve: int | str | None = None) -> int:

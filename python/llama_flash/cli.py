@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from . import __version__
@@ -22,7 +23,7 @@ from .capped import CapResult, run_capped
 from .errors import FlashError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
-from .plan import ContextShape, estimate, least_for_neurons
+from .placement import KV_TYPES, ContextShape, estimate, least_for_neurons
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 
@@ -41,13 +42,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _stderr = Console(stderr=True, highlight=False)
+_stdout = Console(highlight=False)
 
 
 def main() -> None:
     """Entry point. Errors that a user can do something about are one line, without a traceback."""
     try:
         app()
-    except (FlashError, FileNotFoundError, ValueError) as error:
+    except (FlashError, OSError, ValueError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -130,6 +132,98 @@ def run(
     raise typer.Exit(130 if result["interrupted"] else 0)
 
 
+@app.command(
+    epilog="Examples:  [bold]llama-flash profile ~/models/qwen3-30b-a3b-q4_0.gguf[/]   |   "
+    "[bold]llama-flash profile /mnt/ssd --json[/]",
+)
+def profile(
+    path: Annotated[Path, typer.Argument(help="A large file on the device, best the model; or a directory.")],
+    io_engine: Annotated[str, typer.Option("--io-engine", help="auto, io_uring or pread.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, instead of a table.")] = False,
+) -> None:
+    """Measure a device and DRAM in at most 15 seconds, and keep the figures for plans.
+
+    A file of at least 256 MiB is read itself. Else a temporary file of at most 1 GiB is written; it vanishes with the
+    program, however that ends.
+    """
+    from .device_profile import measure
+    from .plan_view import print_profile
+    from .profiles import cache_folder, remember
+
+    engine = FlashOffload(io_engine=io_engine).io_engine  # type: ignore[arg-type]
+    with Progress(console=_stderr, transient=True) as progress:
+        task = progress.add_task("measuring", total=1.0)
+        measured = measure(
+            path, io_engine=engine, report=lambda share, what: progress.update(task, completed=share, description=what)
+        )
+    kept = remember(measured)
+    if as_json:
+        print(json.dumps(measured.as_dict()))
+        return
+    print_profile(_stdout, measured)
+    _stdout.print(f"kept in {kept}" if kept else f"not kept: {cache_folder()} cannot be written", soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples:  [bold]llama-flash plan qwen3-30b-a3b-q4_0.gguf --dram-budget 8GiB[/]   |   "
+    "[bold]llama-flash plan model.gguf --n-ctx 8192 --type-k q8_0 --json[/]",
+)
+def plan(
+    model: Annotated[Path | None, typer.Argument(help="GGUF file, or its first shard.", metavar="MODEL.gguf")] = None,
+    dram_budget: Annotated[
+        str, typer.Option("--dram-budget", help='"auto", a size, or a share of the model file.')
+    ] = "auto",
+    n_ctx: Annotated[
+        int, typer.Option("-c", "--n-ctx", "--ctx", min=0, help="Context in tokens. 0: 2048, or less if trained so.")
+    ] = 0,
+    n_batch: Annotated[int, typer.Option("--n-batch", min=1, help="Tokens of a prompt computed in one call.")] = 512,
+    n_ubatch: Annotated[int, typer.Option("--n-ubatch", min=1, help="Of these, computed at once.")] = 512,
+    type_k: Annotated[str, typer.Option("--type-k", help=f"Of the KV cache: {', '.join(KV_TYPES)}.")] = "f16",
+    type_v: Annotated[str, typer.Option("--type-v", help="The same, for V.")] = "f16",
+    flash_attn: Annotated[bool, typer.Option("--flash-attn", help="As Llama(flash_attn=True).")] = False,
+    logits_all: Annotated[bool, typer.Option("--logits-all", help="As Llama(logits_all=True).")] = False,
+    what: Annotated[str, typer.Option("--what", help="Weights that go to flash: auto, experts, ffn or all.")] = "auto",
+    predictor: Annotated[
+        str, typer.Option("--predictor", help="Active neurons of a bundle file: auto, exact, lowrank (lossy) or off.")
+    ] = "auto",
+    window: Annotated[
+        int | None, typer.Option("--window", help="Tokens whose neurons stay in memory. Default: as many as have room.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, instead of tables.")] = False,
+) -> None:
+    """Say what loading a model would do: memory, mode, smallest workable budget, bytes and tokens per second.
+
+    Nothing is loaded. Rates are of the device's profile (llama-flash profile), else of a quick probe of the file.
+    """
+    from .plan_view import print_plan
+    from .planner import plan as make
+
+    path = _model_path(model)
+    trained = read_gguf(path).number("context_length", _DEFAULT_CTX)
+    options = FlashOffload(dram_budget=dram_budget, what=what, predictor=predictor, window=window)  # type: ignore[arg-type]
+    made = make(
+        path,
+        n_ctx=n_ctx or min(trained, _DEFAULT_CTX),
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
+        type_k=_kv_type("--type-k", type_k),
+        type_v=_kv_type("--type-v", type_v),
+        flash_attn=flash_attn,
+        logits_all=logits_all,
+        flash_offload=options,
+    )
+    if as_json:
+        print(json.dumps(made.as_dict()))
+    else:
+        print_plan(_stdout, made)
+
+
+def _kv_type(option: str, name: str) -> int:
+    if name not in KV_TYPES:
+        raise ValueError(f"{option}: {name!r} is not one of {', '.join(KV_TYPES)}")
+    return KV_TYPES[name]
+
+
 def _generate(
     path: Path,
     prompt: str,
@@ -145,6 +239,10 @@ def _generate(
     """Streams the continuation of `prompt` to stdout; returns what was generated and measured."""
     with _stderr.status(f"loading {path.name}"):
         import llama_cpp
+
+        from .plan_view import print_comparison
+        from .planner import cost_of
+        from .profiles import profile_for
 
         n_threads = threads or len(os.sched_getaffinity(0))
         llm = llama_cpp.Llama(
@@ -179,19 +277,27 @@ def _generate(
     if not quiet:
         print(flush=True)
     stats: FlashStats = llm.flash.stats()
+    expect = cost_of(llm.flash)
     llm.close()
+    # when the model's memory is free again: where no profile is kept, the file is read
+    rates = profile_for(path, options.io_engine)
+    expected = expect(rates)
     seconds = finished - first
+    rate = stats.decode.tokens / seconds if seconds > 0 else None
     result = {
         "model": str(path),
         "prompt": prompt,
         "text": "".join(pieces),
         "interrupted": interrupted,
         "seconds_to_first_token": first - started,
-        "tokens_per_second": stats.decode.tokens / seconds if seconds > 0 else None,
+        "tokens_per_second": rate,
+        "expected": {**expected.as_dict(), "rates": rates.source},
         "flash": stats.as_dict(),
     }
     if not quiet:
         _report(stats, result)
+        if stats.decode.tokens:
+            print_comparison(_stderr, expected, rates, stats.decode, rate)
     return result
 
 

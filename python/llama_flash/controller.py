@@ -253,7 +253,7 @@ class Controller:
         self._watch([room.group for room in found if room.group], reserve // 2)
         granted = sum(session.granted for session in sessions)
         pressed = self._note_pressure(now, granted, reason)
-        fixed = self._fixed(sessions)
+        fixed = self._fixed(sessions, reserve)
         pool = room - reserve - fixed
         if self._ceiling is not None:
             pool = min(pool, int(self._ceiling))
@@ -298,11 +298,11 @@ class Controller:
         assert best is not None
         return best, reason
 
-    def _fixed(self, sessions: Sequence[Session]) -> int:
-        """What the process takes beside flash: as planned, or as it is, if that is more."""
+    def _fixed(self, sessions: Sequence[Session], reserve: int) -> int:
+        """What the process takes beside flash: as planned, or as it is, if that eats too much of the reserve."""
         touched = sum(session.touched for session in sessions)
         planned = self._interpreter + sum(session.fixed for session in sessions)
-        return max(planned, held_by_process(self._root) - touched)
+        return max(planned, held_by_process(self._root) - touched - reserve // 2)
 
     def _note_pressure(self, now: float, granted: int, reason: str) -> bool:
         pressed = self._pressed or (self._pressure is not None and self._pressure.poll(now))

@@ -12,7 +12,13 @@ from typing import Any
 from . import _bindings
 from .errors import FlashError, FlashFormatError, FlashReadError
 
-__all__ = ["library", "raise_error", "register"]
+__all__ = ["IO_ENGINES", "library", "raise_error", "register"]
+
+IO_ENGINES = {
+    "auto": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_AUTO,
+    "io_uring": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_URING,
+    "pread": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_PREAD,
+}
 
 _library: Any = None
 _problem: str | None = "llama_cpp, with which the plugin is registered, has not been imported"

@@ -1,8 +1,7 @@
 """Warm start: which weights of a model were hot when it was last used, in a small file of the user's cache folder.
 
-The folder is $LLAMA_FLASH_CACHE, else $XDG_CACHE_HOME/llama-flash, else ~/.cache/llama-flash; with LLAMA_FLASH_CACHE
-set to nothing there is none. A file that is cut short, damaged, or of another version of the model is ignored with one
-line in the log. Nothing depends on it: it only says what to read first.
+A file that is cut short, damaged, or of another version of the model is ignored with one line in the log. Nothing
+depends on it: it only says what to read first. The model's own folder is never written to.
 
 Layout: one line of JSON (version, model, fingerprint, count, crc32), then the records' numbers as little-endian 64-bit
 integers, the hottest first.
@@ -22,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Ids", "cache_folder", "fingerprint", "load", "save"]
+from .profiles import cache_folder
+
+__all__ = ["Ids", "fingerprint", "load", "save", "wanted"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -32,13 +33,9 @@ _VERSION = 1
 _MOST = 1 << 22  # records of one file
 
 
-def cache_folder() -> Path | None:
-    """The user's cache folder for llama_flash; None: not wanted."""
-    chosen = os.environ.get("LLAMA_FLASH_CACHE")
-    if chosen is not None:
-        return Path(chosen) if chosen else None
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llama-flash"
+def wanted() -> bool:
+    """Whether the environment allows a warm start: LLAMA_FLASH_WARM_START=0 does not."""
+    return os.environ.get("LLAMA_FLASH_WARM_START", "1") != "0"
 
 
 def fingerprint(files: Sequence[Path], layout: str) -> str:
@@ -52,10 +49,7 @@ def fingerprint(files: Sequence[Path], layout: str) -> str:
 
 def save(model: Path, mark: str, ids: Ids) -> Path | None:
     """Writes the file; returns where, None if it cannot be written: a cache is not worth failing for."""
-    place = cache_folder()
-    if place is None:
-        return None
-    path = _path(place, model)
+    path = _path(model)
     data = np.ascontiguousarray(ids[:_MOST], dtype="<u8").tobytes()
     header = {
         "version": _VERSION,
@@ -80,10 +74,7 @@ def save(model: Path, mark: str, ids: Ids) -> Path | None:
 def load(model: Path, mark: str) -> Ids:
     """The records that were hot; none where there is no file, or none that fits."""
     nothing: Ids = np.empty(0, np.uint64)
-    place = cache_folder()
-    if place is None:
-        return nothing
-    path = _path(place, model)
+    path = _path(model)
     try:
         head, _, data = path.read_bytes().partition(b"\n")
     except FileNotFoundError:
@@ -103,6 +94,6 @@ def load(model: Path, mark: str) -> Ids:
     return np.frombuffer(data, "<u8").astype(np.uint64)
 
 
-def _path(place: Path, model: Path) -> Path:
+def _path(model: Path) -> Path:
     name = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:16]
-    return place / "hot" / f"{model.stem[:60]}-{name}.hot"
+    return cache_folder() / "hot" / f"{model.stem[:60]}-{name}.hot"

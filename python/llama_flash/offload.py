@@ -22,24 +22,20 @@ import numpy as np
 
 from . import _bindings, engine, hot
 from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
-from .bundles import holds_bundles
+from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
-from .errors import FlashError, FlashFormatError
+from .errors import FlashBudgetError, FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
-from .plan import ContextShape, Plan, make_plan, work_bytes
+from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 
-__all__ = ["FlashSession", "open_session"]
+__all__ = ["BufferTypeOverride", "FlashSession", "held_by_all", "io_depth", "neuron_params", "open_session"]
 
 logger = logging.getLogger("llama_flash")
 
-_IO_ENGINES = {
-    "auto": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_AUTO,
-    "io_uring": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_URING,
-    "pread": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_PREAD,
-}
+_IO_ENGINES = engine.IO_ENGINES
 _MODES = {
     "exact": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_EXACT,
     "lowrank": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_LOWRANK,
@@ -47,7 +43,6 @@ _MODES = {
 }
 _NO_WINDOW = 0xFFFFFFFF
 _MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
-_EXACT_SHARE = 0.10  # of the neurons: with room for fewer beside what exact keeps resident, lowrank is better
 _IO_NAMES = {int(number): name for name, number in _IO_ENGINES.items()}
 
 _NONE = Counters()
@@ -55,7 +50,7 @@ _NONE = Counters()
 _live: weakref.WeakSet[FlashSession] = weakref.WeakSet()
 
 
-class _BufferTypeOverride(ctypes.Structure):
+class BufferTypeOverride(ctypes.Structure):
     """struct llama_model_tensor_buft_override"""
 
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
@@ -69,6 +64,22 @@ class _Progress:
     prompt: Counters = _NONE
     decode: Counters = _NONE
     last: Counters = _NONE
+
+
+def neuron_params(mode: Mode, options: FlashOffload, bundles: Bundles, n_ubatch: int) -> Any:
+    """`struct llama_flash_neuron_params` of a mode."""
+    return _bindings.llama_flash_neuron_params(
+        mode=_MODES[mode],
+        window=_NO_WINDOW if options.window is None else options.window,
+        n_ubatch=max(n_ubatch, 16),
+        merge_gap=int(_MERGE_GAP * bundles.format.record_bytes),
+        lookahead=options.lookahead,
+    )
+
+
+def io_depth(options: FlashOffload, bundles: Bundles | None) -> int:
+    """Most reads in flight at once."""
+    return options.io_depth or (128 if bundles else 32)
 
 
 def open_session(
@@ -150,7 +161,7 @@ class FlashSession:
 
     def _prepare(self, model_params: Any, context_params: Any) -> None:
         options, model_path, logits_all = self.options, self._path, self._logits_all
-        self._base = held_by_process() + _promised(self)
+        self._base = held_by_all(self)
         self.meta: GgufMeta = read_gguf(model_path)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
@@ -163,7 +174,7 @@ class FlashSession:
         if not logits_all and not context_params.embeddings:
             # Only the last token's logits are ever asked for: do not reserve n_ubatch rows of the vocabulary.
             context_params.n_outputs_max = 1
-        self.plan: Plan = make_plan(self.meta, options, self.budget, self._shape(), self._base)
+        self.plan: Plan = self._make_plan()
         self.memory: Breakdown = self.plan.expected
         if model_params.vocab_only:
             self.plan = replace(self.plan, mode="nothing", tensors=())
@@ -180,10 +191,18 @@ class FlashSession:
             context_params.abort_callback = ctypes.cast(self._lib.llama_flash_abort, llama_cpp.ggml_abort_callback)
             context_params.abort_callback_data = self._handle
 
+    def _make_plan(self) -> Plan:
+        try:
+            return make_plan(self.meta, self.options, self.budget, self._shape(), self._base)
+        except FlashBudgetError as error:
+            from . import planner  # which needs this module
+
+            raise planner.smallest_budget_of(self.meta, self.options, self._shape(), self._base, error) from None
+
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
         params.io_engine = _IO_ENGINES[self.options.io_engine]
-        params.io_depth = self.options.io_depth or (128 if self.plan.bundles else 32)
+        params.io_depth = io_depth(self.options, self.plan.bundles)
         params.io_threads = self.options.io_threads
         params.panel_bytes = parse_size(self.options.panel_bytes)
         error = _bindings.llama_flash_error()
@@ -198,8 +217,8 @@ class FlashSession:
         """Names the flash tensors' buffer type to the loader. The arrays must outlive the load."""
         patterns = [pattern.encode() for pattern in self.plan.patterns()]
         buft = self._lib.llama_flash_buffer_type()
-        self._overrides = (_BufferTypeOverride * (len(patterns) + 1))(
-            *(_BufferTypeOverride(pattern, buft) for pattern in patterns)
+        self._overrides = (BufferTypeOverride * (len(patterns) + 1))(
+            *(BufferTypeOverride(pattern, buft) for pattern in patterns)
         )
         model_params.tensor_buft_overrides = ctypes.addressof(self._overrides)
 
@@ -352,7 +371,7 @@ class FlashSession:
         self.memory = replace(self.memory, reserve=reserve)
 
     def warm(self) -> bool:
-        if self._handle is None or not self.options.warm_start:
+        if self._handle is None or not self.options.warm_start or not hot.wanted():
             return False
         if self._hot is None:
             self._hot_mark = hot.fingerprint(self.meta.files, self._layout())
@@ -442,7 +461,7 @@ class FlashSession:
     def _keep_hot(self) -> None:
         """Remembers what is in slots, for the next load."""
         n = int(self._lib.llama_flash_session_hot(self._handle, None, 0))
-        if not n or not self.options.warm_start or not self.stats().total.tokens:
+        if not (n and self.options.warm_start and hot.wanted() and self.stats().total.tokens):
             return
         ids = np.empty(n, np.uint64)
         pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
@@ -452,44 +471,20 @@ class FlashSession:
             hot.save(self.meta.files[0], mark, ids[:n])
 
     def _requirements(self) -> Any:
+        """`struct llama_flash_requirements`: what the flash tensors need."""
         needs = _bindings.llama_flash_requirements()
         self._lib.llama_flash_session_requirements(self._handle, ctypes.byref(needs))
         return needs
 
     def _choose_predictor(self, left: int) -> Any:
         """How active neurons are found, and what that needs; left: bytes there are for it."""
-        bundles = self.plan.bundles
-        assert bundles is not None
-        asked = self.options.predictor
-        if asked == "lowrank" and bundles.n_expert_used:
-            raise FlashFormatError(
-                f"{self._path}: predictor='lowrank', but experts have no predictors: choose 'exact' or 'off'"
-            )
-        if asked == "lowrank" and not bundles.has_predictors:
-            raise FlashFormatError(
-                f"{self._path}: predictor='lowrank', but the file has no predictors for all layers: calibrate it "
-                "(python -m gguf_tools calibrate), or choose 'exact' or 'off'"
-            )
-        if asked != "auto":
-            return self._set_predictor(asked)
-        needs = self._set_predictor("exact")
-        rest = needs.neuron_bytes - needs.neuron_resident
-        if left >= needs.min_memory + int(_EXACT_SHARE * rest):
-            return needs
-        if bundles.has_predictors:
-            return self._set_predictor("lowrank")
-        # whole dense layers are too much to read for every token; whole experts in the gates' memory are not
-        return needs if left >= needs.min_memory and not bundles.n_expert_used else self._set_predictor("off")
+        assert self.plan.bundles is not None
+        return choose_predictor(self._path, self.plan.bundles, self.options.predictor, left, self._set_predictor)
 
-    def _set_predictor(self, mode: str) -> Any:
+    def _set_predictor(self, mode: Mode) -> Any:
         assert self.plan.bundles is not None
         self.predictor = mode
-        params = _bindings.llama_flash_neuron_params()
-        params.mode = _MODES[mode]
-        params.window = _NO_WINDOW if self.options.window is None else self.options.window
-        params.n_ubatch = max(self._context_params.n_ubatch, 16)
-        params.merge_gap = int(_MERGE_GAP * self.plan.bundles.format.record_bytes)
-        params.lookahead = self.options.lookahead
+        params = neuron_params(mode, self.options, self.plan.bundles, self._context_params.n_ubatch)
         self._call("llama_flash_session_set_neurons", ctypes.byref(params))
         return self._requirements()
 
@@ -651,5 +646,11 @@ def _keep_all_hot() -> None:
             session._keep_hot()
 
 
-def _promised(asking: FlashSession) -> int:
+def held_by_all(asking: FlashSession | None = None) -> int:
+    """Bytes that this process holds before a model is loaded, with those that were granted to other models."""
+    engine.trim_heap()
+    return held_by_process() + _promised(asking)
+
+
+def _promised(asking: FlashSession | None) -> int:
     return sum(session._promised_bytes() for session in list(_live) if session is not asking)

@@ -1,4 +1,4 @@
-"""What the user may choose about flash offload. How it is chosen for them is in budget.py and plan.py."""
+"""What the user may choose about flash offload. How it is chosen for them is in budget.py and placement.py."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FlashOffload:
 
     Raises:
         ValueError: a value that makes no sense, with the accepted ones.
-        TypeError: an option that does not exist.
+        TypeError: an option that does not exist, a size that is neither number nor text.
     """
 
     dram_budget: int | str = "auto"
@@ -61,12 +61,9 @@ class FlashOffload:
 
     def __post_init__(self) -> None:
         if self.dram_budget != "auto":
-            try:
-                parse_size(self.dram_budget, reference=1 << 40)
-            except ValueError as error:
-                raise ValueError(f'dram_budget: {error}, or "auto"') from None
-        if self.reserve is not None and self.reserve != 0:
-            _checked("reserve", self.reserve)
+            _checked("dram_budget", self.dram_budget, ', or "auto"', reference=1 << 40)
+        if self.reserve is not None and (self.reserve != 0 or isinstance(self.reserve, bool)):
+            _checked("reserve", self.reserve, ", or 0, or None")
         _one_of("what", self.what, get_args(What))
         _one_of("io_engine", self.io_engine, get_args(IoEngine))
         _one_of("predictor", self.predictor, get_args(Predictor))
@@ -107,11 +104,11 @@ def reject_misspelt(names: Iterable[str]) -> None:
             )
 
 
-def _checked(name: str, value: int | str) -> int:
+def _checked(name: str, value: int | str, others: str = "", reference: int | None = None) -> int:
     try:
-        return parse_size(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        return parse_size(value, reference=reference)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}{others}") from None
 
 
 def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:

@@ -31,10 +31,13 @@ def parse_size(value: int | float | str, *, reference: int | None = None) -> int
         A whole number of bytes, at least 1.
 
     Raises:
-        ValueError: naming the accepted forms.
+        ValueError: not a size (True and False are none); the message names the accepted forms.
+        TypeError: neither number nor text; the same message.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool):
         raise _bad(value)
+    if not isinstance(value, (int, float, str)):
+        raise TypeError(str(_bad(value)))
     if isinstance(value, (int, float)):
         size: float = value
     else:

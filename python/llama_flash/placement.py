@@ -8,16 +8,31 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .budget import Breakdown, Budget, refuse
 from .bundles import Bundles, read_bundles
+from .errors import FlashFormatError
 from .gguf_meta import GgufMeta, TensorInfo
-from .options import FlashOffload
+from .options import FlashOffload, Predictor
 from .sizes import parse_size
 
-__all__ = ["ContextShape", "Plan", "estimate", "least_for_neurons", "make_plan", "work_bytes"]
+__all__ = [
+    "KV_TYPES",
+    "ContextShape",
+    "Mode",
+    "Plan",
+    "choose_predictor",
+    "estimate",
+    "least_for_neurons",
+    "make_plan",
+    "select",
+    "work_bytes",
+]
+
+Mode = Literal["exact", "lowrank", "off"]  # how the active neurons of bundles are found
 
 # Kinds of weights in the order in which they go to flash: experts cost the fewest bytes per token for the memory they
 # free, then dense FFN weights, then the rest of what only ever meets a MUL_MAT. Left alone: the token embedding (read
@@ -29,12 +44,14 @@ _KINDS = {
 }
 _TIERS: tuple[tuple[str, ...], ...] = (("experts",), ("experts", "ffn"), ("experts", "ffn", "all"))
 _NEURON_SHARE = 0.04  # of all neurons: with fewer in slots, attention had better leave memory than they
+_EXACT_SHARE = 0.10  # of the neurons: with room for fewer beside what exact keeps resident, lowrank is better
 _SMALLEST = 64 << 10  # bytes of a weight that is worth a read
 
 _PLAIN_TYPES = (0, 1, 30)  # enum ggml_type of F32, F16, BF16: computed on as they are in the file
 _LOAD_PIECES = 16 << 20  # bytes of the buffer through which weights are read, and of the heap that it leaves behind
 
-# bytes per element of KV cache types (enum ggml_type)
+# types of KV caches (enum ggml_type), and bytes per element
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 _KV_BYTES = {0: 4.0, 1: 2.0, 2: 18 / 32, 3: 20 / 32, 6: 22 / 32, 7: 24 / 32, 8: 34 / 32, 20: 18 / 32, 30: 2.0}
 _HEAP_PER_TOKEN = 300  # bytes of the engine's heap per vocabulary entry: strings, maps, merges
 _ENGINE_HEAP = 16 << 20  # graphs, thread pool, tensor tables
@@ -198,6 +215,35 @@ def make_plan(meta: GgufMeta, options: FlashOffload, budget: Budget, shape: Cont
             return plan
     _check(meta, candidates[-1], options, budget)
     return candidates[-1]
+
+
+def choose_predictor(path: str, bundles: Bundles, asked: Predictor, left: int, needs_of: Callable[[Mode], Any]) -> Any:
+    """How active neurons are found: the last mode that `needs_of` was called with. Returns what that one needs.
+
+    Args:
+        left: bytes there are for the flash tensors.
+        needs_of: `struct llama_flash_requirements` of a mode.
+
+    Raises:
+        FlashFormatError: "lowrank" was asked for, and the file has no predictors.
+    """
+    if asked == "lowrank" and bundles.n_expert_used:
+        raise FlashFormatError(f"{path}: predictor='lowrank', but experts have no predictors: choose 'exact' or 'off'")
+    if asked == "lowrank" and not bundles.has_predictors:
+        raise FlashFormatError(
+            f"{path}: predictor='lowrank', but the file has no predictors for all layers: calibrate it "
+            "(python -m gguf_tools calibrate), or choose 'exact' or 'off'"
+        )
+    if asked != "auto":
+        return needs_of(asked)
+    needs = needs_of("exact")
+    rest = needs.neuron_bytes - needs.neuron_resident
+    if left >= needs.min_memory + int(_EXACT_SHARE * rest):
+        return needs
+    if bundles.has_predictors:
+        return needs_of("lowrank")
+    # whole dense layers are too much to read for every token; whole experts in the gates' memory are not
+    return needs if left >= needs.min_memory and not bundles.n_expert_used else needs_of("off")
 
 
 def _beside(meta: GgufMeta, plan: Plan, options: FlashOffload) -> int:

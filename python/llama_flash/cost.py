@@ -1,0 +1,241 @@
+"""What decoding a token costs: bytes and reads from flash, and the two clocks that run beside each other.
+
+The model of "LLM in a flash", sections 2 and 3, for one token at a time and a cache that is warm. The formulas and what
+they assume are written down in docs/budget.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .budget import Breakdown
+from .device_profile import DeviceProfile
+from .gguf_meta import GgufMeta
+from .placement import Plan, select
+
+__all__ = ["ASSUMED_ACTIVE", "Cost", "Traffic", "expect", "expert_slots", "neuron_misses"]
+
+ASSUMED_OPEN = 0.4  # share of the gates of a routed expert
+ASSUMED_ACTIVE = 0.10  # share of the neurons, where the file does not say
+
+_SECTOR = 4096
+_ALIGNMENT = 32  # of tensors in a GGUF file, so that a record begins anywhere in a sector
+_MARGIN = _SECTOR - _ALIGNMENT  # bytes of whole sectors beyond a record's own, on average over where it begins
+_PIECE = 1 << 20  # bytes of a read, at most
+_SHARED_TOKENS = 3  # see neuron_misses
+_RUN = 256  # neurons read at once where whole layers are
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Records of one kind that a token reads from flash, on average."""
+
+    kind: Literal["experts", "panels", "neurons"]
+    bytes: float
+    reads: float
+    at_once: float  # reads that are asked for together
+    hit_rate: float  # share of the records' bytes that is found in memory
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a token. Reading and computing overlap: a token takes as long as the slower of the two."""
+
+    traffic: tuple[Traffic, ...]
+    touched: float  # bytes of weights that a token computes with
+    compute_seconds: float  # at least: to read those from DRAM
+    assumptions: tuple[str, ...]
+
+    @property
+    def bytes_per_token(self) -> float:
+        return sum(part.bytes for part in self.traffic)
+
+    @property
+    def reads_per_token(self) -> float:
+        return sum(part.reads for part in self.traffic)
+
+    @property
+    def io_seconds(self) -> float:
+        return sum(part.seconds for part in self.traffic)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / max(self.io_seconds, self.compute_seconds, 1e-9)
+
+    @property
+    def bound_by(self) -> Literal["flash", "DRAM"]:
+        return "flash" if self.io_seconds > self.compute_seconds else "DRAM"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        names = ("bytes_per_token", "reads_per_token", "io_seconds", "tokens_per_second", "bound_by")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+def expect(
+    meta: GgufMeta,
+    plan: Plan,
+    memory: Breakdown,
+    needs: Any,
+    profile: DeviceProfile,
+    *,
+    predictor: str = "none",
+    window: int | None = None,
+    io_depth: int = 32,
+) -> Cost:
+    """Expected cost of a token.
+
+    Args:
+        memory: how the budget is divided; slots, pinned and stream are used, in bytes.
+        needs: `struct llama_flash_requirements` of the plan's flash tensors; ignored where nothing is on flash.
+        predictor: how active neurons are found.
+        window: as in FlashOffload.
+    """
+    assumptions = ["one token at a time, slots warm, an empty KV cache"]
+    touched = _resident_touched(meta, plan)
+    parts: list[Traffic] = []
+    if plan.mode == "flash":
+        n_used, n_expert = meta.number("expert_used_count"), max(1, meta.number("expert_count"))
+        if plan.bundles:
+            parts += _neurons(meta, plan, memory, needs, profile, predictor, window, io_depth, assumptions)
+            touched += _neurons_touched(meta, plan, needs, predictor)
+        if plan.panel_bytes and needs.n_panels:
+            pinned = min(plan.panel_bytes, memory.pinned)
+            size = needs.panel_bytes / needs.n_panels
+            streamed = needs.n_panels * (1 - pinned / plan.panel_bytes)
+            parts.append(
+                _records("panels", streamed, size, memory.stream / _PIECE, io_depth, profile, pinned / plan.panel_bytes)
+            )
+            touched += plan.panel_bytes
+        if plan.expert_bytes and needs.n_experts:
+            size = needs.expert_bytes / needs.n_experts
+            held = min(1.0, memory.slots / expert_slots(needs))
+            used = needs.n_experts * n_used / n_expert
+            layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
+            together = used * (1 - held) / max(1, layers) * max(1.0, size / _PIECE)
+            parts.append(_records("experts", used * (1 - held), size, together, io_depth, profile, held))
+            touched += plan.expert_bytes * n_used / n_expert
+            if held < 1:
+                assumptions.append("experts are used evenly: most models read less")
+    return Cost(tuple(part for part in parts if part.reads > 0), touched, touched / profile.dram, tuple(assumptions))
+
+
+def expert_slots(needs: Any) -> int:
+    """Bytes of slots that hold all experts: a slot takes whole sectors."""
+    return int(needs.expert_bytes + _SECTOR * needs.n_experts)
+
+
+def neuron_misses(active: float, held: float, window: int | None = None) -> float:
+    """Share of a token's active neurons that is not in slots.
+
+    Args:
+        active: share of the neurons that a token activates.
+        held: share of the neurons that slots hold.
+        window: tokens whose neurons stay, None: as many as have room.
+
+    Slots hold the neurons of held/active tokens. If all neurons were alike, (1 - held) would be missed. Tokens share
+    neurons, and some neurons are used more than others: that divides the misses by 1 + held/active/3, as measured with
+    the shipped OPT model at five sizes of the cache, exact and by predictors. The paper's OPT 6.7B misses half as many.
+    """
+    if window is not None:
+        held = min(held, active * window)
+    return (1 - min(1.0, held)) / (1 + held / active / _SHARED_TOKENS) if active > 0 else 0.0
+
+
+def _records(
+    kind: Literal["experts", "panels", "neurons"],
+    n: float,
+    size: float,
+    at_once: float,
+    io_depth: int,
+    profile: DeviceProfile,
+    hit_rate: float,
+) -> Traffic:
+    """n records of `size` bytes, each read in whole sectors and in pieces of at most 1 MiB."""
+    span = size + _MARGIN
+    pieces = max(1.0, -(-span // _PIECE))
+    depth = max(1.0, min(at_once, io_depth))
+    return Traffic(kind, n * span, n * pieces, at_once, hit_rate, n * span / profile.rate(span / pieces, depth))
+
+
+def _neurons(
+    meta: GgufMeta,
+    plan: Plan,
+    memory: Breakdown,
+    needs: Any,
+    profile: DeviceProfile,
+    predictor: str,
+    window: int | None,
+    io_depth: int,
+    assumptions: list[str],
+) -> Iterator[Traffic]:
+    assert plan.bundles is not None
+    n_layers = len(plan.bundles.layers)
+    if predictor == "off" and not plan.bundles.n_expert_used:
+        held = min(1.0, memory.pinned / plan.neuron_bytes) if not plan.panel_bytes else 0.0
+        runs = plan.n_neurons / _RUN * (1 - held)
+        size = _RUN * plan.neuron_bytes / plan.n_neurons
+        yield _records("neurons", runs, size, memory.stream / _PIECE, io_depth, profile, held)
+        return
+    if memory.pinned >= plan.neuron_bytes:
+        return  # everything fits
+    active, said = _active_share(meta, plan, predictor)
+    if not said:
+        assumptions.append(f"{active:.0%} of the neurons are active: the file does not say")
+    slots = 0 if plan.expert_bytes else memory.slots
+    held = min(1.0, slots / needs.neuron_record / plan.n_neurons)
+    missed = neuron_misses(active, held, window)
+    assumptions.append("tokens share neurons as in the shipped OPT model; those read ahead in vain are not counted")
+    # neurons to read, and reads of them: a read goes on over one record that is not wanted to reach one that is
+    share = active * missed
+    wanted = plan.n_neurons * share
+    reads = wanted * (1 - share) ** 2
+    covered = wanted * (1 + share * (1 - share))
+    form = plan.bundles.format
+    streams = len(form.parts) - (predictor == "exact") if form.split else 1
+    size = covered * needs.neuron_record / max(reads, 1e-9) / streams
+    yield _records("neurons", reads * streams, size, reads * streams / n_layers, io_depth, profile, 1 - missed)
+
+
+def _neurons_touched(meta: GgufMeta, plan: Plan, needs: Any, predictor: str) -> float:
+    assert plan.bundles is not None
+    if predictor == "off" and not plan.bundles.n_expert_used:
+        return float(plan.neuron_bytes)
+    active, _ = _active_share(meta, plan, predictor)
+    resident = float(needs.neuron_resident)
+    return resident + active * (plan.neuron_bytes - resident)
+
+
+def _active_share(meta: GgufMeta, plan: Plan, predictor: str) -> tuple[float, bool]:
+    """Share of the neurons that a token activates (by predictors: that are predicted), and whether the file says so."""
+    assert plan.bundles is not None
+    if plan.bundles.n_expert_used:  # the same for all neurons of an expert; how many gates open, no file says
+        routed = plan.bundles.n_expert_used / max(layer.n_expert for layer in plan.bundles.layers)
+        return routed * (ASSUMED_OPEN if predictor == "exact" else 1.0), predictor != "exact"
+    key = "flash.predictor." + ("predicted_share" if predictor == "lowrank" else "active_share")
+    shares = meta.values.get(key)
+    if not isinstance(shares, list):
+        return ASSUMED_ACTIVE, False
+    total = 0.0
+    for layer in plan.bundles.layers:
+        share = shares[layer.layer] if layer.layer < len(shares) else None
+        if not isinstance(share, float) or not 0 <= share <= 1:
+            return ASSUMED_ACTIVE, False
+        total += share * layer.n_neurons
+    return total / plan.n_neurons, True
+
+
+def _resident_touched(meta: GgufMeta, plan: Plan) -> float:
+    """Bytes of resident weights that a token computes with: one row of the embedding, and the experts it uses."""
+    touched = float(plan.resident_bytes)
+    if "output.weight" in meta.tensors:
+        touched -= sum(t.size for t in meta.tensors.values() if re.fullmatch(r"(token|position)_embd\.weight", t.name))
+    if plan.mode != "flash" or not plan.expert_bytes:
+        experts = sum(tensor.size for tensor in select(meta, ("experts",)))
+        unused = 1 - meta.number("expert_used_count") / max(1, meta.number("expert_count"))
+        touched -= experts * unused if experts else 0.0
+    return max(touched, 0.0)

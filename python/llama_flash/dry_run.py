@@ -1,0 +1,171 @@
+"""What a model would take in memory, asked of the engine and of the plugin without loading it.
+
+The engine lays out model and context without allocating them (`no_alloc`); the plugin binds the flash tensors to the
+file and says what it needs. Both are the code that runs at load, so that a plan and a load cannot differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import _bindings, engine
+from .budget import held_by_process
+from .bundles import Bundles
+from .errors import FlashError
+from .gguf_meta import GgufMeta
+from .offload import BufferTypeOverride, neuron_params
+from .options import FlashOffload
+from .placement import ContextShape, Mode, Plan
+from .sizes import parse_size
+
+__all__ = ["EngineSizes", "FlashNeeds", "engine_sizes"]
+
+_MALLOC_PAGE = 4096  # of a larger block only the page with its head is touched
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """What the engine allocates beside weights, in bytes."""
+
+    heap: int  # vocabulary, graphs, thread pool, batch
+    kv: int
+    compute: int  # graph buffers; the work buffer is not among them
+    doubled: int  # weights that are there twice (an embedding that is the output, too)
+
+
+def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -> EngineSizes:
+    """Of a model and a context of `shape`. Takes as long as reading the vocabulary; what it takes is free afterwards.
+
+    Raises:
+        FlashError: the engine cannot load the model or make such a context.
+    """
+    import llama_cpp
+    from llama_cpp._utils import suppress_stdout_stderr  # as llama_cpp itself does where it is not verbose
+
+    path = str(meta.files[0])
+    engine.trim_heap()
+    before = held_by_process()
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    parts = [f"^{re.escape(name)}$".encode() for name in (bundles.part_names() if bundles else ())]
+    # the loader refuses parts of bundles in buffers that would be filled; nothing is filled here
+    buffer_type = _cpu_buffer_type() if parts else None
+    overrides = (BufferTypeOverride * (len(parts) + 1))(*(BufferTypeOverride(part, buffer_type) for part in parts))
+    if parts:
+        params.tensor_buft_overrides = ctypes.addressof(overrides)
+    with suppress_stdout_stderr(disable=False):
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise FlashError(f"{path}: the engine cannot load this model")
+    context = None
+    try:
+        with suppress_stdout_stderr(disable=False):
+            context = llama_cpp.llama_init_from_model(model, _context_params(shape))
+        if not context:
+            raise FlashError(f"{path}: the engine cannot make a context of {shape}")
+        buffers = _bindings.llama_flash_context_memory()
+        if engine.library().llama_flash_get_context_memory(context, ctypes.byref(buffers)) != 0:
+            raise FlashError("the engine does not tell the sizes of its buffers")
+        heap = held_by_process() - before
+    finally:
+        if context:
+            llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+        engine.trim_heap()
+    predictors = bundles.predictor_bytes if bundles else 0
+    weights = sum(tensor.size for tensor in meta.tensors.values()) - predictors
+    # llama_cpp's batch: a list of n_ctx sequences for each token
+    batch = shape.n_batch * min(4 * shape.n_ctx, _MALLOC_PAGE)
+    return EngineSizes(
+        max(0, heap) + predictors + batch, buffers.context, buffers.compute, max(0, buffers.model - weights)
+    )
+
+
+def _cpu_buffer_type() -> int:
+    """ggml_backend_buffer_type_t of plain memory, from the engine's library that the plugin is linked with."""
+    function = engine.library().ggml_backend_cpu_buffer_type
+    function.restype = ctypes.c_void_p
+    address: int = function()
+    return address
+
+
+def _context_params(shape: ContextShape) -> Any:
+    import llama_cpp
+
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = shape.n_ctx, shape.n_batch, shape.n_ubatch
+    params.type_k, params.type_v = shape.type_k, shape.type_v
+    params.embeddings = shape.embedding
+    params.flash_attn_type = (
+        llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if shape.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    if shape.n_outputs == 1:
+        params.n_outputs_max = 1
+    return params
+
+
+class FlashNeeds:
+    """What the plugin needs for the flash tensors of a plan. To be closed."""
+
+    def __init__(self, plan: Plan, options: FlashOffload, n_ubatch: int) -> None:
+        """Raises FlashError where the plugin refuses a tensor, FlashReadError where a file cannot be opened."""
+        self._plan, self._options, self._n_ubatch = plan, options, n_ubatch
+        self._lib = engine.library()
+        params = _bindings.llama_flash_params(
+            io_engine=engine.IO_ENGINES["pread"], io_threads=1, panel_bytes=parse_size(options.panel_bytes)
+        )
+        error = _bindings.llama_flash_error()
+        self._handle = self._lib.llama_flash_session_new(ctypes.byref(params), ctypes.byref(error))
+        if not self._handle:
+            engine.raise_error(error)
+        try:
+            self._bind()
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self) -> None:
+        for tensor in self._plan.tensors:
+            ne0, ne1, ne2 = (*tensor.shape, 1, 1)[:3]
+            self._bind_weight(tensor.name, tensor.file, tensor.offset, tensor.type, ne0, ne1, ne2)
+        if bundles := self._plan.bundles:
+            # biases and predictors are on the engine's heap, not in the plugin's memory
+            bare = (replace(layer, up_bias=None, gate_bias=None, rank=0, predictor=None) for layer in bundles.layers)
+            bundles = replace(bundles, layers=tuple(bare))
+            for description in bundles.descriptions():
+                self._call("llama_flash_session_add_bundle", ctypes.byref(description))
+            for layer in bundles.layers:
+                for part in bundles.format.parts:
+                    ne = (bundles.format.n_embd, layer.n_ff)
+                    ne = ne[::-1] if part.name == "down" else ne
+                    name = f"blk.{layer.layer}.ffn_{part.name}{'_exps' if layer.n_expert else ''}.weight"
+                    n_expert = max(1, layer.n_expert)
+                    self._bind_weight(name, layer.tensor.file, layer.tensor.offset, part.type, *ne, n_expert)
+        self._call("llama_flash_session_bind_end")
+
+    def _bind_weight(self, name: str, file: Any, offset: int, kind: int, *ne: int) -> None:
+        self._call("llama_flash_session_bind_weight", name.encode(), os.fsencode(file), offset, kind, *ne)
+
+    def requirements(self, predictor: Mode = "off") -> Any:
+        """`struct llama_flash_requirements`; predictor: how active neurons are found, where there are bundles."""
+        if self._plan.bundles:
+            params = neuron_params(predictor, self._options, self._plan.bundles, self._n_ubatch)
+            self._call("llama_flash_session_set_neurons", ctypes.byref(params))
+        needs = _bindings.llama_flash_requirements()
+        self._lib.llama_flash_session_requirements(self._handle, ctypes.byref(needs))
+        return needs
+
+    def close(self) -> None:
+        if self._handle:
+            self._lib.llama_flash_session_free(self._handle)
+            self._handle = None
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        error = _bindings.llama_flash_error()
+        if getattr(self._lib, function)(self._handle, *arguments, ctypes.byref(error)) != 0:
+            engine.raise_error(error)
