@@ -391,7 +391,7 @@ def test_a_limit_that_moves_while_text_is_generated(moe: Path, tmp_path: Path) -
 
     before, squeezed, after = hit_rate(30, 60), hit_rate(130, 160), hit_rate(260, 300)
     assert squeezed < before - 0.01, "the lower limit made no difference"
-    assert after > before - 0.02, f"100 tokens later the cache is not back: {before}, {squeezed}, {after}"
+    assert after > before - 0.05, f"100 tokens later the cache is not back: {before}, {squeezed}, {after}"
 
 
 def test_a_neighbour_that_comes_and_goes(moe: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from neurons import bundled, give_neurons, open_neurons, slots_of, some_active, 
 
 from gguf_tools.format import Activation
 from gguf_tools.unbundle import unbundle
-from llama_flash import FlashFormatError
+from llama_flash import FlashError, FlashFormatError
 
 PROMPT, DECODED = tokens(70, seed=1), tokens(24, seed=2)
 
@@ -267,6 +267,17 @@ def test_an_adapter_on_the_block_is_honoured_by_a_prompt(model_folder: Path) -> 
     with open_neurons(bundled(path), predictor="off", **options) as llm:
         assert_close(logits_of(llm, PROMPT, DECODED), expected, 1e-5)
         assert llm.flash.stats().prompt.layers_repeated > 0
+    with open_neurons(bundled(path), **options) as llm:  # auto
+        assert llm.flash.stats().predictor == "off"
+        assert_close(logits_of(llm, PROMPT, DECODED), expected, 1e-5)
+    with pytest.raises(FlashError, match=r"ffn-lora\.gguf changes the feed-forward block of layer 0"):
+        open_neurons(bundled(path), predictor="exact", **options)
+    elsewhere = model_folder / "down-lora.gguf"
+    write_lora(path, elsewhere, ["blk.0.ffn_down.weight", "blk.1.attn_q.weight"])
+    options["lora_path"] = str(elsewhere)
+    expected = resident_logits(path, **options)
+    with open_neurons(bundled(path), predictor="exact", **options) as llm:
+        assert_close(logits_of(llm, PROMPT, DECODED), expected, 1e-5)
 
 
 def test_lowrank_without_predictors_says_what_to_do(ungated: Path) -> None:

@@ -6,9 +6,10 @@
 #include <cstring>
 #include <functional>
 
-void neuron_store::configure(uint32_t n_neurons, uint32_t n_slots, size_t bytes, uint8_t * slot_memory, uint8_t * ring_memory, size_t ring_bytes) {
+void neuron_store::configure(uint32_t n_neurons, uint32_t n_slots, size_t bytes, uint8_t * slot_memory, uint8_t * ring_memory, size_t bytes_of_ring) {
     cache.configure({ n_slots }, n_neurons, slot_cache::NEURONS_HALF_LIFE);
-    neuron_ring.configure(ring_memory, ring_bytes, 4096);
+    neuron_ring.configure(ring_memory, bytes_of_ring, 4096);
+    ring_bytes = bytes_of_ring;
     slots      = slot_memory;
     slot_bytes = bytes;
     slot_of.assign(n_neurons, slot_cache::NONE);

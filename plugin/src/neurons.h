@@ -35,8 +35,9 @@ class neuron_store {
     // Reads the listed neurons if slots can be had; not held. For an evaluation that is expected soon.
     void expect(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
 
-    // The same, into empty slots only; false: there is none left.
-    bool warm(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
+    // The same, at most warm_bytes() of sectors, into empty slots only; false: there is none left.
+    bool   warm(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
+    size_t warm_bytes() const { return ring_bytes / 2; }
 
     // Neurons in slots, by their numbers among the session's, with their scores.
     template <typename F> void each(F f) const {
@@ -185,6 +186,7 @@ class neuron_store {
 
     slot_cache            cache;
     ring                  neuron_ring;
+    size_t                ring_bytes = 0;
     uint8_t *             slots      = nullptr;
     size_t                slot_bytes = 0;
     std::vector<int32_t>  slot_of;    // by neuron of all bundles

@@ -7,7 +7,7 @@
 #include <utility>
 
 constexpr uint64_t NEURON     = 1ull << 63; // ids of neurons; else of records
-constexpr uint64_t WARM_BYTES = 4u << 20;   // of one call: a ring holds at least as much
+constexpr uint64_t WARM_BYTES = 4u << 20;   // of one call
 
 uint64_t llama_flash_session::hot(uint64_t * ids, uint64_t capacity) const {
     std::lock_guard<std::mutex>              lock(mutex);
@@ -52,8 +52,9 @@ int32_t llama_flash_session::warm(const uint64_t * ids, uint64_t n, uint64_t & d
         }
         wanted.clear();
     };
-    uint64_t bytes = 0;
-    uint64_t i     = 0;
+    uint64_t bytes        = 0;
+    uint64_t neuron_bytes = 0; // that they take in the ring
+    uint64_t i            = 0;
     for (; i < n && bytes < WARM_BYTES && room && !failed(); i++) {
         if (ids[i] & NEURON) {
             const uint64_t neuron = ids[i] & ~NEURON;
@@ -66,8 +67,12 @@ int32_t llama_flash_session::warm(const uint64_t * ids, uint64_t n, uint64_t & d
                 flush();
                 bundle = b;
             }
+            neuron_bytes += b->streams.size() * 2 * FLASH_SECTOR + b->cached_bytes; // whole sectors, at worst one by one
+            if (neuron_bytes > neurons.warm_bytes()) {
+                break;
+            }
             wanted.push_back((uint32_t) (neuron - b->first));
-            bytes += b->cached_bytes + FLASH_SECTOR;
+            bytes += b->cached_bytes;
             continue;
         }
         if (ids[i] >= records.size()) {

@@ -41,7 +41,7 @@ _NEIGHBOURS = 20.0  # seconds for which the most that neighbours held is kept fr
 _CALM = 2.0  # seconds without pressure after which it is forgotten, bit by bit
 _STEP_SHARE = 0.06  # of the flash memory: given back at each sign of pressure
 _STEP_MIN = 16 << 20
-_GROW_MIN = 8 << 20  # bytes that are worth growing by
+_GROW_MIN = 4 << 20  # bytes that are worth growing by
 
 EventKind = Literal["shrink", "grow", "pressure", "short"]
 
@@ -265,7 +265,7 @@ class Controller:
             calm = now - self._last_pressure > _CALM
             slack = 0 if urgent else reserve // 8  # a little comes from the reserve
             less = share < session.granted - slack
-            if less or (calm and share > session.granted + _GROW_MIN + session.most // 100):
+            if less or (calm and share > session.granted + _GROW_MIN):
                 self._move(session, share, reason, urgent)
         if pool < sum(session.least for session in sessions):
             for session in sessions:

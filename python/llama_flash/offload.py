@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import _bindings, engine, hot
+from .adapters import predictor_with
 from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
 from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
@@ -89,6 +90,7 @@ def open_session(
     model_params: Any,
     context_params: Any,
     logits_all: bool,
+    lora_path: str | None = None,
     verbose: bool = True,
 ) -> FlashSession | None:
     """Prepares flash offload of the model about to be loaded; None where `flash_offload` says off.
@@ -98,6 +100,7 @@ def open_session(
             that resident weights do not pass through the page cache.
         context_params: llama_context_params; gets the callback that stops a decode after a failed read.
         logits_all: whether logits of all tokens are kept (they take memory).
+        lora_path: adapter that will be applied.
         verbose: print the line about the load to stderr.
 
     Raises:
@@ -115,7 +118,7 @@ def open_session(
                 "`python -m gguf_tools unbundle`"
             )
         return None
-    return FlashSession(options, model_path, model_params, context_params, logits_all, verbose)
+    return FlashSession(options, model_path, model_params, context_params, logits_all, lora_path, verbose)
 
 
 class FlashSession:
@@ -128,6 +131,7 @@ class FlashSession:
         model_params: Any,
         context_params: Any,
         logits_all: bool,
+        lora_path: str | None,
         verbose: bool,
     ) -> None:
         self.options = options
@@ -136,6 +140,7 @@ class FlashSession:
         self._path = model_path
         self._verbose = verbose
         self._logits_all = logits_all
+        self._lora_path = lora_path
         self._context_params = context_params
         self._progress = _Progress()
         self._final: FlashStats | None = None
@@ -176,6 +181,11 @@ class FlashSession:
             context_params.n_outputs_max = 1
         self.plan: Plan = self._make_plan()
         self.memory: Breakdown = self.plan.expected
+        if self.plan.bundles:
+            how = predictor_with(self._lora_path, self.plan.bundles, options.predictor)
+            if how != options.predictor:
+                logger.warning("the LoRA adapter changes feed-forward blocks: active neurons are not looked for")
+                self.options = options = replace(options, predictor=how)
         if model_params.vocab_only:
             self.plan = replace(self.plan, mode="nothing", tensors=())
         if self.plan.mode == "nothing":

@@ -32,6 +32,7 @@ logger = logging.getLogger("llama_flash")
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown for comparison
 _SLACK = 2 << 20  # what a load takes and nobody can be asked for: growth of the interpreter's heap
+_KERNEL = 2 << 20  # of the kernel, charged to a process' group and not to the process: stacks, inodes, batches
 _ROOM_TO_ASK = 16 << 20
 _MIB = 1 << 20
 _RING_MOST = 32 << 20  # of a ring beyond its minimum
@@ -292,14 +293,14 @@ class _Planner:
         return self._asked[key]
 
     def smallest(self) -> int:
-        """Smallest budget that works, in bytes; whole MiB."""
+        """Smallest budget that works, in bytes; whole MiB. Also as the limit of a memory group of the process' own."""
         low, high = 0, 1  # MiB: does not work, may work
         while not self._works(high):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._works(middle) else (middle, high)
-        return high * _MIB
+        return high * _MIB + _KERNEL
 
     def _works(self, mib: int) -> bool:
         try:
