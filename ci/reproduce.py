@@ -79,6 +79,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="all 32 layers and the whole vocabulary: 13.4 GB, one layout on disk at a time",
     )
     parser.add_argument("--only", default="all", help=f"comma-separated: {', '.join(_PARTS)} (default: all)")
+    parser.add_argument("--rungs", help="comma-separated rungs of the ladder, beside no cap and naive")
     parser.add_argument("--layers", type=int, help="layers of the model (default: 8)")
     parser.add_argument("--vocab", type=int, help="tokens of the vocabulary (default: in proportion to the layers)")
     parser.add_argument("--share", type=float, help="memory cap as a share of the model (default: 0.5; quick: 0.65)")
@@ -100,6 +101,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.repeats = options.repeats or (1 if quick else 3)
     options.tokens = options.tokens or (32 if quick else 128)
     options.only = _PARTS if options.only == "all" else tuple(options.only.split(","))
+    options.rungs = tuple(options.rungs.split(",")) if options.rungs else ()
+    names = [rung.name for rung in ladder.rungs(None)]
+    if unknown := [name for name in options.rungs if name not in names]:
+        parser.error(f"--rungs: no {unknown[0]!r}, known: {', '.join(names)}")
     if unknown := [part for part in options.only if part not in _PARTS]:
         parser.error(f"--only: no {unknown[0]!r}, known: {', '.join(_PARTS)}")
     return options
@@ -160,6 +165,7 @@ def _climb(
         tell,
         together=not options.full and model.has_room_for_all(),
         keep=options.keep_models,
+        only=options.rungs,
     )
     results["runs"] = {outcome.rung.name: [run.to_json() for run in outcome.runs] for outcome in outcomes}
     rows = ladder.table(outcomes, model.n_layer * model.model.shape.n_ff, measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from llama_flash.capped import run_capped
 
 _CHILD = Path(__file__).with_name("child.py")
 _TIMEOUT = 900.0  # seconds; a naive run under a tight cap loads for minutes
+
+# a run must not begin with what another one has left warm
+os.environ["LLAMA_FLASH_WARM_START"] = "0"
 
 
 @dataclass(frozen=True)

@@ -95,13 +95,15 @@ def climb(
     *,
     together: bool,
     keep: bool,
+    only: Sequence[str] = (),
 ) -> list[RungOutcome]:
-    """Measures all rungs.
+    """Measures the rungs named in `only`, the one without a cap and the naive one; without names, all.
 
     together: the files of all files are at hand and the rungs take turns, so that the machine's drift hits them all
     alike; else one file after the other. keep: the files are not deleted.
     """
-    outcomes = [RungOutcome(rung) for rung in rungs(window)]
+    wanted = {"resident", "naive", *only} if only else {rung.name for rung in rungs(window)}
+    outcomes = [RungOutcome(rung) for rung in rungs(window) if rung.name in wanted]
     files: list[File] = list(dict.fromkeys(outcome.rung.file for outcome in outcomes))
     files.sort(key=lambda file: not model.path(file).exists())
     groups = [files] if together else [[file] for file in files]
