@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_capped_models import require_caps
 
 from gguf_tools.synthetic import PRESETS, write
-from llama_flash import FlashEvent
-from llama_flash.cgroup import Gauge, PressureWatch, memory_controller
+from llama_flash import FlashBudgetError, FlashError, FlashEvent
+from llama_flash.cgroup import Gauge, memory_controller, process_memory
 from llama_flash.controller import Controller, divide
 
 MiB = 1 << 20
@@ -56,7 +59,7 @@ class Tree:
         (root / "proc/meminfo").write_text("MemTotal: 67108864 kB\nMemAvailable: 60000000 kB\n")
         (root / "sys/fs/cgroup/cgroup.controllers").write_text("memory\n")
         (self.group / "memory.high").write_text("max\n")
-        (self.group / "memory.events").write_text("low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n")
+        (self.group / "memory.events.local").write_text("low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n")
         self.stalled(0)
         self.set(limit=1000, own=300, others=0)
 
@@ -84,7 +87,7 @@ class Model:
     asked: int | None = None
     reserve: int | None = 40 * MiB
     fixed, interpreter = 60 * MiB, 40 * MiB
-    touched = 0
+    certain, touched = 40 * MiB, 0
 
     def __init__(self, granted: int, least: int = 50, most: int = 2000) -> None:
         self.granted, self.least, self.most = granted * MiB, least * MiB, most * MiB
@@ -116,18 +119,16 @@ class Clock:
 
     def __init__(self, tree: Tree, *models: Model) -> None:
         self.controller, self.now, self.models = Controller(tree.root), 100.0, models
-        self.controller._pressure = PressureWatch(tree.root)
+        self.controller._stopping = True  # no thread
         for model in models:
-            if not self.controller._sessions:
-                self.controller._interpreter = model.interpreter
-            self.controller._sessions.add(model)
+            self.controller.join(model)
 
     def look(self, seconds: float = 0.5) -> None:
         end = self.now + seconds
         while self.now < end:
             self.now += 0.25
-            self.controller._pressed = False
             self.controller.tick(self.now)
+            self.controller._deliver()
 
 
 @pytest.fixture
@@ -186,14 +187,22 @@ def test_pressure_takes_bit_by_bit_and_is_forgotten(tree: Tree) -> None:
     model = Model(granted=860)
     clock = Clock(tree, model)
     clock.look()
+    tree.stalled(10_000_000)
+    clock.look()
+    assert model.granted == 860 * MiB, "somebody below waits; there is room"
     for step in range(1, 6):
-        before = model.granted
-        tree.stalled(step * 200_000)
+        before = model.touched = model.granted
+        tree.set(own=before // MiB + 100, others=860 - before // MiB)
+        clock.controller._neighbours.clear()
+        tree.stalled(10_000_000 + step * 200_000)
         clock.look(0.25)
         assert 0.9 * before < model.granted < before
+    tree.set(own=100, others=0)
+    model.touched = 0
+    clock.controller._neighbours.clear()
     clock.look(1.0)
     assert model.granted < before, "not yet calm"
-    clock.look(10)
+    clock.look(20)
     assert model.granted > 0.95 * (1000 - 40 - 100) * MiB
     assert {event.kind for event in model.events} == {"pressure", "shrink", "grow"}
 
@@ -209,7 +218,7 @@ def test_a_limit_that_leaves_too_little_is_told(tree: Tree) -> None:
 
 
 def test_models_share(tree: Tree) -> None:
-    tree.set(own=100)
+    tree.set(own=120)
     small, large = Model(granted=400, most=150), Model(granted=400, most=1050)
     clock = Clock(tree, small, large)
     clock.look()
@@ -217,11 +226,21 @@ def test_models_share(tree: Tree) -> None:
     assert small.granted == pytest.approx((50 + (pool - 100) * 100 / 1100) * MiB, abs=8 * MiB)
     assert large.granted == pytest.approx((50 + (pool - 100) * 1000 / 1100) * MiB, abs=8 * MiB)
     before = large.granted
-    with clock.controller.loading():
-        assert large.granted < 0.75 * before
-        shrunk = large.granted
-        clock.look()
-        assert large.granted == shrunk, "nobody grows while a model is loaded"
+    loader = Model(granted=0)
+    clock.controller.begin_load(loader)
+    assert large.granted < 0.75 * before
+    shrunk = large.granted
+    clock.look()
+    assert large.granted == shrunk, "nobody grows while a model is loaded"
+    tree.set(limit=500)
+    clock.look()
+    assert large.granted < shrunk, "but limits are kept"
+    tree.set(limit=1000)
+    clock.look()
+    assert clock.controller.squeeze() and (small.granted, large.granted) == (small.least, large.least)
+    assert not clock.controller.squeeze()
+    clock.controller.end_load(loader)
+    clock.controller.end_load(loader)
     clock.look()
     assert large.granted == before
     clock.controller.leave(small)
@@ -230,15 +249,25 @@ def test_models_share(tree: Tree) -> None:
 
 
 def test_what_the_user_asked_for_is_the_most(tree: Tree) -> None:
-    tree.set(own=100)
-    model = Model(granted=860)
+    tree.set(own=120)
+    model, other = Model(granted=860), Model(granted=0, least=0, most=0)
     model.asked = 400 * MiB
-    clock = Clock(tree, model)
+    clock = Clock(tree, model, other)
     clock.look()
-    assert model.granted == (400 - 40 - 100) * MiB
-    model.asked = 4000 * MiB
+    assert model.granted == (400 - 40 - 160) * MiB
+    needs: list[int] = []
+    clock.controller.ask(other, 300 * MiB, needs.append)
+    assert needs == [(160 + 50) * MiB] and model.granted == (300 - 40 - 160) * MiB, "the last word counts"
+
+    def refuse(needed: int) -> None:
+        raise ValueError(needed)
+
+    with pytest.raises(ValueError):
+        clock.controller.ask(model, 200 * MiB, refuse)
     clock.look()
-    assert model.granted == (1000 - 40 - 100) * MiB
+    assert model.granted == (300 - 40 - 160) * MiB
+    clock.controller.ask(model, None, needs.append)
+    assert model.granted == (1000 - 40 - 160) * MiB
 
 
 def test_gauge(tree: Tree) -> None:
@@ -411,3 +440,117 @@ def test_a_neighbour_that_comes_and_goes(moe: Path, tmp_path: Path) -> None:
         assert neighbour.returncode == 0 and child.poll() is None and it.kills() == 0
         child.terminate()
         child.wait()
+
+
+# what goes on around it
+
+
+def test_the_interpreter_ends_although_the_thread_is_at_work(model_file: Any) -> None:
+    """Nothing is closed: the thread may be anywhere when the interpreter goes."""
+    script = (
+        "import sys, llama_cpp\n"
+        "llm = llama_cpp.Llama(sys.argv[1], n_ctx=128, verbose=False, flash_offload={'what': 'experts'})\n"
+    )
+    for _ in range(8):
+        subprocess.run([sys.executable, "-c", script, model_file("qwen3moe", "Q4_0")], check=True, timeout=60)
+
+
+def test_a_callback_may_close_the_model_and_raise(model_file: Any) -> None:
+    llm = llama_cpp.Llama(str(model_file("qwen3moe")), n_ctx=128, verbose=False, flash_offload={"what": "experts"})
+    seen: list[FlashEvent] = []
+
+    def close(event: FlashEvent) -> None:
+        seen.append(event)
+        llm.close()
+        raise SystemExit
+
+    llm.flash.on_event(close)
+    other = llama_cpp.Llama(str(model_file("qwen3moe")), n_ctx=128, verbose=False, flash_offload={"what": "experts"})
+    assert [event.kind for event in seen][:1] == ["shrink"]
+    other.eval([1, 2, 3])
+    other.close()
+
+
+def test_a_load_that_fails_does_not_stop_others(model_file: Any, tmp_path: Path) -> None:
+    flash = {"what": "experts"}
+    llm = llama_cpp.Llama(str(model_file("qwen3moe")), n_ctx=128, verbose=False, flash_offload=flash)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(model_file("qwen3moe").read_bytes()[:-100000])
+    with pytest.raises(Exception) as kept:
+        llama_cpp.Llama(str(broken), n_ctx=128, verbose=False, flash_offload=flash)
+    assert kept.value is not None and not Controller.of_process()._loading
+    failures: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            llama_cpp.Llama(str(model_file("qwen3moe")), n_ctx=128, verbose=False, flash_offload=flash).close()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not failures
+    llm.close()
+
+
+def test_a_budget_that_is_set_while_the_model_runs(moe: Path) -> None:
+    llm = llama_cpp.Llama(str(moe), n_ctx=512, n_batch=64, verbose=False, flash_offload={"what": "experts"})
+    for i in range(20):
+        llm.eval([i])
+    session = llm.flash
+    before, held = session.stats(), process_memory().anonymous
+    target = session.memory.fixed + session.least + 100 * MiB
+    session.set_budget(target)
+    after = session.stats()
+    assert after.budget.total == target and after.memory.total <= target
+    assert after.memory.flash < before.memory.flash and process_memory().anonymous < held - 50 * MiB
+    with pytest.raises(FlashBudgetError) as refused:
+        session.set_budget("60MiB")
+    assert refused.value.smallest < target
+    assert session.stats().budget.total == target
+    session.set_budget(int(refused.value.smallest * 1.03))
+    llm.eval([1, 2])
+    session.set_budget("auto")
+    assert session.stats().memory.flash >= before.memory.flash - 8 * MiB
+    for bad in ("-1", "5 parsecs", 0, float("nan"), ""):
+        with pytest.raises(ValueError, match="number of bytes"):
+            session.set_budget(bad)
+    llm.close()
+    with pytest.raises(FlashError, match="no flash memory"):
+        session.set_budget("1GiB")
+
+
+def test_a_child_of_a_fork_leaves_the_parent_alone(model_file: Any) -> None:
+    llm = llama_cpp.Llama(str(model_file("qwen3moe")), n_ctx=128, verbose=False, flash_offload={"what": "experts"})
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                llm.close()
+            os._exit(0)
+        end = time.monotonic() + 30
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            assert time.monotonic() < end, "the child hangs"
+            time.sleep(0.01)
+    llm.eval([1, 2, 3])
+    llm.close()
+
+
+def test_files_do_not_stay_open(model_file: Any) -> None:
+    def n_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    counts = []
+    for _ in range(4):
+        llm = llama_cpp.Llama(str(model_file("qwen3moe")), n_ctx=128, verbose=False, flash_offload={"what": "experts"})
+        time.sleep(0.3)
+        llm.close()
+        end = time.monotonic() + 10
+        while Controller.of_process()._thread is not None and time.monotonic() < end:
+            time.sleep(0.01)
+        counts.append(n_open())
+    assert counts[1] == counts[-1]

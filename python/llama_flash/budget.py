@@ -60,11 +60,18 @@ class Room:
     name: str  # "cgroup NAME" or "free memory"
     limit: int
     others: int  # held by others, below the same limit
+    held: int = 0  # by all below the limit
+    droppable: int = 0  # page cache beside that
     group: Path | None = None  # the memory group, if it is one
 
     @property
     def bytes(self) -> int:
         return max(0, self.limit - self.others)
+
+    @property
+    def key(self) -> str:
+        """Names the limit; groups of one name may be nested."""
+        return str(self.group or self.name)
 
 
 @dataclass(frozen=True)
@@ -124,10 +131,13 @@ def rooms(
     """What the machine and each memory group with a limit leave to process `pid`, the machine first."""
     own = process_memory(root, pid).held
     machine = machine_memory(root)
-    result = [Room("free memory", machine.total, max(0, machine.total - machine.available - own))]
+    held = max(0, machine.total - machine.available)
+    result = [Room("free memory", machine.total, max(0, held - own), held)]
     for group in memory_groups(root, pid, controller):
         if group.limit is not None:
-            result.append(Room(f"cgroup {group.path.name}", group.limit, max(0, group.held - own), group.path))
+            others = max(0, group.held - own)
+            name = f"cgroup {group.path.name}"
+            result.append(Room(name, group.limit, others, group.held, group.usage - group.held, group.path))
     return result
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -91,16 +91,16 @@ class ProcessMemory:
 class Gauge:
     """A group's usage and limit, read through files that stay open: some microseconds."""
 
-    _FILES = (("memory.usage_in_bytes", "memory.limit_in_bytes"), ("memory.current", "memory.max"))
+    _V1, _V2 = ("memory.usage_in_bytes", "memory.limit_in_bytes"), ("memory.current", "memory.max", "memory.high")
 
     def __init__(self, group: Path) -> None:
         self.group = group
+        self.droppable = 0  # bytes of page cache in the usage, as known from elsewhere
         self._open: list[int] = []
-        for names in self._FILES:
-            if all((group / name).exists() for name in names):
-                with contextlib.suppress(OSError):
-                    self._open = [os.open(group / name, os.O_RDONLY | os.O_CLOEXEC) for name in names]
-                    break
+        names = self._V1 if (group / self._V1[0]).exists() else self._V2
+        with contextlib.suppress(OSError):
+            for name in names:
+                self._open.append(os.open(group / name, os.O_RDONLY | os.O_CLOEXEC))
         self._limit = self._read_limit()
 
     def alarmed(self, near: int) -> bool:
@@ -108,7 +108,7 @@ class Gauge:
         limit, self._limit = self._limit, self._read_limit()
         if self._limit is None:
             return limit is not None
-        return limit != self._limit or self._usage() > self._limit - near
+        return limit != self._limit or self._usage() - self.droppable > self._limit - near
 
     def close(self) -> None:
         while self._open:
@@ -121,17 +121,20 @@ class Gauge:
             return 0
 
     def _read_limit(self) -> int | None:
-        try:
-            return parse_limit(os.pread(self._open[1], 64, 0).decode())
-        except (OSError, ValueError, IndexError):
-            return None
+        limits = []
+        for file in self._open[1:]:
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(parse_limit(os.pread(file, 64, 0).decode()))
+        return _least(limits)
 
 
 class PressureWatch:
     """Notices that the kernel finds it hard to free memory in a group of this process, or in one above it.
 
     v1: the notification "critical" of memory.pressure_level, where the group lets this process ask for it. v2: time
-    stalled, from memory.pressure, and memory.events' counts of limits met. Where neither can be had it notices nothing.
+    stalled, from memory.pressure, and limits met, from memory.events.local. A group's stalls may be those of groups
+    below it, and a limit is met also where dropping page cache was all that it took: in v2, only what the caller says
+    is tight counts. Where neither can be had it notices nothing.
     """
 
     STALLED = 0.1  # share of the time since the last look
@@ -149,20 +152,25 @@ class PressureWatch:
                     self._events.append(_notified(group))
             elif (group / "memory.pressure").exists():
                 self._groups.append(group)
-        self.poll(0.0)
+        self.poll(0.0, [])
 
-    def poll(self, now: float) -> bool:
-        """Whether there was pressure since the last call; now: seconds, of any clock."""
+    def poll(self, now: float, tight: Sequence[Path]) -> bool:
+        """Whether there was pressure since the last call.
+
+        Args:
+            now: seconds, of any clock.
+            tight: groups in which little is left that could be had without effort.
+        """
         found = False
         for event in self._events:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(event)
                 found = True
         for group in self._groups:
-            stalled, limits = _stalled(group / "memory.pressure"), _limits_met(group / "memory.events")
+            stalled, limits = _stalled(group / "memory.pressure"), _limits_met(group / "memory.events.local")
             before = self._seen.get(group)
             self._seen[group] = (now, stalled, limits)
-            if before is not None:
+            if before is not None and group in tight:
                 elapsed = max(now - before[0], 1e-3)
                 found = found or stalled - before[1] > self.STALLED * elapsed * 1e6 or limits > before[2]
         return found

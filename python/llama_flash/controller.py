@@ -9,10 +9,12 @@ steps of a millisecond, between the operations of a decode.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import select
+import sys
 import threading
 import time
 import weakref
@@ -33,15 +35,20 @@ __all__ = ["Callback", "Controller", "FlashEvent", "Session", "divide"]
 logger = logging.getLogger("llama_flash")
 
 _TICK = 0.25  # seconds between looks at all there is
-_GLANCE = 0.015  # seconds between glances: usage near a limit, another limit, or pressure lead to a look at once
+_GLANCE = 0.015  # seconds between glances: usage near a limit, another limit, or pressure lead to a look soon
+_SOON = 0.05  # seconds between looks at least
 _REDISCOVER = 1.0  # seconds after which the process' groups are looked up again
 _BUSY_TICK = 0.002  # while memory is given back or read ahead
 _STATUS = 2.0  # seconds between two status files
 _NEIGHBOURS = 20.0  # seconds for which the most that neighbours held is kept free
-_CALM = 2.0  # seconds without pressure after which it is forgotten, bit by bit
-_STEP_SHARE = 0.06  # of the flash memory: given back at each sign of pressure
+_CALM = 2.0  # seconds without pressure after which the cache may grow again
+_REGROWTH = 0.2  # share of the flash memory per second, after pressure
+_STEP_SHARE = 0.06  # of the flash memory in use: given back at each sign of pressure
 _STEP_MIN = 16 << 20
 _GROW_MIN = 4 << 20  # bytes that are worth growing by
+_TIGHT = 0.05  # share of a limit: with less left, a group's pressure is about us
+_LONGEST_LOAD = 600.0  # seconds after which a load is no longer waited for
+_NEVER = -1e9
 
 EventKind = Literal["shrink", "grow", "pressure", "short"]
 
@@ -61,15 +68,20 @@ class FlashEvent:
     time: float  # time.time()
 
 
+Callback = Callable[[FlashEvent], None]
+
+
 class Session(Protocol):
     """What the controller knows of a model: its flash memory, in bytes."""
 
     @property
-    def asked(self) -> int | None: ...  # budget that the user set for the process; None: what the limits allow
+    def asked(self) -> int | None: ...  # budget of the process, as this model's user set it; None: what limits allow
     @property
     def reserve(self) -> int | None: ...  # as set by the user
     @property
     def fixed(self) -> int: ...  # of this model, beside flash and interpreter
+    @property
+    def certain(self) -> int: ...  # of that, what is in memory for sure: weights and KV cache
     @property
     def interpreter(self) -> int: ...  # and all else that was there when the model was loaded
     @property
@@ -84,7 +96,7 @@ class Session(Protocol):
     def move(self, n_bytes: int, urgent: bool) -> bool: ...  # a step on the way; True: arrived
     def warm(self) -> bool: ...  # reads what was hot in another life; False: nothing left to read
     def limited(self, total: int, reserve: int, reason: str) -> None: ...  # the budget in force
-    def tell(self, event: FlashEvent) -> None: ...
+    def tell(self, event: FlashEvent) -> None: ...  # called without the controller's lock
     def describe(self) -> dict[str, object]: ...
 
 
@@ -106,6 +118,8 @@ def divide(pool: int, sessions: Sequence[tuple[int, int]]) -> list[int]:
 class Controller:
     """Divides the process' budget among its sessions, and follows the limits. `Controller.of_process()` is the one.
 
+    The lock is held while sessions are moved; garbage collection may close a session meanwhile, in the same thread.
+
     Args:
         root: root of the file system whose /proc and /sys are read.
     """
@@ -113,208 +127,369 @@ class Controller:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._lock = threading.RLock()
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._joined: tuple[weakref.ref[Session], ...] = ()  # replaced as a whole
+        self._asked: int | None = None  # budget of the process, in bytes: as it was last set
         self._thread: threading.Thread | None = None
-        self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = False
+        self._called: int | None = None  # eventfd that wakes the thread
         self._poller = select.poll()
-        self._poller.register(self._called, select.POLLIN)
-        self._pressure: PressureWatch | None = None
+        self._registered: set[int] = set()
         self._status = StatusFile()
+        self._events: deque[tuple[Session, FlashEvent]] = deque()  # to be told when the lock is free
+        self._loads = threading.Condition()
+        self._loader: weakref.ref[object] | None = None
+        self._loading_thread: threading.Thread | None = None
+        self._groups: Group | None = None
+        self._gauges: list[Gauge] = []
+        self._pressure: PressureWatch | None = None
+        self._last_failure = _NEVER
+        self.seconds = 0.0  # CPU time of the thread
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was seen says nothing about the sessions to come."""
+        self._interpreter = 0  # bytes, before the first session's model was loaded
+        self._asked = None
         self._neighbours: deque[tuple[float, dict[str, int]]] = deque()  # (time, others by room)
+        self._ceiling: float | None = None  # of the pool, because of pressure
+        self._pressed = False  # since the last look
+        self._last_pressure = _NEVER
+        self._last_look = _NEVER
+        self._groups_known = _NEVER
         self._limits: dict[str, int] = {}  # by room, at the last look
         self._near = 0  # bytes below a limit that are an alarm
-        self._interpreter = 0  # bytes, before the first session's model was loaded
-        self._ceiling: float | None = None  # of the pool, because of pressure
-        self._last_pressure = -1e9
-        self._last_tick = 0.0
-        self._paused = 0
-        self._groups: Group | None = None
-        self._groups_known = -1e9
-        self._gauges: list[Gauge] = []
-        self._pressed = False  # since the last look
-        self.seconds = 0.0  # CPU time of the thread
+        self._tight_groups: list[Path] = []
 
     @staticmethod
     def of_process() -> Controller:
         """The controller of this process."""
         return _the_controller
 
+    def _sessions(self) -> list[Session]:
+        return [session for session in (ref() for ref in self._joined) if session is not None]
+
     # sessions
 
     def join(self, session: Session) -> None:
         """The session has memory; from now on its share follows the limits."""
         with self._lock:
-            if not self._sessions:
+            if not self._sessions():
+                self._forget()
                 self._interpreter = session.interpreter
-            self._sessions.add(session)
-            if self._thread is None or not self._thread.is_alive():
-                self._start()
-        os.eventfd_write(self._called, 1)
+            if session.asked is not None:
+                self._asked = session.asked
+            self._joined = (*(ref for ref in self._joined if ref() is not None), weakref.ref(session))
+            if self._pressure is not None:
+                self._pressure.poll(time.monotonic(), [])  # of the load
+            self._start()
+        self._call()
 
     def leave(self, session: Session) -> None:
-        """The session's memory is gone, or about to be."""
+        """The session's memory is gone, or about to be. When this returns, nobody is using it but the caller."""
+        if sys.is_finalizing():  # the thread may have been ended with the lock in its hands
+            return
         with self._lock:
-            self._sessions.discard(session)
-            if not self._sessions:
+            self._joined = tuple(ref for ref in self._joined if ref() not in (None, session))
+            if not self._joined:
                 self._status.remove()
-        os.eventfd_write(self._called, 1)
+        self._call()
+
+    def ask(self, session: Session, asked: int | None, check: Callable[[int], None]) -> None:
+        """Sets the budget of the process, in bytes (None: what the limits allow), and gives back what is too much.
+
+        Args:
+            check: is told the bytes without which the models cannot do, the reserve left out; raises if that is too
+                much, and then nothing has changed.
+        """
+        with self._lock:
+            sessions = self._sessions()
+            reserve = self._reserve(asked or 0, sessions)
+            check(self._fixed(sessions, reserve) + sum(other.least for other in sessions))
+            self._asked = asked
+            self._look(time.monotonic())
+            self._finish()
+        self._deliver()
+
+    # loads: one at a time, each sees what the others take
+
+    def begin_load(self, loader: object) -> None:
+        """Another model is about to be loaded: waits for loads under way; those that are there make room for it.
+
+        To be followed by `end_load`. What others have left to give is found with `squeeze`.
+        """
+        end = time.monotonic() + _LONGEST_LOAD
+        me = threading.current_thread()
+        with self._loads:
+            # what failed in this thread, or in one that has ended, may live on in a traceback
+            while self._loading and (other := self._loading_thread) not in (None, me) and other.is_alive():
+                if time.monotonic() > end:
+                    logger.warning("llama-flash: a load that began %.0f s ago is not waited for", _LONGEST_LOAD)
+                    break
+                self._loads.wait(0.2)
+            self._loader, self._loading_thread = weakref.ref(loader), me
+        try:
+            with self._lock:
+                sessions = self._sessions()
+                n = len(sessions)
+                for session in sessions:
+                    kept = (session.granted - session.least) * n // (n + 1)
+                    self._move(session, session.least + kept, "another model")
+                self._finish()
+        except BaseException:
+            self.end_load(loader)
+            raise
+        self._deliver()
+
+    def squeeze(self) -> bool:
+        """All models give back what they can. False: there was nothing to be given."""
+        with self._lock:
+            sessions = [session for session in self._sessions() if session.granted > session.least]
+            for session in sessions:
+                self._move(session, session.least, "another model")
+            self._finish()
+        self._deliver()
+        return bool(sessions)
+
+    def end_load(self, loader: object) -> None:
+        """The load has ended, well or not. Does nothing if it had been ended before."""
+        with self._loads:
+            if self._loader is not None and self._loader() in (None, loader):
+                self._loader = self._loading_thread = None
+                self._loads.notify_all()
+        self._call()
 
     @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """Around the load of another model: those that are there make room for it, and do not grow meanwhile."""
+    def locked(self) -> Iterator[None]:
+        """While this lasts no session is moved, and none leaves in another thread."""
         with self._lock:
-            self._paused += 1
-            n = len(self._sessions)
-            for session in self._sessions:
-                self._move(session, session.least + (session.granted - session.least) * n // (n + 1), "another model")
-            self._finish()
-        try:
             yield
-        finally:
-            with self._lock:
-                self._paused -= 1
-            os.eventfd_write(self._called, 1)
 
-    def settle(self) -> None:
-        """Applies the limits now, and waits until what must be given back is given back."""
-        with self._lock:
-            self._follow(time.monotonic())
-            self._finish()
+    @property
+    def _loading(self) -> bool:
+        loader = self._loader
+        return loader is not None and loader() is not None
 
     # the thread
 
     def _start(self) -> None:
-        if self._pressure is None:
-            self._pressure = PressureWatch(self._root)
-            for event in self._pressure.events:
-                self._poller.register(event, select.POLLIN)
+        """Under the lock."""
+        if self._stopping or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="llama-flash", daemon=True)
         self._thread.start()
 
+    def _call(self) -> None:
+        called = self._called
+        if called is not None:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(called, 1)
+
+    def stop(self) -> None:
+        """Ends the thread; it is not started again. For the end of the interpreter."""
+        self._stopping = True
+        self._call()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(5.0)
+        self._status.remove()
+
     def _run(self) -> None:
-        told = 0.0
+        told, pause = 0.0, _GLANCE
         while True:
+            ready = self._wait(pause)
             try:
                 with self._lock:
-                    if not self._sessions:
+                    sessions = self._sessions()
+                    if self._stopping or not sessions:
+                        self._close_files()
                         self._thread = None
                         return
-                    busy = self.tick(time.monotonic())
-                    if time.monotonic() - told > _STATUS:
-                        told = time.monotonic()
-                        ago = told - self._last_pressure if self._last_pressure > 0 else None
-                        self._status.write([session.describe() for session in self._sessions], ago)
+                    now = time.monotonic()
+                    if ready and self._pressure is not None:
+                        self._pressed = self._pressure.poll(now, self._tight_groups) or self._pressed
+                    busy = self.tick(now)
+                    pause = _BUSY_TICK if busy else _GLANCE
+                    if now - told > _STATUS:
+                        told = now
+                        ago = now - self._last_pressure if self._last_pressure > 0 else None
+                        self._status.write([session.describe() for session in sessions], ago)
+                del sessions
+                self._deliver()
             except Exception:  # a thread that dies would leave the limit unwatched
-                logger.exception("llama-flash: the controller met an error and goes on")
-                busy = False
+                pause = _TICK
+                if time.monotonic() - self._last_failure > 60:
+                    self._last_failure = time.monotonic()
+                    logger.exception("llama-flash: the controller met an error and goes on")
             self.seconds = time.thread_time()
-            if self._wait(_BUSY_TICK if busy else _GLANCE):
-                self._pressed = self._pressure is not None and self._pressure.poll(time.monotonic())
 
     def _wait(self, seconds: float) -> bool:
         """Until somebody calls, there is pressure (True), or the time has passed."""
+        called = self._called
+        if called is None:
+            return False
+        self._register(called)
         ready = [event for event, _ in self._poller.poll(seconds * 1000)]
-        if self._called in ready:
-            os.eventfd_read(self._called)
-        return any(event != self._called for event in ready)
+        if called in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(called)
+        return any(event != called for event in ready)
+
+    def _register(self, called: int) -> None:
+        """What is to be waited for; the groups' events change when the process moves."""
+        wanted = {called, *(self._pressure.events if self._pressure is not None else ())}
+        if wanted != self._registered:
+            self._poller = select.poll()
+            for event in wanted:
+                self._poller.register(event, select.POLLIN)
+            self._registered = wanted
+
+    def _close_files(self) -> None:
+        for gauge in self._gauges:
+            gauge.close()
+        if self._pressure is not None:
+            self._pressure.close()
+        self._gauges, self._pressure, self._groups_known = [], None, _NEVER
+        self._poller, self._registered = select.poll(), set()
+        called, self._called = self._called, None
+        if called is not None:
+            os.close(called)
 
     def tick(self, now: float) -> bool:
-        """One look at the limits, and a step towards what they ask for. True: there is more to do soon."""
+        """One look at the limits if it is time, and a step towards what they ask for. True: more is to be done soon."""
+        since = now - self._last_look
+        if since >= _TICK or self._pressed or (since >= _SOON and self._alarmed()):
+            self._look(now)
         busy = False
-        if now - self._last_tick >= _TICK or now < self._last_tick or self._glance():
-            self._last_tick = now
-            self._follow(now)
-        for session in self._sessions:
+        for session in self._sessions():
             busy = not session.move(session.granted, False) or busy
-            if not self._paused and not busy:
+            if not self._loading and not busy:
                 busy = session.warm() or busy
         return busy
 
+    def _deliver(self) -> None:
+        """Tells what has happened, without the lock: callbacks are the user's code."""
+        while self._events:
+            with contextlib.suppress(IndexError):
+                session, event = self._events.popleft()
+                try:
+                    session.tell(event)
+                except BaseException:  # SystemExit would end the thread
+                    logger.exception("llama-flash: a callback of on_event failed")
+
     # decisions
 
-    def _follow(self, now: float) -> None:
-        if self._paused or not self._sessions:
+    def _look(self, now: float) -> None:
+        sessions = self._sessions()
+        self._last_look = now
+        if not sessions:
             return
-        if now - self._groups_known > _REDISCOVER:
-            self._groups, self._groups_known = memory_controller(self._root), now
+        self._find_groups(now)
         found = rooms(self._root, controller=self._groups)
         room, reason = self._tightest(found, now)
-        limits = {r.name: r.limit for r in found}
-        if any(limit > self._limits.get(name, limit) for name, limit in limits.items()):
-            self._ceiling, self._last_pressure = None, -1e9  # a limit was raised: what was tight before says nothing
-        self._limits = limits
-        sessions = list(self._sessions)
-        asked = [session.asked for session in sessions]
-        if all(value is not None for value in asked):
-            most = max(value for value in asked if value is not None)
-            if most < room:
-                room, reason = most, "dram_budget"
-        reserve = max(default_reserve(room) if s.reserve is None else s.reserve for s in sessions)
-        self._watch([room.group for room in found if room.group], reserve // 2)
-        granted = sum(session.granted for session in sessions)
-        pressed = self._note_pressure(now, granted, reason)
+        self._note_limits(found)
+        if self._asked is not None and self._asked < room:
+            room, reason = self._asked, "dram_budget"
+        reserve = self._reserve(room, sessions)
+        self._watch(found, reserve)
+        touched = sum(session.touched for session in sessions)
+        pressed = self._note_pressure(now, sessions, touched, reason)
         fixed = self._fixed(sessions, reserve)
         pool = room - reserve - fixed
+        short = pool < sum(session.least for session in sessions)
         if self._ceiling is not None:
             pool = min(pool, int(self._ceiling))
         shares = divide(pool, [(session.least, session.most) for session in sessions])
         # the kernel acts when usage meets the limit: then nothing is moved, but dropped
-        urgent = pressed or room - fixed - sum(session.touched for session in sessions) < reserve // 2
+        urgent = pressed or room - fixed - touched < reserve // 2
+        calm = now - self._last_pressure > _CALM and not self._loading
         for session, share in zip(sessions, shares, strict=True):
             session.limited(room, reserve, reason)
-            calm = now - self._last_pressure > _CALM
             slack = 0 if urgent else reserve // 8  # a little comes from the reserve
-            less = share < session.granted - slack
-            if less or (calm and share > session.granted + _GROW_MIN):
+            more = share > session.granted + _GROW_MIN or session.granted < share == session.most
+            if share < session.granted - slack or (calm and more):
                 self._move(session, share, reason, urgent)
-        if pool < sum(session.least for session in sessions):
-            for session in sessions:
-                session.tell(FlashEvent("short", session.granted, session.least, reason, time.time()))
+            if short:
+                self._note(session, "short", session.granted, session.least, reason)
 
-    def _watch(self, groups: list[Path], near: int) -> None:
-        """Keeps the gauges of these groups at hand."""
+    def _find_groups(self, now: float) -> None:
+        if now - self._groups_known <= _REDISCOVER:
+            return
+        before, self._groups, self._groups_known = self._groups, memory_controller(self._root), now
+        if self._pressure is None or before != self._groups:
+            if self._pressure is not None:
+                self._pressure.close()
+            self._pressure = PressureWatch(self._root)
+
+    def _watch(self, found: Sequence[Room], reserve: int) -> None:
+        """Keeps the gauges of the groups with a limit at hand, for glances."""
+        groups = [room.group for room in found if room.group]
         if [gauge.group for gauge in self._gauges] != groups:
             for gauge in self._gauges:
                 gauge.close()
             self._gauges = [Gauge(group) for group in groups]
-        self._near = near
+        for gauge, room in zip(self._gauges, (room for room in found if room.group), strict=True):
+            gauge.droppable = room.droppable
+        self._near = reserve // 2
+        tight = [room for room in found if room.limit - room.held < max(2 * reserve, _TIGHT * room.limit)]
+        self._tight_groups = [room.group for room in tight if room.group]
 
-    def _glance(self) -> bool:
-        """Whether there is a reason to look closer."""
-        alarmed = [gauge.alarmed(self._near) for gauge in self._gauges]
-        return self._pressed or any(alarmed)
+    def _alarmed(self) -> bool:
+        alarms = [gauge.alarmed(self._near) for gauge in self._gauges]
+        return any(alarms)
 
-    def _tightest(self, found: list[Room], now: float) -> tuple[int, str]:
+    def _note_limits(self, found: Sequence[Room]) -> None:
+        """A limit that was raised or removed: what was tight before says nothing."""
+        limits = {room.key: room.limit for room in found}
+        if any(limits.get(key, 1 << 62) > limit for key, limit in self._limits.items()):
+            self._ceiling, self._last_pressure = None, _NEVER
+        self._limits = limits
+
+    def _tightest(self, found: Sequence[Room], now: float) -> tuple[int, str]:
         """The least that a limit leaves, beside the most that neighbours have held lately."""
-        self._neighbours.append((now, {room.name: room.others for room in found}))
+        others = {room.key: room.others for room in found}
+        if self._neighbours and now - self._neighbours[-1][0] < _TICK:
+            last = self._neighbours[-1][1]
+            last.update({key: max(held, last.get(key, 0)) for key, held in others.items()})
+        else:
+            self._neighbours.append((now, others))
         while self._neighbours[0][0] < now - _NEIGHBOURS:
             self._neighbours.popleft()
-        best, reason = None, ""
-        for room in found:
-            others = max(held.get(room.name, 0) for _, held in self._neighbours)
-            left = max(0, room.limit - others)
-            if best is None or left < best:
-                best, reason = left, room.name
-        assert best is not None
-        return best, reason
+        most = {room.key: max(held.get(room.key, 0) for _, held in self._neighbours) for room in found}
+        left = {room.key: max(0, room.limit - most[room.key]) for room in found}
+        tightest = min(found, key=lambda room: left[room.key])
+        return left[tightest.key], tightest.name
+
+    @staticmethod
+    def _reserve(room: int, sessions: Sequence[Session]) -> int:
+        return max((default_reserve(room) if s.reserve is None else s.reserve for s in sessions), default=0)
 
     def _fixed(self, sessions: Sequence[Session], reserve: int) -> int:
         """What the process takes beside flash: as planned, or as it is, if that eats too much of the reserve."""
-        touched = sum(session.touched for session in sessions)
+        measured = held_by_process(self._root) - sum(session.touched for session in sessions)
+        # what was there before the first model may be gone since
+        rest = measured - sum(session.certain for session in sessions)
+        self._interpreter = min(self._interpreter, max(0, rest))
         planned = self._interpreter + sum(session.fixed for session in sessions)
-        return max(planned, held_by_process(self._root) - touched - reserve // 2)
+        return max(planned, measured - reserve // 2)
 
-    def _note_pressure(self, now: float, granted: int, reason: str) -> bool:
-        pressed = self._pressed or (self._pressure is not None and self._pressure.poll(now))
-        self._pressed = False
+    def _note_pressure(self, now: float, sessions: Sequence[Session], touched: int, reason: str) -> bool:
+        if self._pressure is not None and self._pressure.poll(now, self._tight_groups):
+            self._pressed = True
+        pressed, self._pressed = self._pressed, False
+        granted = sum(session.granted for session in sessions)
         if pressed:
+            in_use = min(granted, touched)  # what is granted and not used frees nothing
+            ceiling = in_use - max(_STEP_MIN, _STEP_SHARE * in_use)
+            still = self._ceiling is not None and touched > self._ceiling and now - self._last_pressure < _SOON
+            if not still:  # else what was decided before is still being given back
+                self._ceiling = ceiling
             self._last_pressure = now
-            self._ceiling = granted - max(_STEP_MIN, _STEP_SHARE * granted)
-            for session in self._sessions:
-                session.tell(FlashEvent("pressure", session.granted, session.granted, reason, time.time()))
+            for session in sessions:
+                self._note(session, "pressure", session.granted, session.granted, reason)
         elif self._ceiling is not None and now - self._last_pressure > _CALM:
-            self._ceiling += max(_STEP_MIN, self._ceiling * 0.05)
-            if self._ceiling > sum(session.most for session in self._sessions):
+            self._ceiling += max(_STEP_MIN, _REGROWTH * self._ceiling) * _TICK
+            if self._ceiling > sum(session.most for session in sessions):
                 self._ceiling = None
         return pressed
 
@@ -324,28 +499,36 @@ class Controller:
         if n_bytes == before:
             return
         session.move(n_bytes, urgent)
-        kind: EventKind = "shrink" if n_bytes < before else "grow"
         logger.debug("flash memory: %s to %s (%s)", format_size(before), format_size(n_bytes), reason)
-        session.tell(FlashEvent(kind, before, n_bytes, reason, time.time()))
+        self._note(session, "shrink" if n_bytes < before else "grow", before, n_bytes, reason)
+
+    def _note(self, session: Session, kind: EventKind, before: int, after: int, reason: str) -> None:
+        self._events.append((session, FlashEvent(kind, before, after, reason, time.time())))
 
     def _finish(self, seconds: float = 5.0) -> None:
         """Goes on until all sessions have arrived."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            arrived = [session.move(session.granted, False) for session in self._sessions]
+            arrived = [session.move(session.granted, False) for session in self._sessions()]
             if all(arrived):
                 return
             time.sleep(_BUSY_TICK)
 
 
-Callback = Callable[[FlashEvent], None]
 _the_controller = Controller()
+
+
+@atexit.register
+def _at_exit() -> None:
+    _the_controller.stop()
 
 
 def _after_fork() -> None:
     """The sessions are the parent's, and so is the thread."""
     global _the_controller
-    _the_controller = Controller()
+    before, _the_controller = _the_controller, Controller()
+    with contextlib.suppress(OSError):
+        before._close_files()
 
 
 os.register_at_fork(after_in_child=_after_fork)

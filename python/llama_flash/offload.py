@@ -136,6 +136,7 @@ class FlashSession:
     ) -> None:
         self.options = options
         self._handle: int | None = None  # struct llama_flash_session *
+        self._pid = os.getpid()
         self._lib = engine.library()
         self._path = model_path
         self._verbose = verbose
@@ -152,16 +153,17 @@ class FlashSession:
         self._hot_mark = ""
         self._callbacks: list[Callback] = []
         self._short = False
-        self._making_room = contextlib.ExitStack()
+        self._urgent = False
+        self._in_use = 0  # calls of the controller's under way
+        self._close_later = False
         self.predictor = "none"  # how active neurons are found
         self.summary = ""  # the line about the load
 
-        if options.follow:
-            self._making_room.enter_context(Controller.of_process().loading())
+        Controller.of_process().begin_load(self)
         try:
             self._prepare(model_params, context_params)
         except BaseException:
-            self._making_room.close()
+            Controller.of_process().end_load(self)
             raise
 
     def _prepare(self, model_params: Any, context_params: Any) -> None:
@@ -205,6 +207,9 @@ class FlashSession:
         try:
             return make_plan(self.meta, self.options, self.budget, self._shape(), self._base)
         except FlashBudgetError as error:
+            if Controller.of_process().squeeze():  # other models have more than they need
+                self._base = held_by_all(self)
+                return self._make_plan()
             from . import planner  # which needs this module
 
             raise planner.smallest_budget_of(self.meta, self.options, self._shape(), self._base, error) from None
@@ -246,6 +251,7 @@ class FlashSession:
         try:
             yield
         except Exception as failure:
+            Controller.of_process().end_load(self)
             try:
                 self._call("llama_flash_session_bind_end")
             except Exception as error:
@@ -266,8 +272,10 @@ class FlashSession:
             FlashBudgetError: too little is left.
             FlashReadError: filling pinned panels failed.
         """
-        with self._making_room:
+        try:
             self._attach(context, scores_bytes)
+        finally:
+            Controller.of_process().end_load(self)
 
     def _attach(self, context: Any, scores_bytes: int) -> None:
         if self.plan.mode == "nothing":
@@ -298,6 +306,8 @@ class FlashSession:
             self._divide()
         self._say(self._describe())
         if self.plan.mode == "flash" and self.options.follow:
+            with contextlib.suppress(OSError):  # the file is gone already
+                self._hot_mark = hot.fingerprint(self.meta.files, self._layout())
             Controller.of_process().join(self)
 
     def _divide(self) -> None:
@@ -345,6 +355,10 @@ class FlashSession:
         return self._beside
 
     @property
+    def certain(self) -> int:
+        return self._beside - self.memory.compute - self.memory.outputs
+
+    @property
     def interpreter(self) -> int:
         return self.memory.interpreter
 
@@ -362,39 +376,41 @@ class FlashSession:
 
     @property
     def touched(self) -> int:
-        return 0 if self._handle is None else int(self._raw().resident_bytes)
+        with self._using() as handle:
+            return 0 if handle is None else int(self._raw().resident_bytes)
 
     def move(self, n_bytes: int, urgent: bool) -> bool:
-        if self._handle is None or (n_bytes == self._granted and not self._moving):
-            return True
-        self._granted = n_bytes
-        state = _bindings.llama_flash_resize()
-        if not self._call_if_open("llama_flash_session_resize", n_bytes, urgent, ctypes.byref(state)):
-            return True
-        self._moving = not state.done
-        if state.done:
-            self._note_memory()
-        return bool(state.done)
+        with self._using() as handle:
+            if handle is None or (n_bytes == self._granted and not self._moving):
+                return True
+            # what has begun in a hurry ends in a hurry
+            self._urgent = urgent or (self._urgent and self._moving and n_bytes == self._granted)
+            self._granted = n_bytes
+            state = _bindings.llama_flash_resize()
+            self._call("llama_flash_session_resize", n_bytes, self._urgent, ctypes.byref(state))
+            self._moving = not state.done
+            if state.done:
+                self._note_memory()
+            return bool(state.done)
 
     def limited(self, total: int, reserve: int, reason: str) -> None:
         self.budget = replace(self.budget, total=total, reserve=reserve, reason=reason)
         self.memory = replace(self.memory, reserve=reserve)
 
     def warm(self) -> bool:
-        if self._handle is None or not self.options.warm_start or not hot.wanted():
-            return False
-        if self._hot is None:
-            self._hot_mark = hot.fingerprint(self.meta.files, self._layout())
-            self._hot = hot.load(self.meta.files[0], self._hot_mark)
-        if not len(self._hot):
-            return False
-        ids = np.ascontiguousarray(self._hot[:4096])
-        done = ctypes.c_uint64()
-        pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
-        if not self._call_if_open("llama_flash_session_warm", pointer, len(ids), ctypes.byref(done)):
-            return False
-        self._hot = self._hot[done.value :]
-        return len(self._hot) > 0
+        with self._using() as handle:
+            if handle is None or not self.options.warm_start or not hot.wanted():
+                return False
+            if self._hot is None:
+                self._hot = hot.load(self.meta.files[0], self._hot_mark)
+            if not len(self._hot):
+                return False
+            ids = np.ascontiguousarray(self._hot[:4096])
+            done = ctypes.c_uint64()
+            pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
+            self._call("llama_flash_session_warm", pointer, len(ids), ctypes.byref(done))
+            self._hot = self._hot[done.value :]
+            return len(self._hot) > 0
 
     def tell(self, event: FlashEvent) -> None:
         if event.kind == "short":
@@ -414,12 +430,21 @@ class FlashSession:
                 logger.exception("a callback of on_event failed")
 
     def describe(self) -> dict[str, object]:
-        return {
-            "path": os.path.abspath(self._path),
-            "granted": self._granted,
-            "least": self._least,
-            "most": self._most,
-        } | (self.stats().as_dict())
+        flash = {"granted": self._granted, "least": self._least, "most": self._most}
+        with self._using():
+            return {"path": os.path.abspath(self._path), **flash, **self.stats().as_dict()}
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[int | None]:
+        """The plugin's session, not freed meanwhile: garbage collection may want to close it in this very thread."""
+        self._in_use += 1
+        try:
+            yield self._handle
+        finally:
+            self._in_use -= 1
+            if self._close_later and not self._in_use:
+                self._close_later = False
+                self.close()
 
     # for users
 
@@ -451,10 +476,15 @@ class FlashSession:
         if self._handle is None or not self.options.follow:
             raise FlashError("there is no flash memory to be moved: everything is resident, or follow=False")
         budget = resolve_budget(dram_budget, self.options.reserve, model_bytes=self.meta.file_bytes)
-        if budget.total - budget.reserve - self.memory.fixed < self._least - self._kept():
-            raise refuse(budget, self.memory, self._least, self.options.reserve)
-        self.budget = replace(self.budget, asked=budget.asked)
-        Controller.of_process().settle()
+
+        def check(needed: int) -> None:
+            if budget.total - budget.reserve < needed:
+                rest = needed - self._least - self._beside
+                bare = replace(self.memory, interpreter=rest, slots=0, pinned=0, bookkeeping=0, reserve=budget.reserve)
+                bare = replace(bare, weights=bare.weights - self._kept())
+                raise refuse(budget, bare, self._least, self.options.reserve)
+
+        Controller.of_process().ask(self, budget.asked, check)
 
     def on_event(self, callback: Callback) -> None:
         """Calls `callback(event)`, a FlashEvent, whenever flash memory is given back or taken. From another thread."""
@@ -542,11 +572,14 @@ class FlashSession:
     def close(self) -> None:
         """Frees slots and closes files. `stats` keeps answering with the last numbers. May be called twice."""
         handle, lib = self._handle, self._lib
-        self._making_room.close()
         if handle is None:
             return
+        Controller.of_process().end_load(self)
         Controller.of_process().leave(self)
-        if not sys.is_finalizing():  # else it was done when the interpreter began to end
+        if self._in_use:
+            self._close_later = True
+            return
+        if not sys.is_finalizing() and self._pid == os.getpid():  # at the end of the interpreter it was done before
             self._keep_hot()
         self._final = self.stats()
         self._handle = None
@@ -583,16 +616,6 @@ class FlashSession:
         if getattr(self._lib, function)(self._handle, *arguments, ctypes.byref(error)) != 0:
             engine.raise_error(error)
 
-    def _call_if_open(self, function: str, *arguments: Any) -> bool:
-        """The controller's calls: garbage collection may close the session in the middle of them. False: it has."""
-        try:
-            self._call(function, *arguments)
-        except FlashError:
-            if self._handle is not None:
-                raise
-            return False
-        return True
-
     def _raise_pending(self) -> None:
         if self._handle is None:
             return
@@ -602,7 +625,9 @@ class FlashSession:
 
     def _promised_bytes(self) -> int:
         """Bytes granted to this session that it has not touched yet."""
-        return 0 if self._handle is None else max(0, self.memory.flash - int(self._raw().resident_bytes))
+        with self._using() as handle:
+            touched = 0 if handle is None else int(self._raw().resident_bytes) - self._kept()
+            return 0 if handle is None else max(0, self.memory.flash - touched)
 
     def _describe(self) -> str:
         plan, memory, name = self.plan, self.memory, os.path.basename(self._path)
@@ -652,7 +677,7 @@ class FlashSession:
 @atexit.register
 def _keep_all_hot() -> None:
     for session in list(_live):
-        if session._handle is not None:
+        if session._handle is not None and session._pid == os.getpid():
             session._keep_hot()
 
 
@@ -663,4 +688,5 @@ def held_by_all(asking: FlashSession | None = None) -> int:
 
 
 def _promised(asking: FlashSession | None) -> int:
-    return sum(session._promised_bytes() for session in list(_live) if session is not asking)
+    with Controller.of_process().locked():
+        return sum(session._promised_bytes() for session in list(_live) if session is not asking)

@@ -43,7 +43,7 @@ _KINDS = {
     "all": re.compile(r"output\.weight|blk\.\d+\.attn_(q|k|v|qkv|output|q_a|q_b|kv_a_mqa)\.weight"),
 }
 _TIERS: tuple[tuple[str, ...], ...] = (("experts",), ("experts", "ffn"), ("experts", "ffn", "all"))
-_NEURON_SHARE = 0.04  # of all neurons: with fewer in slots, attention had better leave memory than they
+_LAYER_SHARE = 0.2  # of a layer's neurons: with fewer slots, active neurons would be read twice for a token
 _EXACT_SHARE = 0.10  # of the neurons: with room for fewer beside what exact keeps resident, lowrank is better
 _SMALLEST = 64 << 10  # bytes of a weight that is worth a read
 
@@ -210,7 +210,7 @@ def make_plan(meta: GgufMeta, options: FlashOffload, budget: Budget, shape: Cont
         return Plan("resident", (), weights, 0, 0, whole.expected)
     candidates = [plan for plan in map(plan_for, ((), *_TIERS)) if plan.mode == "flash"]
     for plan in candidates:
-        room = int(_NEURON_SHARE * plan.neuron_bytes)
+        room = int(_LAYER_SHARE * plan.neuron_bytes / len(plan.bundles.layers)) if plan.bundles else 0
         if plan.expected.total + _beside(meta, plan, options) + room <= budget.total:
             return plan
     _check(meta, candidates[-1], options, budget)

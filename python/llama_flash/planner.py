@@ -361,7 +361,10 @@ def smallest_budget_of(
     # it takes the engine's vocabulary, and this process may be under the cap that was too small
     if error.breakdown["interpreter"] + _ROOM_TO_ASK > resolve_budget().total:
         return error
-    planner = _Planner(meta, options, shape, base)
+    try:
+        planner = _Planner(meta, options, shape, base)
+    except (FlashError, OSError):
+        return error
     try:
         return planner.too_small(error)
     except (FlashError, OSError):

@@ -7,10 +7,10 @@ that was killed has left behind is removed by whoever reads it.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -20,6 +20,10 @@ from typing import Any
 from .budget import held_by_process, rooms
 
 __all__ = ["StatusFile", "folder", "read_all"]
+
+
+_KEYS = {"pid", "command", "written", "held", "room", "limited_by", "models"}
+_STALE = 60.0  # seconds without a word from a process: its number is another's now
 
 
 def folder() -> Path:
@@ -36,6 +40,7 @@ class StatusFile:
 
     def __init__(self) -> None:
         self._path: Path | None = None
+        self._pid = 0
         self._started = time.time()
 
     def write(self, models: list[dict[str, object]], pressure: float | None) -> None:
@@ -44,10 +49,9 @@ class StatusFile:
             if self._path is None:
                 place = folder()
                 place.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if place.stat().st_uid != os.getuid():
-                    return  # somebody else's: they could read or replace it
-                self._path = place / f"{os.getpid()}.json"
-                atexit.register(self.remove)
+                if not _ours(place):
+                    return  # they could read or replace it
+                self._path, self._pid = place / f"{os.getpid()}.json", os.getpid()
             tightest = min(rooms(), key=lambda room: room.bytes)
             text = json.dumps(
                 {
@@ -68,26 +72,36 @@ class StatusFile:
             part.replace(self._path)
 
     def remove(self) -> None:
-        if self._path is not None:
+        if self._path is not None and self._pid == os.getpid():  # a child's copy is its parent's
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
             self._path = None
 
 
+def _ours(place: Path) -> bool:
+    found = place.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
 def read_all(place: Path | None = None) -> list[dict[str, Any]]:
     """The status of each process that runs, by process number."""
+    place = place or folder()
     found = []
-    for path in sorted((place or folder()).glob("*.json")):
+    with contextlib.suppress(OSError):
+        if not _ours(place):
+            return []
+    for path in sorted(place.glob("*.json")):
         if not path.stem.isdigit():
             continue
         try:
             status = json.loads(path.read_text())
         except (OSError, ValueError):
             continue  # just being replaced, or not ours
-        if not Path(f"/proc/{path.stem}").exists():
+        if not isinstance(status, dict) or not status.keys() >= _KEYS or status["pid"] != int(path.stem):
+            continue
+        if Path(f"/proc/{path.stem}").exists() and time.time() - status["written"] < _STALE:
+            found.append(status)
+        elif time.time() - status["written"] > _STALE or not Path(f"/proc/{path.stem}").exists():
             with contextlib.suppress(OSError):
                 path.unlink()
-            continue
-        if isinstance(status, dict) and isinstance(status.get("models"), list):
-            found.append(status)
-    return sorted(found, key=lambda status: int(status.get("pid", 0)))
+    return sorted(found, key=lambda status: int(status["pid"]))

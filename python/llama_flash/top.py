@@ -24,9 +24,10 @@ class Rates:
         self._before: dict[tuple[int, str], tuple[float, int]] = {}
         self._rate: dict[tuple[int, str], float] = {}
 
-    def of(self, process: dict[str, Any], model: dict[str, Any]) -> float | None:
-        """Tokens per second, None while there has been one look only."""
-        key = (int(process["pid"]), str(model["path"]))
+    def of(self, process: dict[str, Any], which: int) -> float | None:
+        """Tokens per second of the process' model number `which`, None while there has been one look only."""
+        model = process["models"][which]
+        key = (int(process["pid"]), f"{which} {model['path']}")
         now, tokens = float(process["written"]), int(model["total"]["tokens"])
         before = self._before.get(key)
         if before is None or now > before[0]:
@@ -48,10 +49,10 @@ def table(processes: list[dict[str, Any]], rates: Rates) -> RenderableType:
     for process in processes:
         held = f"{format_size(process['held'])}"
         for i, model in enumerate(process["models"]):
-            rate, hit = rates.of(process, model), model["decode"].get("hit_rate")
+            rate, hit = rates.of(process, i), model["decode"].get("hit_rate")
             result.add_row(
                 "" if i else str(process["pid"]),
-                Path(model["path"]).name,
+                Text(Path(model["path"]).name),
                 "-" if rate is None else f"{rate:.1f}",
                 "-" if hit is None else f"{hit:.1%}",
                 format_size(int(model["decode"]["bytes_per_token"])),
