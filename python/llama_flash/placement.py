@@ -151,7 +151,10 @@ def estimate(meta: GgufMeta, shape: ContextShape) -> Breakdown:
     ff = max(meta.number("feed_forward_length"), n_used * meta.number("expert_feed_forward_length"))
     rows = shape.n_ubatch
     layer = rows * 4 * (3 * ff + (4 + 2 * n_used) * n_embd)
-    attention = rows * 4 * (0 if shape.flash_attn else n_ctx * max(heads, default=1)) + rows * 16 * n_embd
+    n_head = max(heads, default=1)
+    masks = rows * n_ctx * 6  # as float32, and as the kernels want it
+    scores = 0 if shape.flash_attn else rows * n_ctx * n_head * 4
+    attention = scores + masks + rows * (8 * n_head * k_dim + 16 * n_embd)
     logits = 4 * (min(rows, shape.n_outputs) * n_vocab + 2 * rows * n_embd)
     per_output = 4 * (n_vocab + (n_embd if shape.embedding else 0))
     return Breakdown(
