@@ -47,7 +47,7 @@ _STEP_SHARE = 0.06  # of the flash memory in use: given back at each sign of pre
 _STEP_MIN = 16 << 20
 _GROW_MIN = 4 << 20  # bytes that are worth growing by
 _TIGHT = 0.05  # share of a limit: with less left, a group's pressure is about us
-_LONGEST_LOAD = 600.0  # seconds after which a load is no longer waited for
+_LONGEST_LOAD = 120.0  # seconds after which a load is no longer waited for
 _NEVER = -1e9
 
 EventKind = Literal["shrink", "grow", "pressure", "short"]
