@@ -140,6 +140,12 @@ struct llama_flash_session {
     int32_t                  set_memory(uint64_t bytes, llama_flash_error * err);
     int32_t                  resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err); // resize.cpp
 
+    // of resize(), the tests' too: where the way leads, and its steps
+
+    void plan_resize(uint64_t bytes);
+    bool give_back_one(bool & stuck);
+    bool take_one();
+
     // warm.cpp
 
     uint64_t hot(uint64_t * ids, uint64_t capacity) const;
@@ -277,10 +283,7 @@ struct llama_flash_session {
     uint64_t bookkeeping_bytes() const;
     uint64_t ring_minimum(bool experts) const;
     uint64_t resize_least() const;
-    void     plan_resize(uint64_t bytes);
     void     resize_step(int64_t until_ns);
-    bool     give_back_one(bool & stuck);
-    bool     take_one();
     void     move_panels();
     bool     pin_next_panel(flash_tensor & t);
     bool     pin_more(flash_bundle & b);
