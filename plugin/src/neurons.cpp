@@ -130,7 +130,7 @@ void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const
                 hold_only(b, list, n);
                 taken = take(s, b.first + list[k]);
             }
-            if (!taken) { // slots are held by what is still to come, more of them than expect() and warm() left free: they have shrunk
+            if (!taken) { // what is read ahead holds more than it left free then: there were more slots
                 let_land(s);
                 hold_only(b, list, n);
                 taken = take(s, b.first + list[k]);

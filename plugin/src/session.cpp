@@ -620,7 +620,8 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         n = std::min<uint64_t>(n_neurons_of(bundles), left / (slot_bytes + 64)); // a slot's entry in the cache
     }
     // addresses for all neurons: the memory given may grow
-    neuron_slots = !uses_neuron_slots() ? mapping() : mapping::allocate(n_neurons_of(bundles) * slot_bytes, std::max<uint64_t>(n, FEWEST_NEURON_SLOTS) * slot_bytes);
+    const uint64_t least = std::max<uint64_t>(n, FEWEST_NEURON_SLOTS);
+    neuron_slots         = !uses_neuron_slots() ? mapping() : mapping::allocate(n_neurons_of(bundles) * slot_bytes, least * slot_bytes);
     if (uses_neuron_slots() && !neuron_slots.data) {
         return false;
     }
