@@ -146,9 +146,8 @@ def a_warm_start_that_fails_is_nobodys_error(path: Path, io_engine: str) -> None
         with faults(EIO, 1 << 30):
             llm.flash._call("llama_flash_session_warm", pointer, len(ids), done)
             end = time.monotonic() + 20
-            while (
-                llm.flash.stats().total.errors == 0 and time.monotonic() < end
-            ):  # a call takes note of what has failed
+            # a call takes note of what has failed
+            while llm.flash.stats().total.errors == 0 and time.monotonic() < end:
                 llm.flash._call("llama_flash_session_warm", pointer, 0, done)
         assert llm.flash.stats().total.errors > 0, "nothing was read"
         assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
