@@ -92,6 +92,12 @@ def test_disturbed_reads_of_neurons(scenario: str, predictor: str, bundles: Path
     run_disturbed(scenario, bundles, shim, tmp_path, predictor)
 
 
+def test_a_warm_start_that_fails(model_file: ModelFile, bundles: Path, shim: Path, tmp_path: Path) -> None:
+    scenario = "a_warm_start_that_fails_is_nobodys_error"
+    run_disturbed(scenario, model_file("qwen3moe", "Q4_0"), shim, tmp_path)
+    run_disturbed(scenario, bundles, shim, tmp_path, "lowrank")
+
+
 @pytest.mark.parametrize("predictor", ["exact", "lowrank", "off"])
 @pytest.mark.parametrize(
     "scenario", ["truncated_file_raises_and_the_next_call_works_once_it_is_whole", "changed_file_raises"]

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from conftest import ModelFile
 from engines import give_memory, tokens
+from gguf import GGMLQuantizationType
 from llama_cpp import Llama
 from neurons import bundled, write_model
 
 import llama_flash
+from gguf_tools.bundle import bundle
+from gguf_tools.synthetic import tiny, write
 from llama_flash import FlashBudgetError, FlashError, FlashFormatError, FlashOffload, _bindings
 from llama_flash.budget import Breakdown, held_by_process
 from llama_flash.cost import expect
@@ -144,6 +147,14 @@ def test_bundles_with_a_gate_and_both_layouts_can_be_planned(layout: str, model_
     llm = load(path, budget, flash)
     compare(plan, llm)
     llm.close()
+
+
+def test_a_width_that_no_block_divides_can_be_planned(model_folder: Path) -> None:
+    """Of bundles: a neuron's part of down is n_embd long, whatever n_ff is."""
+    plain = write(tiny("arcee", "F32", n_ff=96), model_folder / "narrow.gguf")[0]
+    path = model_folder / "narrow-bundled.gguf"
+    bundle(plain, path, kind=GGMLQuantizationType.Q4_K, force=True)
+    assert llama_flash.plan(path, flash_offload={"what": "ffn"}, **SMALL).smallest > 0
 
 
 def test_dense_weights_are_read_as_expected(model_file: ModelFile) -> None:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ModelFile
-from engines import MOST, QUARTER, Logits, assert_same_logits, logits_of, open_flash, tokens
+from engines import LEAST, MOST, QUARTER, Logits, assert_same_logits, logits_of, open_flash, tokens
 from neurons import bundled, open_neurons, some_active, with_predictors, write_model
 
 from gguf_tools.synthetic import tiny, write
@@ -73,6 +74,12 @@ def given(llm: Any) -> Any:
 def bounds(llm: Any) -> tuple[int, int]:
     needs = llm.flash._requirements()
     return needs.min_memory, needs.max_memory
+
+
+@pytest.fixture(scope="module")
+def wide(model_folder: Path) -> Path:
+    """Many panels: moving them all takes much longer than an op gives to it."""
+    return write(tiny("llama", "Q4_0", n_ff=8192), model_folder / "wide-panels.gguf")[0]
 
 
 @contextmanager
@@ -171,6 +178,91 @@ def test_given_back_is_gone(model_folder: Path) -> None:
         freed = used - llm.flash.stats().slots_in_use
         assert freed > 16 << 20
         assert gone > freed - (6 << 20), f"{freed} bytes of slots were given up, {gone} bytes of memory"
+
+
+def begin_growing(llm: Any, least: int, most: int) -> None:
+    """Ops come while the resize is under way: one call does not finish it, unless the machine slept in between."""
+    for _ in range(20):
+        settle(llm, least)
+        llm.reset()
+        llm.eval([1])
+        if not resize(llm, most).done:
+            return
+    raise AssertionError("growing takes no time")
+
+
+def test_panels_while_growing_is_overtaken_by_shrinking(wide: Path) -> None:
+    with open_flash(wide, what="ffn", share=LEAST, n_ubatch=64) as llm:
+        least, most = bounds(llm)
+        expected = logits_of(llm, PROMPT, DECODED)
+        for n, share in ((1, 0.0), (2, 0.02), (3, 0.05)):
+            begin_growing(llm, least, most)
+            for token in range(n):
+                llm.eval([token])
+            resize(llm, int(least + share * (most - least)), urgent=True)
+            llm.reset()
+            assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+
+
+def test_panels_are_read_ahead_after_growing_while_decoding(wide: Path) -> None:
+    with open_flash(wide, what="ffn", share=LEAST, n_ubatch=64) as llm:
+        least, most = bounds(llm)
+        size = (least + most) // 2
+        begin_growing(llm, least, size)
+        llm.eval([1])
+        settle(llm, size)
+        assert 0 < given(llm).n_pinned < llm.flash._requirements().n_panels
+        read = [llm.flash.stats().total.bytes_used]
+        for token in (2, 3, 4, 5):
+            llm.eval([token])
+            read.append(llm.flash.stats().total.bytes_used)
+        of_a_token = read[-1] - read[-2]
+        ahead = read[-1] - read[0] - 4 * of_a_token
+        assert ahead > 0, "nothing is read before the next token asks for it"
+
+
+@pytest.mark.parametrize("form", ["exact", "lowrank", "experts-exact", "experts-off"])
+def test_decoding_goes_on_when_pinned_neurons_leave(form: str, files: dict[str, Path]) -> None:
+    with open_form(form, files, QUARTER) as llm:
+        least, most = bounds(llm)
+        expected = logits_of(llm, PROMPT, DECODED)
+        for urgent in (False, True):
+            llm.flash._call("llama_flash_session_set_memory", most)
+            assert given(llm).n_neurons_pinned > 0
+            llm.reset()
+            llm.eval(PROMPT)
+            resize(llm, least, urgent)
+            for token in DECODED:
+                llm.eval([token])
+            assert_same_logits(np.array(llm.scores[:N]), expected, N)
+
+
+@pytest.mark.parametrize("form", ["panels", "off", "both"])
+def test_never_more_than_given(form: str, files: dict[str, Path]) -> None:
+    """Also with rings that are larger than they would be with all there is."""
+    with open_form(form, files, MOST) as llm:
+        least, most = bounds(llm)
+        for k in (20, 19, 18, 15, 11, 7, 3, 1, 2, 5, 10, 13, 16, 17, 20):
+            out = settle(llm, least + (most - least) * k // 20)
+            memory = given(llm)
+            used = memory.slots + memory.pinned + memory.stream + memory.bookkeeping + memory.resident
+            assert used <= memory.total == out.total
+
+
+def test_memory_of_pinned_panels_is_counted(model_folder: Path) -> None:
+    """To the page: what is pinned is less than the homes' addresses, which would be given huge pages."""
+    path = write(tiny("llama", "Q4_0", n_ff=32768), model_folder / "homes.gguf")[0]
+    with open_flash(path, what="ffn", share=LEAST, n_ubatch=64) as llm:
+        needs = llm.flash._requirements()
+        least = given(llm).total
+        logits_of(llm, PROMPT, DECODED[:3])
+        before = process_memory().anonymous
+        settle(llm, least + needs.panel_bytes // 10)
+        logits_of(llm, PROMPT, DECODED[:3])
+        assert given(llm).pinned > 1 << 20
+        assert process_memory().anonymous - before < given(llm).pinned + (2 << 20)
+        settle(llm, least)
+        assert process_memory().anonymous - before < 2 << 20
 
 
 def test_before_there_is_memory(model_file: ModelFile) -> None:

@@ -14,7 +14,7 @@ import pytest
 from conftest import ModelFile
 from engines import assert_same_logits, logits_of, tokens
 from llama_cpp import Llama
-from neurons import bundled, some_active, with_predictors, write_model
+from neurons import bundled, open_neurons, some_active, with_predictors, write_model
 
 from llama_flash import FlashOffload, _bindings, hot
 
@@ -142,6 +142,33 @@ def test_ids_that_make_no_sense_are_passed_over(model_file: ModelFile) -> None:
     assert until(lambda: slots_used(llm) == 2)
     logits_of(llm, PROMPT, DECODED)
     llm.close()
+
+
+def test_slots_are_left_for_who_asks(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much read ahead as the fewest slots take, and at once a token that needs other neurons."""
+    monkeypatch.setenv("LLAMA_FLASH_WARM_START", "0")  # by hand
+    plain = bundled(write_model(model_folder, "arcee", "F32"))
+    path = with_predictors(plain, plain.with_name("few.gguf"), some_active)
+    ids = np.arange((1 << 63) + 1000, (1 << 63) + 1500, dtype=np.uint64)  # of the last layers
+    with open_neurons(path, predictor="lowrank", share=0.0, n_ctx=64) as llm:
+        needs = llm.flash._requirements()
+        for share in (0.0, 0.05):
+            for token in DECODED[:4]:
+                answers = []
+                for warm in (False, True):
+                    llm.flash._call(
+                        "llama_flash_session_set_memory", int(needs.min_memory + share * needs.neuron_bytes)
+                    )
+                    if warm:
+                        done = _bindings.ctypes.c_uint64()
+                        pointer = ids.ctypes.data_as(_bindings.ctypes.POINTER(_bindings.ctypes.c_uint64))
+                        llm.flash._call("llama_flash_session_warm", pointer, len(ids), done)
+                        assert 0 < done.value < len(ids)
+                    llm.reset()
+                    llm.eval([token])
+                    answers.append(np.array(llm.scores[:1], copy=True))
+                assert np.isfinite(answers[0]).all() and (answers[0] != 0).any()
+                assert (answers[0] == answers[1]).all()
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(

@@ -98,13 +98,22 @@ void slot_cache::remove(int32_t i) {
     }
 }
 
-void slot_cache::list_empty(int32_t i) {
+// last: to be taken after all others
+void slot_cache::list_empty(int32_t i, bool last) {
     slot &             s = slots[(size_t) i];
     size_class_state & c = classes[s.size_class];
     if (!s.listed) {
         s.listed = true;
-        s.newer  = c.empty;
-        c.empty  = i;
+        s.newer  = NONE;
+        if (c.empty == NONE) {
+            c.empty = c.last_empty = i;
+        } else if (last) {
+            slots[(size_t) c.last_empty].newer = i;
+            c.last_empty                       = i;
+        } else {
+            s.newer = c.empty;
+            c.empty = i;
+        }
     }
     c.n_empty++;
 }
@@ -174,7 +183,7 @@ int32_t slot_cache::add(uint32_t size_class) {
     }
     const int32_t i        = c.members[c.count++];
     slots[(size_t) i].gone = false;
-    list_empty(i);
+    list_empty(i, true); // taken by address, so that the last ones, which are retired first, stay empty longest
     return i;
 }
 

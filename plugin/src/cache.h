@@ -94,6 +94,7 @@ class slot_cache {
         uint32_t count   = 0;
         uint32_t n_empty = 0;
         int32_t  empty   = NONE;  // head of the empty list
+        int32_t  last_empty = NONE; // its end, if it has a head
         int64_t  lowest  = 0;     // number of the lowest bucket there is
         std::vector<int32_t> members; // by address: the first `count` are in use, the rest is retired
         list     buckets[BUCKETS];
@@ -102,7 +103,7 @@ class slot_cache {
 
     list     join(const list & older, const list & newer);
     void     raise(size_class_state & c, int64_t lowest);
-    void     list_empty(int32_t slot);
+    void     list_empty(int32_t slot, bool last = false);
     int32_t  pop_empty(size_class_state & c);
     int32_t  lowest_slot(const size_class_state & c) const;
     void     insert(int32_t slot);

@@ -208,7 +208,7 @@ static bool begin(llama_flash_session & s, flash_bundle & b, ffn_part part, cons
         if (b.done == 0) {
             s.neurons.release(); // of an evaluation that was broken off
         }
-        s.ffn.whole = in_passing(s, b);
+        s.ffn.whole = !s.failed() && in_passing(s, b);
         s.op.stop   = s.failed();
     }
     ggml_barrier(params->threadpool);
@@ -851,8 +851,8 @@ static bool pass_over(llama_flash_session & s, flash_bundle & b, const ggml_comp
         for (uint32_t done = e.first; done < end; done += count) {
             if (leader) {
                 w.run = next_run(s, b, done, end);
-                if (w.run && w.run->first != done) {
-                    s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "a run out of order");
+                if ((!w.run || w.run->first != done) && !s.failed()) {
+                    s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "a run is missing, or out of order");
                 }
             }
             if (!agreed(s, params)) {

@@ -139,7 +139,10 @@ int32_t llama_flash_session_stats(const llama_flash_session * session, llama_fla
     if (!session || !out) {
         return LLAMA_FLASH_E_INVALID;
     }
-    std::lock_guard<std::mutex> lock(session->mutex);
+    std::unique_lock<std::mutex> lock(session->mutex, std::defer_lock);
+    if (!session->forked()) { // else it may be another thread's, that there is only in the parent
+        lock.lock();
+    }
     *out                = session->stats;
     out->slots_used     = session->cache.used();
     out->resident_bytes = session->memory.pinned + session->expert_ring.touched() + session->panel_ring.touched() + session->memory.bookkeeping;

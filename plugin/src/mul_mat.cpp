@@ -259,6 +259,7 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
             s.stats.hits++;
         }
         r.fetched = false;
+        r.warmed  = false;
         if (there) {
             add_to_wave(s, t, index);
         } else {

@@ -15,6 +15,7 @@ void neuron_store::configure(uint32_t n_neurons, uint32_t n_slots, size_t bytes,
     slot_of.assign(n_neurons, slot_cache::NONE);
     last_use.assign(n_neurons, 0);
     pending.assign(n_slots, 0);
+    asked_for.assign(n_slots, 0);
     uses.clear();
 }
 
@@ -69,6 +70,7 @@ bool neuron_store::take(llama_flash_session & s, uint32_t neuron, bool evict) {
         s.stats.evictions++;
     }
     slot_of[neuron] = slot;
+    asked_for[(size_t) slot] = 0;
     cache.set_reading(slot, true);
     n_coming++;
     return true;
@@ -108,6 +110,7 @@ void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const
         }
         if (slot_of[neuron] >= 0) {
             cache.hold(slot_of[neuron]);
+            asked_for[(size_t) slot_of[neuron]] = 1;
         } else {
             missing++;
         }
@@ -124,6 +127,11 @@ void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const
         if (list[k] >= b.n_pinned && slot_of[b.first + list[k]] < 0) {
             bool taken = take(s, b.first + list[k]);
             if (!taken) {
+                hold_only(b, list, n);
+                taken = take(s, b.first + list[k]);
+            }
+            if (!taken) { // what is read ahead holds more than it left free then: there were more slots
+                let_land(s);
                 hold_only(b, list, n);
                 taken = take(s, b.first + list[k]);
             }
@@ -155,8 +163,8 @@ void neuron_store::expect(llama_flash_session & s, const flash_bundle & b, const
         if (list[k] < b.n_pinned || slot_of[neuron] >= 0) {
             continue;
         }
-        if (n_coming >= n_slots() / 4 || !take(s, neuron)) {
-            break; // the demand that follows must find slots
+        if (may_come() == 0 || !take(s, neuron)) {
+            break;
         }
         wanted.push_back({ list[k], slot_of[neuron] });
         if (window != NO_WINDOW) {
@@ -182,6 +190,9 @@ bool neuron_store::warm(llama_flash_session & s, const flash_bundle & b, const u
         room = take(s, neuron, false);
         if (room) {
             wanted.push_back({ list[k], slot_of[neuron] });
+            if (window != NO_WINDOW) {
+                uses.push_back({ neuron, b.tokens + 2 });
+            }
         }
     }
     plan(b, true);
@@ -276,6 +287,13 @@ void neuron_store::pump(llama_flash_session & s) {
         }
     }
     s.reads->submit();
+}
+
+bool neuron_store::nobody_asked(uint32_t index) const {
+    const read & r = reads[index];
+    return r.stream && r.ahead && std::none_of(r.items.begin(), r.items.end(), [&](const item & i) {
+        return slot_of[r.bundle->first + i.neuron] == i.slot && asked_for[(size_t) i.slot];
+    });
 }
 
 void neuron_store::arrived(uint32_t index, bool error) {
@@ -403,7 +421,7 @@ bool neuron_store::start_run(llama_flash_session & s) {
 void neuron_store::stream_after(llama_flash_session & s, const flash_bundle & b) {
     stream_bundle = nullptr;
     for (uint32_t i = b.index + 1; i < s.bundles.size() && !stream_bundle; i++) {
-        if (s.bundles[i].n_pinned < s.bundles[i].n_neurons) {
+        if (s.bundles[i].n_expert == 0 && s.bundles[i].n_pinned < s.bundles[i].n_neurons) { // nobody knows which experts
             stream_bundle = &s.bundles[i];
             stream_first  = stream_bundle->n_pinned;
         }
@@ -563,6 +581,7 @@ void neuron_store::add_slots(uint32_t n) {
         cache.add(0);
     }
     pending.resize(std::max<size_t>(pending.size(), n), 0);
+    asked_for.resize(pending.size(), 0);
 }
 
 bool neuron_store::remove_slot(llama_flash_session & s, bool move) {

@@ -8,6 +8,7 @@
 #include "cache.h"
 #include "ring.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -35,9 +36,12 @@ class neuron_store {
     // Reads the listed neurons if slots can be had; not held. For an evaluation that is expected soon.
     void expect(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
 
-    // The same, at most warm_bytes() of sectors, into empty slots only; false: there is none left.
+    // The same, at most may_come() neurons and warm_bytes() of sectors, into empty slots only; false: there is none left.
     bool   warm(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
     size_t warm_bytes() const { return ring_bytes / 2; }
+
+    // Neurons that may still be read before anybody asks: the demand that follows must find slots.
+    uint32_t may_come() const { return n_slots() / 4 - std::min(n_slots() / 4, n_coming); }
 
     // Neurons in slots, by their numbers among the session's, with their scores.
     template <typename F> void each(F f) const {
@@ -64,6 +68,9 @@ class neuron_store {
     }
 
     // reads that have ended wait here until their neurons are copied
+
+    // read `index` is of neurons that nobody has demanded yet: if it fails, nobody misses them
+    bool nobody_asked(uint32_t index) const;
 
     // the reader is done with read `index`; error: its neurons lose their slots
     void arrived(uint32_t index, bool error);
@@ -191,6 +198,7 @@ class neuron_store {
     size_t                slot_bytes = 0;
     std::vector<int32_t>  slot_of;    // by neuron of all bundles
     std::vector<uint8_t>  pending;    // by slot: streams still to come
+    std::vector<uint8_t>  asked_for;  // by slot: its neuron has been demanded since its read began
     std::vector<uint64_t> last_use;   // by neuron: token number + 1, 0: never
     std::deque<use_note>  uses;       // with a window: oldest first
 

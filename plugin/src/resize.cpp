@@ -25,6 +25,15 @@ uint64_t llama_flash_session::resize_least() const {
     return bytes;
 }
 
+// bytes at the begin of the tensor's home that its first n panels take
+uint64_t llama_flash_session::home_bytes_of(const flash_tensor & t, uint32_t n) const {
+    if (n == 0) {
+        return 0;
+    }
+    const flash_record & last = records[t.first_record + n - 1];
+    return flash_sector_ceil(last.offset + last.bytes) - flash_sector_floor(t.offset);
+}
+
 // Splits what is left as set_memory does: neurons, then panels, then experts.
 void llama_flash_session::plan_resize(uint64_t bytes) {
     const llama_flash_requirements need = requirements();
@@ -36,13 +45,22 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
     if (!bundles.empty()) {
         const bool     others = need.n_panels + need.n_experts > 0;
         const uint64_t room   = others && !all ? left / 2 : left;
+        const uint64_t slot   = uses_neuron_slots() ? slot_bytes_of(bundles) + 64 : 0;
+        const uint64_t fewest = FEWEST_NEURON_SLOTS * slot; // resize_least() has left them out
+        uint64_t       whole  = 0;
         uint64_t       used   = 0;
-        if (!uses_neuron_slots()) {
-            uint64_t whole = 0;
-            for (const auto & b : bundles) {
-                whole += b.tensor_bytes() + 2 * FLASH_SECTOR;
+        bool           pinned = true; // all of it is
+        for (const auto & b : bundles) {
+            whole += b.tensor_bytes() + 2 * FLASH_SECTOR;
+            pinned = pinned && b.n_pinned == b.n_neurons;
+        }
+        if (pinned && room + fewest >= whole) {
+            for (size_t i = 0; i < bundles.size(); i++) {
+                resizing.bundle_records[i] = bundles[i].n_neurons;
             }
-            const double part = all ? 1.0 : std::min(1.0, (double) room / (double) whole);
+            used = whole - std::min(whole, fewest);
+        } else if (slot == 0) {
+            const double part = std::min(1.0, (double) room / (double) whole);
             double       due  = 0.0; // runs
             for (size_t i = 0; i < bundles.size(); i++) {
                 const flash_bundle & b    = bundles[i];
@@ -51,12 +69,19 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
                 due += part * runs;
                 const uint32_t whole_runs = std::min(runs, (uint32_t) due);
                 due -= (double) whole_runs;
-                resizing.bundle_records[i] = b.split ? 0 : std::min(n, whole_runs * FFN_RUN_ROWS);
-                used += resizing.bundle_records[i] * b.record_bytes;
+                uint64_t records = b.split ? 0 : std::min(n, whole_runs * FFN_RUN_ROWS);
+                uint64_t most    = room - used; // and what its home has addresses for
+                if (b.home) {
+                    most = std::min<uint64_t>(most, neuron_homes[(size_t) b.home_memory].bytes);
+                }
+                if (records * b.record_bytes + 2 * FLASH_SECTOR > most) {
+                    records = (most - std::min(most, 2 * FLASH_SECTOR)) / b.record_bytes / FFN_RUN_ROWS * FFN_RUN_ROWS;
+                }
+                resizing.bundle_records[i] = (uint32_t) records;
+                used += records == 0 ? 0 : records * b.record_bytes + 2 * FLASH_SECTOR;
             }
         } else {
-            const uint64_t slot = slot_bytes_of(bundles) + 64;
-            const uint64_t n    = std::min<uint64_t>(n_neurons_of(bundles), FEWEST_NEURON_SLOTS + room / slot);
+            const uint64_t n      = std::min<uint64_t>(n_neurons_of(bundles), FEWEST_NEURON_SLOTS + room / slot);
             resizing.neuron_slots = (uint32_t) std::min<uint64_t>(n, neuron_slots.bytes / slot_bytes_of(bundles));
             used                  = (resizing.neuron_slots - std::min(resizing.neuron_slots, FEWEST_NEURON_SLOTS)) * slot;
         }
@@ -67,7 +92,7 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
     for (const auto & r : records) {
         span += tensors[r.tensor].is_experts ? 0 : flash_sector_ceil(r.offset + r.bytes) - flash_sector_floor(r.offset);
     }
-    const double share = span == 0 ? 0.0 : all ? 1.0 : std::min(1.0, (double) left / (double) (span + need.n_panels * FLASH_SECTOR));
+    const double share = span == 0 ? 0.0 : left >= span ? 1.0 : (double) left / (double) (span + need.n_panels * FLASH_SECTOR);
     double       due   = 0.0; // panels, so that the streamed rest is spread evenly
     resizing.panels.assign(tensors.size(), 0);
     for (size_t i = 0; i < tensors.size(); i++) {
@@ -76,13 +101,17 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
             continue;
         }
         due += share * t.n_records;
-        const uint32_t n = std::min(t.n_records, (uint32_t) due);
+        uint64_t most = left; // and what its home has addresses for
+        if (t.home) {
+            most = std::min<uint64_t>(most, homes[(size_t) t.home_memory].bytes);
+        }
+        uint32_t n = std::min(t.n_records, (uint32_t) due); // panels differ in length: so many may be more than fit
+        while (home_bytes_of(t, n) > most) {
+            n--;
+        }
         due -= (double) n;
         resizing.panels[i] = n;
-        for (uint32_t k = 0; k < n; k++) {
-            const flash_record & r = records[t.first_record + k];
-            left -= std::min<uint64_t>(left, flash_sector_ceil(r.offset + r.bytes) - flash_sector_floor(r.offset));
-        }
+        left -= home_bytes_of(t, n);
     }
 
     std::vector<uint64_t> class_records(class_bytes.size());
@@ -109,7 +138,8 @@ int32_t llama_flash_session::resize(uint64_t bytes, bool urgent, llama_flash_res
     out       = {};
     out.least = resize_least();
     bytes     = std::clamp(bytes, out.least, std::max(out.least, requirements().max_memory));
-    resizing.urgent = urgent;
+    op.checked      = nullptr;
+    resizing.urgent = urgent || (resizing.urgent && bytes == memory.total);
     if (bytes != memory.total) {
         plan_resize(bytes);
         memory.total    = bytes;
@@ -117,7 +147,7 @@ int32_t llama_flash_session::resize(uint64_t bytes, bool urgent, llama_flash_res
     }
     if (resizing.active && !failed()) {
         const int64_t now = flash_now_ns();
-        resize_step(now + (urgent || now - resizing.last_op_ns > IDLE_NS ? LONG_STEP_NS : RESIZE_NS));
+        resize_step(now + (resizing.urgent || now - resizing.last_op_ns > IDLE_NS ? LONG_STEP_NS : RESIZE_NS));
     }
     out.total = bytes;
     out.done  = !resizing.active;
@@ -146,27 +176,22 @@ void llama_flash_session::resize_step(int64_t until_ns) {
         neuron_slots.keep((size_t) neurons.n_slots() * slot_bytes_of(bundles));
         for (const auto & t : tensors) {
             if (t.home) {
-                const flash_record & next = records[t.first_record + std::min(t.n_pinned, t.n_records - 1)];
-                homes[(size_t) t.home_memory].keep(t.n_pinned == t.n_records ? homes[(size_t) t.home_memory].bytes
-                                                                            : flash_sector_ceil(next.offset) - flash_sector_floor(t.offset));
+                homes[(size_t) t.home_memory].keep(home_bytes_of(t, t.n_pinned));
             }
         }
         for (const auto & b : bundles) {
             if (b.home) {
-                neuron_homes[(size_t) b.home_memory].keep(b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR);
+                neuron_homes[(size_t) b.home_memory].keep(b.n_pinned == 0 ? 0 : b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR);
             }
         }
     }
     bool more = !less && !stuck;
     while (more && flash_now_ns() < until_ns && !failed()) {
         more = take_one();
-        if (!more) {
-            resizing.active       = false;
-            resizing.panels_moved = false;
+        if (!more && !failed()) { // after a failure it goes on once the error has been taken
+            resizing.active = false;
+            resizing.urgent = false;
         }
-    }
-    if (failed()) {
-        resizing.active = false;
     }
     note_memory();
 }
@@ -176,8 +201,11 @@ bool llama_flash_session::give_back_one(bool & stuck) {
     for (size_t i = 0; i < bundles.size(); i++) {
         flash_bundle & b = bundles[i];
         if (b.n_pinned > resizing.bundle_records[i]) {
+            // what is no longer pinned needs slots to be computed in; the least there are with a limit is room for them
+            neurons.add_slots(std::min(resizing.neuron_slots, FEWEST_NEURON_SLOTS));
             neurons.stream_end(*this);
-            b.n_pinned = std::max(resizing.bundle_records[i], (b.n_pinned - 1) / FFN_RUN_ROWS * FFN_RUN_ROWS);
+            // of experts all or nothing is pinned
+            b.n_pinned = b.n_expert > 0 ? 0 : std::max(resizing.bundle_records[i], (b.n_pinned - 1) / FFN_RUN_ROWS * FFN_RUN_ROWS);
             return true;
         }
     }
@@ -228,13 +256,9 @@ bool llama_flash_session::give_back_one(bool & stuck) {
     return true;
 }
 
-// The order in which panels stream changes: it is learnt again.
+// The order in which panels stream changes: it is learnt again. With every move, as ops between two of them have begun to learn it.
 void llama_flash_session::move_panels() {
     drop_ring(panel_ring);
-    if (resizing.panels_moved) {
-        return;
-    }
-    resizing.panels_moved = true;
     panel_order.clear();
     panel_order_known = false;
     panel_next        = 0;
@@ -296,6 +320,11 @@ bool llama_flash_session::pin_next_panel(flash_tensor & t) {
     if (r.state != record_state::raw && r.state != record_state::ready) {
         return false; // the read failed, and the session with it
     }
+    op.checked = nullptr;
+    if (!check_file(r)) { // it may have changed while it was read
+        release(index);
+        return false;
+    }
     uint8_t * data = t.home + (r.offset - t.offset);
     memcpy(data, r.data, r.bytes);
     release(index);
@@ -315,7 +344,7 @@ bool llama_flash_session::pin_next_panel(flash_tensor & t) {
 // Reads the bundle's next run of records and keeps it.
 bool llama_flash_session::pin_more(flash_bundle & b) {
     if (!b.home) {
-        neuron_homes.push_back(mapping::allocate(b.tensor_bytes() + 2 * FLASH_SECTOR));
+        neuron_homes.push_back(mapping::home(b.tensor_bytes() + 2 * FLASH_SECTOR, 0));
         if (!neuron_homes.back().data) {
             neuron_homes.pop_back();
             return false;
@@ -336,7 +365,8 @@ bool llama_flash_session::pin_more(flash_bundle & b) {
     while (!reads->idle()) {
         settle_reads(true);
     }
-    if (failed()) {
+    op.checked = nullptr;
+    if (failed() || !check_file(*b.file, b.name, b.offset, b.tensor_bytes())) { // it may have changed while it was read
         return false;
     }
     b.n_pinned += n;
@@ -355,11 +385,8 @@ void llama_flash_session::note_memory() {
         memory.slots += (uint64_t) cache.n_slots(c) * class_bytes[c];
     }
     for (const auto & t : tensors) {
-        if (t.n_pinned > 0 && !t.is_experts) {
-            const flash_record & last = records[t.first_record + t.n_pinned - 1];
-            memory.n_pinned += t.n_pinned;
-            memory.pinned += flash_sector_ceil(last.offset + last.bytes) - flash_sector_floor(t.offset);
-        }
+        memory.n_pinned += t.n_pinned;
+        memory.pinned += home_bytes_of(t, t.n_pinned);
     }
     for (const auto & b : bundles) {
         memory.n_neurons_pinned += b.n_pinned;

@@ -27,13 +27,14 @@ mapping::~mapping() {
     }
 }
 
-mapping::mapping(mapping && other) noexcept : data(other.data), bytes(other.bytes) {
+mapping::mapping(mapping && other) noexcept : data(other.data), bytes(other.bytes), page(other.page) {
     other.data = nullptr;
 }
 
 mapping & mapping::operator=(mapping && other) noexcept {
     std::swap(data, other.data);
     std::swap(bytes, other.bytes);
+    std::swap(page, other.page);
     return *this;
 }
 
@@ -67,9 +68,18 @@ mapping mapping::allocate(size_t most, size_t least) {
     return m.data ? std::move(m) : allocate(least);
 }
 
+mapping mapping::home(size_t most, size_t least) {
+    mapping m = allocate(most, least);
+    if (m.data) {
+        madvise(m.data, m.bytes, MADV_NOHUGEPAGE);
+        m.page = (size_t) sysconf(_SC_PAGESIZE);
+    }
+    return m;
+}
+
 void mapping::keep(size_t used) {
     // part of a huge page would stay where it is until the kernel has split the page
-    const uintptr_t begin = ((uintptr_t) data + used + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const uintptr_t begin = ((uintptr_t) data + used + page - 1) / page * page;
     const uintptr_t end   = (uintptr_t) data + bytes;
     if (data && begin < end) {
         madvise((void *) begin, end - begin, MADV_DONTNEED);
@@ -551,8 +561,8 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         return true;
     }
     uint64_t left = bytes - neuron_bookkeeping() - 2 * HUGE_PAGE;
-    auto     home = [&](uint64_t size, uint64_t most) -> uint8_t * {
-        neuron_homes.push_back(mapping::allocate(most, size));
+    auto     home = [&](mapping m, uint64_t size) -> uint8_t * {
+        neuron_homes.push_back(std::move(m));
         left -= size;
         return neuron_homes.back().data;
     };
@@ -562,7 +572,7 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         for (auto & p : b.parts) {
             p.resident = nullptr;
             if (p.present && !p.cached) {
-                p.resident = home(p.row_bytes * b.n_neurons, p.row_bytes * b.n_neurons);
+                p.resident = home(mapping::allocate(p.row_bytes * b.n_neurons), p.row_bytes * b.n_neurons);
                 if (!p.resident) {
                     return false;
                 }
@@ -593,7 +603,8 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         b.home        = nullptr;
         b.home_memory = -1;
         if (b.n_pinned > 0) {
-            uint8_t * data = home(b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR, b.tensor_bytes() + 2 * FLASH_SECTOR);
+            const uint64_t size = b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR;
+            uint8_t *      data = home(mapping::home(b.tensor_bytes() + 2 * FLASH_SECTOR, size), size);
             if (!data) {
                 return false;
             }
@@ -609,8 +620,9 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
         n = std::min<uint64_t>(n_neurons_of(bundles), left / (slot_bytes + 64)); // a slot's entry in the cache
     }
     // addresses for all neurons: the memory given may grow
-    neuron_slots = !uses_neuron_slots() ? mapping() : mapping::allocate(n_neurons_of(bundles) * slot_bytes, n * slot_bytes);
-    if (n && !neuron_slots.data) {
+    const uint64_t least = std::max<uint64_t>(n, FEWEST_NEURON_SLOTS);
+    neuron_slots         = !uses_neuron_slots() ? mapping() : mapping::allocate(n_neurons_of(bundles) * slot_bytes, least * slot_bytes);
+    if (uses_neuron_slots() && !neuron_slots.data) {
         return false;
     }
     memory.slots += n * slot_bytes;
@@ -866,7 +878,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
 // Addresses for the tensor's panels, memory for the first `least` bytes at least.
 bool llama_flash_session::make_home(flash_tensor & t, uint64_t least) {
     const flash_record & end = records[t.first_record + t.n_records - 1];
-    homes.push_back(mapping::allocate(flash_sector_ceil(end.offset + end.bytes) - flash_sector_floor(t.offset), least));
+    homes.push_back(mapping::home(flash_sector_ceil(end.offset + end.bytes) - flash_sector_floor(t.offset), least));
     if (!homes.back().data) {
         homes.pop_back();
         return false;
@@ -1085,6 +1097,7 @@ void llama_flash_session::forget(flash_record & r) {
     r.data    = nullptr;
     r.index   = -1;
     r.fetched = false;
+    r.warmed  = false;
 }
 
 void llama_flash_session::release(uint32_t index) {
@@ -1115,7 +1128,9 @@ bool llama_flash_session::settle_reads(bool wait) {
         any = true;
         if (done.tag & neuron_store::TAG) {
             const flash_bundle * b = done.tag == PINNED_TAG ? nullptr : neurons.bundle_of(done.tag & ~neuron_store::TAG);
-            if (done.error != 0) {
+            if (b && done.error != 0 && neurons.nobody_asked(done.tag & ~neuron_store::TAG)) {
+                stats.errors++;
+            } else if (done.error != 0) {
                 fail_read(*done.file, b ? b->name : "ffn_bundle", done.error, done.error_offset, b ? b->record_bytes : 0,
                           done.error == ENODATA ? "the file ends before it" : strerror(done.error));
             }
@@ -1136,7 +1151,11 @@ bool llama_flash_session::settle_reads(bool wait) {
             continue;
         }
         const flash_tensor & t = tensors[r.tensor];
-        fail_read(*t.file, t.name, done.error, done.error_offset, r.bytes, done.error == ENODATA ? "the file ends before it" : strerror(done.error));
+        if (r.warmed) {
+            stats.errors++;
+        } else {
+            fail_read(*t.file, t.name, done.error, done.error_offset, r.bytes, done.error == ENODATA ? "the file ends before it" : strerror(done.error));
+        }
 
         // the record is absent again, so that the next call may try once more
         if (r.place == record_place::slot) {

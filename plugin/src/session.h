@@ -56,6 +56,7 @@ struct flash_record {
     record_place place;
     record_state state;
     bool         fetched;      // read for an op that has not asked for it yet
+    bool         warmed;       // read by warm(), and no op has asked for it yet
 };
 
 struct flash_tensor {
@@ -92,11 +93,15 @@ class mapping {
     // allocate(most): addresses for all that may ever be wanted; where the kernel refuses so many, allocate(least)
     static mapping allocate(size_t most, size_t least);
 
-    // What is beyond the first `used` bytes goes back to the kernel, in whole huge pages.
+    // The same in small pages: of memory that ends anywhere in the addresses, no byte more is there than was written.
+    static mapping home(size_t most, size_t least);
+
+    // What is beyond the first `used` bytes goes back to the kernel, in whole pages.
     void keep(size_t used);
 
     uint8_t * data  = nullptr;
     size_t    bytes = 0;
+    size_t    page  = HUGE_PAGE; // that the kernel may give at once
 };
 
 struct llama_flash_session {
@@ -134,6 +139,12 @@ struct llama_flash_session {
     llama_flash_requirements requirements() const;
     int32_t                  set_memory(uint64_t bytes, llama_flash_error * err);
     int32_t                  resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err); // resize.cpp
+
+    // of resize(), the tests' too: where the way leads, and its steps
+
+    void plan_resize(uint64_t bytes);
+    bool give_back_one(bool & stuck);
+    bool take_one();
 
     // warm.cpp
 
@@ -225,12 +236,11 @@ struct llama_flash_session {
     // where a moving limit leads (resize.cpp)
     struct resize_state {
         bool                  active = false;
-        bool                  urgent = false; // nothing is moved: what lies in a slot that vanishes is dropped
+        bool                  urgent = false; // until it is done nothing is moved: what lies in a slot that vanishes is dropped
         std::vector<uint32_t> slots;          // by class
         std::vector<uint32_t> panels;         // by tensor: pinned
         std::vector<uint32_t> bundle_records; // by bundle: pinned
         uint32_t              neuron_slots = 0;
-        bool                  panels_moved = false;
         int64_t               last_op_ns   = 0;
     } resizing;
 
@@ -266,16 +276,14 @@ struct llama_flash_session {
     bool     give_neurons_memory(uint64_t bytes, uint64_t spare);
     bool     read_neurons();
     bool     make_home(flash_tensor & t, uint64_t least);
+    uint64_t home_bytes_of(const flash_tensor & t, uint32_t n) const;
     int32_t  read_pinned(llama_flash_error * err);
     void     fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size, const char * why);
     void     drop_all();
     uint64_t bookkeeping_bytes() const;
     uint64_t ring_minimum(bool experts) const;
     uint64_t resize_least() const;
-    void     plan_resize(uint64_t bytes);
     void     resize_step(int64_t until_ns);
-    bool     give_back_one(bool & stuck);
-    bool     take_one();
     void     move_panels();
     bool     pin_next_panel(flash_tensor & t);
     bool     pin_more(flash_bundle & b);

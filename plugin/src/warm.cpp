@@ -10,6 +10,9 @@ constexpr uint64_t NEURON     = 1ull << 63; // ids of neurons; else of records
 constexpr uint64_t WARM_BYTES = 4u << 20;   // of one call
 
 uint64_t llama_flash_session::hot(uint64_t * ids, uint64_t capacity) const {
+    if (forked()) {
+        return 0; // the mutex may be another thread's, that there is only in the parent
+    }
     std::lock_guard<std::mutex>              lock(mutex);
     std::vector<std::pair<double, uint64_t>> found;
     for (uint32_t i = 0; i < records.size(); i++) {
@@ -63,9 +66,15 @@ int32_t llama_flash_session::warm(const uint64_t * ids, uint64_t n, uint64_t & d
                 continue;
             }
             const flash_bundle * b = &*(after - 1);
+            if (b->split || neurons.n_slots() < 4) { // as expect() does; or all is pinned
+                continue;
+            }
             if (b != bundle) {
                 flush();
                 bundle = b;
+            }
+            if (wanted.size() >= neurons.may_come()) {
+                break;
             }
             neuron_bytes += b->streams.size() * 2 * FLASH_SECTOR + b->cached_bytes; // whole sectors, at worst one by one
             if (neuron_bytes > neurons.warm_bytes()) {
@@ -92,6 +101,7 @@ int32_t llama_flash_session::warm(const uint64_t * ids, uint64_t n, uint64_t & d
         r.place = record_place::slot;
         r.data  = slot_data[(size_t) r.index] + (r.offset - flash_sector_floor(r.offset));
         fetch(index);
+        r.warmed = true;
         bytes += r.bytes;
     }
     flush();

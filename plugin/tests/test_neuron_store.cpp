@@ -396,9 +396,170 @@ void everything_is_pinned_where_it_fits() {
     CHECK(a.check_all() == N_LAYERS * N_FF && a.s->neurons.n_slots() == 0, "%u slots", a.s->neurons.n_slots());
 }
 
+std::vector<uint32_t> every(uint32_t step, uint32_t first, uint32_t end) {
+    std::vector<uint32_t> list;
+    for (uint32_t i = first; i < end; i += step) {
+        list.push_back(i);
+    }
+    return list;
+}
+
+llama_flash_resize resize(llama_flash_session & s, uint64_t bytes, bool urgent = false) {
+    llama_flash_error  err;
+    llama_flash_resize out;
+    CHECK(s.resize(bytes, urgent, out, &err) == LLAMA_FLASH_OK, "%s", err.message);
+    return out;
+}
+
+void settle(llama_flash_session & s, uint64_t bytes) {
+    for (int k = 0; !resize(s, bytes).done; k++) {
+        CHECK(k < 100000 && !s.failed(), "the resize does not end: %s", s.error.message);
+    }
+}
+
+// ops may come after each step from all pinned to slots
+void what_was_pinned_can_be_computed_while_it_is_given_back() {
+    for (layout how : { layout{ false, true }, layout{ false, true, 2 } }) {
+        store                 a(how, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 3.0, 1);
+        llama_flash_session & s = *a.s;
+        CHECK(s.memory.n_neurons_pinned == N_LAYERS * N_FF && s.neurons.n_slots() == 0, "not all is pinned");
+        s.plan_resize(s.requirements().min_memory);
+        int  steps = 0;
+        bool stuck = false;
+        while (s.give_back_one(stuck)) {
+            steps++;
+            CHECK(s.neurons.n_slots() >= 32, "step %d: %u slots", steps, s.neurons.n_slots());
+            for (uint32_t il = 0; il < N_LAYERS; il++) {
+                const uint32_t pinned = s.bundles[il].n_pinned;
+                CHECK(how.n_expert == 0 || pinned == 0 || pinned == N_FF, "step %d: %u records of experts are pinned", steps, pinned);
+                s.begin_op("test");
+                const std::vector<uint32_t> list = every(N_FF / 16, 5, N_FF);
+                CHECK(a.demand(il, list, 1), "step %d: %s", steps, s.error.message);
+                for (uint32_t i : list) {
+                    CHECK(a.check(il, i), "neuron %u", i);
+                }
+                s.neurons.release();
+                s.end_op();
+            }
+        }
+        CHECK(steps >= (int) N_LAYERS && !stuck, "%d steps", steps);
+    }
+}
+
+void what_is_pinned_stays_where_it_fits() {
+    store                 a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 1.1, 1);
+    llama_flash_session & s     = *a.s;
+    const uint64_t        total = s.memory.total;
+    for (uint64_t bytes : { s.requirements().max_memory, total, total - 50000 }) {
+        settle(s, bytes);
+        CHECK(s.memory.n_neurons_pinned == N_LAYERS * N_FF && s.neurons.n_slots() == 0, "%llu are pinned", (unsigned long long) s.memory.n_neurons_pinned);
+    }
+    settle(s, s.requirements().min_memory);
+    CHECK(s.memory.n_neurons_pinned == 0 && s.neurons.n_slots() > 0, "%llu are pinned", (unsigned long long) s.memory.n_neurons_pinned);
+}
+
+void a_resize_that_met_an_error_goes_on() {
+    store                 a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_OFF, UINT32_MAX, 0.1, 1);
+    llama_flash_session & s    = *a.s;
+    const uint64_t        most = s.requirements().max_memory;
+    a.shard_of(0).cut(5000);
+    llama_flash_resize out = resize(s, most);
+    CHECK(s.failed() && !out.done, "pinned what is not there");
+    CHECK(!resize(s, most).done, "done, with %llu neurons pinned", (unsigned long long) s.memory.n_neurons_pinned);
+    a.shard_of(0).mend();
+    llama_flash_error err;
+    CHECK(s.take_error(&err) == LLAMA_FLASH_E_READ, "%s", err.message);
+    settle(s, most);
+    CHECK(s.memory.n_neurons_pinned == N_LAYERS * N_FF && a.check_all() == N_LAYERS * N_FF, "%llu are pinned", (unsigned long long) s.memory.n_neurons_pinned);
+}
+
+void an_urgent_resize_stays_urgent() {
+    store                 a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 0.5, 1);
+    llama_flash_session & s = *a.s;
+    for (uint32_t token = 0; token < 4; token++) { // more than there are slots: what is hot lies anywhere
+        for (uint32_t il = 0; il < N_LAYERS; il++) {
+            s.begin_op("test");
+            CHECK(a.demand(il, every(3, token % 3, N_FF), 1), "%s", s.error.message);
+            s.neurons.release();
+            s.end_op();
+        }
+    }
+    std::vector<const uint8_t *> was;
+    for (uint32_t n = 0; n < N_LAYERS * N_FF; n++) {
+        was.push_back(s.neurons.find(s.bundles[n / N_FF], n % N_FF));
+    }
+    const uint64_t bytes = s.memory.total - s.memory.slots / 2;
+    s.fail_op(LLAMA_FLASH_E_INTERNAL, "test", "nothing moves before the error is taken");
+    resize(s, bytes, true);
+    CHECK(!resize(s, bytes, false).done, "it has moved");
+    CHECK(s.take_error(nullptr) == LLAMA_FLASH_E_INTERNAL, "another error");
+    settle(s, bytes);
+    const uint8_t * const end    = s.neuron_slots.data + s.neurons.n_slots() * slot_bytes_of(s.bundles);
+    uint32_t              stayed = 0;
+    for (uint32_t n = 0; n < was.size(); n++) {
+        const uint8_t * is = s.neurons.find(s.bundles[n / N_FF], n % N_FF);
+        CHECK(is == (was[n] < end ? was[n] : nullptr), "neuron %u was moved, or lost its slot without need", n);
+        stayed += is != nullptr;
+    }
+    CHECK(stayed == s.neurons.n_slots() && stayed > 100, "%u neurons stayed", stayed);
+}
+
+void reads_that_nobody_asked_for_fail_quietly() {
+    for (bool asked : { false, true }) {
+        store                       a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 0.5, 1);
+        llama_flash_session &       s    = *a.s;
+        const std::vector<uint32_t> list = every(20, 100, 500);
+        s.begin_op("test");
+        a.shard_of(1).cut(5000);
+        s.op.checked = s.bundles[1].file; // the change comes after the check
+        s.neurons.expect(s, s.bundles[1], list.data(), list.size());
+        if (asked) {
+            CHECK(!a.demand(1, list, 1, true), "neurons that are not there");
+        }
+        while (!s.reads->idle()) {
+            s.settle_reads(true);
+        }
+        s.end_op();
+        a.shard_of(1).mend();
+        CHECK(s.failed() == asked, "an error that is nobody's: %s", s.error.message);
+        CHECK(s.stats.errors > 0, "nothing failed");
+        llama_flash_error err;
+        CHECK(s.take_error(&err) == (asked ? LLAMA_FLASH_E_READ : LLAMA_FLASH_OK), "%s", err.message);
+        s.begin_op("test");
+        CHECK(a.demand(1, list, 1), "%s", s.error.message);
+        for (uint32_t i : list) {
+            CHECK(a.check(1, i), "neuron %u", i);
+        }
+        s.neurons.release();
+        s.end_op();
+    }
+}
+
+// more neurons on their way than the demand leaves slots for: the slots became fewer
+void a_demand_finds_slots_when_they_became_fewer() {
+    store                 a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 0.2, 1);
+    llama_flash_session & s = *a.s;
+    const std::vector<uint32_t> ahead = every(1, 0, s.neurons.n_slots() / 4);
+    s.begin_op("test");
+    s.neurons.expect(s, s.bundles[1], ahead.data(), ahead.size());
+    while (s.neurons.n_slots() > ahead.size() + 8) {
+        CHECK(s.neurons.remove_slot(s, false), "a slot that is read into");
+    }
+    CHECK(a.demand(0, every(1, 0, s.neurons.n_slots() / 2), 1), "%s", s.error.message);
+    s.neurons.release();
+    s.end_op();
+    a.check_all();
+}
+
 } // namespace
 
 int main() {
+    what_was_pinned_can_be_computed_while_it_is_given_back();
+    what_is_pinned_stays_where_it_fits();
+    a_resize_that_met_an_error_goes_on();
+    an_urgent_resize_stays_urgent();
+    reads_that_nobody_asked_for_fail_quietly();
+    a_demand_finds_slots_when_they_became_fewer();
     everything_is_pinned_where_it_fits();
     a_window_lets_go_of_what_its_tokens_did_not_use();
     what_an_evaluation_held_makes_room_for_its_last_part();

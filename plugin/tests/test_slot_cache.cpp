@@ -248,9 +248,26 @@ void the_seldom_used_one_goes_and_old_uses_fade() {
     CHECK(evicted == 0, "evicted %d: ten uses of long ago count for little", evicted);
 }
 
+void what_is_half_empty_shrinks_for_nothing() {
+    slot_cache cache;
+    cache.configure({ 8 }, 20);
+    cache.add(0);
+    for (uint32_t record = 0; record < 4; record++) {
+        int32_t evicted;
+        cache.use(record, 1, 1, 1);
+        CHECK(cache.take(0, record, true, &evicted) == (int32_t) record, "empty slots are taken by address");
+    }
+    cache.end_op();
+    for (int32_t slot = 8; slot >= 4; slot--) {
+        const slot_cache::retired r = cache.retire(0);
+        CHECK(r.done && r.slot == slot && r.moved == slot_cache::NONE && r.evicted == slot_cache::NONE, "slot %d was in use", r.slot);
+    }
+}
+
 } // namespace
 
 int main() {
+    what_is_half_empty_shrinks_for_nothing();
     an_op_cannot_evict_what_it_uses();
     a_read_under_way_keeps_its_slot();
     the_seldom_used_one_goes_and_old_uses_fade();

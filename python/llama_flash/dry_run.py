@@ -25,6 +25,7 @@ from .sizes import parse_size
 __all__ = ["EngineSizes", "FlashNeeds", "engine_sizes"]
 
 _MALLOC_PAGE = 4096  # of a larger block only the page with its head is touched
+_F32 = 0  # GGML_TYPE_F32
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ class FlashNeeds:
                     ne = ne[::-1] if part.name == "down" else ne
                     name = f"blk.{layer.layer}.ffn_{part.name}{'_exps' if layer.n_expert else ''}.weight"
                     n_expert = max(1, layer.n_expert)
-                    self._bind_weight(name, layer.tensor.file, layer.tensor.offset, part.type, *ne, n_expert)
+                    # down lies across its rows: the loader presents it as F32, whatever blocks the part has
+                    kind = _F32 if part.name == "down" else part.type
+                    self._bind_weight(name, layer.tensor.file, layer.tensor.offset, kind, *ne, n_expert)
         self._call("llama_flash_session_bind_end")
 
     def _bind_weight(self, name: str, file: Any, offset: int, kind: int, *ne: int) -> None:
