@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from test_capped_models import require_caps
 
 from gguf_tools.synthetic import PRESETS, write
+from gguf_tools.synthetic.opt import OptModel, OptShape
+from gguf_tools.synthetic.opt_writer import write_opt
 from llama_flash import FlashBudgetError, FlashError, FlashEvent
 from llama_flash.cgroup import Gauge, memory_controller, process_memory
 from llama_flash.controller import Controller, divide
@@ -104,7 +106,7 @@ class Model:
     def warm(self) -> bool:
         return False
 
-    def limited(self, total: int, reserve: int, reason: str) -> None:
+    def limited(self, total: int, reserve: int, beside: int, reason: str) -> None:
         self.budget = total
 
     def tell(self, event: FlashEvent) -> None:
@@ -317,7 +319,9 @@ for i in range(n):
         llm.reset()
     llm.eval([tokens[-1]])
     if flash:
-        hits.append(llm.flash.stats().last.hit_rate)
+        last = llm.flash.stats().last
+        asked = last.hits + last.misses + last.panel_hits + last.panel_reads
+        hits.append((last.hits + last.panel_hits) / max(1, asked))
 open(out, "w").write(json.dumps({"tokens": tokens, "hits": hits, "events": events}))
 """
 _NEIGHBOUR = """
@@ -333,10 +337,34 @@ while time.monotonic() < end:
 ENTER = 'echo $$ > "$1"/cgroup.procs || exit 126; shift; exec "$@"'
 
 
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "moe": {"what": "experts"},
+    "dense": {"what": "all"},
+    "relu": {"predictor": "lowrank"},
+}
+
+
+def write_kind(kind: str, path: Path) -> Path:
+    if kind == "relu":
+        shape = OptShape(n_layer=6, n_embd=2048, n_ff=8192, n_head=16, n_vocab=8192, n_ctx=1024)
+        write_opt(OptModel(shape), path, "bundled")
+        return path
+    return write(PRESETS[f"{kind}-400m"], path)[0]
+
+
 @pytest.fixture(scope="module")
 def moe(model_folder: Path) -> Iterator[Path]:
-    (path,) = write(PRESETS["moe-400m"], model_folder / "controlled.gguf")
+    path = write_kind("moe", model_folder / "controlled.gguf")
     yield path
+    path.unlink()
+
+
+@pytest.fixture(
+    scope="module", params=["moe", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("dense", "relu"))]
+)
+def kind_and_model(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[tuple[str, Path]]:
+    path = write_kind(request.param, model_folder / "any.gguf")
+    yield request.param, path
     path.unlink()
 
 
@@ -387,17 +415,20 @@ def group() -> Iterator[Group]:
                 time.sleep(0.05)
 
 
-def test_a_limit_that_moves_while_text_is_generated(moe: Path, tmp_path: Path) -> None:
-    n, size = 300, moe.stat().st_size
+def test_a_limit_that_moves_while_text_is_generated(kind_and_model: tuple[str, Path], tmp_path: Path) -> None:
+    kind, model = kind_and_model
+    n, size = 300, model.stat().st_size
     free, moved = tmp_path / "free.json", tmp_path / "moved.json"
-    subprocess.run([sys.executable, "-c", _CHILD, moe, free, str(n), "false"], check=True, stdout=subprocess.DEVNULL)
+    # neuron bundles do not run without flash offload: there the undisturbed run has all in memory
+    plain = json.dumps({"predictor": "lowrank", "warm_start": False}) if kind == "relu" else "false"
+    subprocess.run([sys.executable, "-c", _CHILD, model, free, str(n), plain], check=True, stdout=subprocess.DEVNULL)
     beside = 130 * MiB  # of the interpreter: the model is small
     high, low = beside + int(0.75 * size), beside + int(0.40 * size)
     over = 0
     with group() as it:
         assert it.limit(high)
-        options = json.dumps({"what": "experts", "warm_start": False})
-        child = it.start(sys.executable, "-c", _CHILD, moe, moved, n, options, stdout=subprocess.PIPE)
+        options = json.dumps({**_OPTIONS[kind], "warm_start": False})
+        child = it.start(sys.executable, "-c", _CHILD, model, moved, n, options, stdout=subprocess.PIPE)
         assert child.stdout is not None
         for line in child.stdout:
             if int(line) == 60:
@@ -423,12 +454,15 @@ def test_a_limit_that_moves_while_text_is_generated(moe: Path, tmp_path: Path) -
     assert after > before - 0.05, f"100 tokens later the cache is not back: {before}, {squeezed}, {after}"
 
 
-def test_a_neighbour_that_comes_and_goes(moe: Path, tmp_path: Path) -> None:
-    seconds, limit = 8.0, 130 * MiB + int(0.75 * moe.stat().st_size)
+@pytest.mark.parametrize("seconds", [8.0, pytest.param(120.0, marks=pytest.mark.full)])
+def test_a_neighbour_that_comes_and_goes(seconds: float, kind_and_model: tuple[str, Path], tmp_path: Path) -> None:
+    kind, model = kind_and_model
+    limit = 130 * MiB + int(0.75 * model.stat().st_size)
     with group() as it:
         assert it.limit(limit)
-        options = json.dumps({"what": "experts", "warm_start": False})
-        child = it.start(sys.executable, "-c", _CHILD, moe, tmp_path / "never", 10**6, options, stdout=subprocess.PIPE)
+        options = json.dumps({**_OPTIONS[kind], "warm_start": False})
+        never = tmp_path / "never"
+        child = it.start(sys.executable, "-c", _CHILD, model, never, 10**6, options, stdout=subprocess.PIPE)
         assert child.stdout is not None
         for line in child.stdout:
             if int(line) == 40:

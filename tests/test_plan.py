@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -80,6 +81,12 @@ def test_a_little_above_the_smallest_budget_a_load_works_and_a_little_below_it_i
     assert below["smallest"] == pytest.approx(smallest, rel=0.05), "the refusal names it, too"
 
 
+@pytest.fixture(autouse=True)
+def _tidy() -> None:
+    """What other tests have left would go in the middle of a comparison."""
+    gc.collect()
+
+
 def load(path: Path, budget: int | str = "auto", flash: dict[str, Any] | None = None, **options: Any) -> Llama:
     # what is planned is the load; later the memory follows what other tests leave behind
     flash = {**(flash or {}), "dram_budget": budget, "follow": False}
@@ -129,7 +136,7 @@ def test_the_plan_is_what_a_load_does(form: str, context: dict[str, Any], what: 
 def test_the_plan_of_bundles_is_what_a_load_does(options: dict[str, Any]) -> None:
     path = MODELS / "stdlib-opt-q8_0-flash.gguf"
     smallest = llama_flash.plan(path, flash_offload=options, **SMALL).smallest
-    for budget in (smallest + 6 * MIB, smallest + 20 * MIB):
+    for budget in (smallest + 6 * MIB, smallest + 12 * MIB):
         plan = llama_flash.plan(path, budget, flash_offload=options, **SMALL)
         llm = load(path, budget, options)
         compare(plan, llm)

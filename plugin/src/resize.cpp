@@ -114,19 +114,9 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
         left -= home_bytes_of(t, n);
     }
 
-    std::vector<uint64_t> class_records(class_bytes.size());
-    uint64_t              class_total = 0;
-    for (const auto & t : tensors) {
-        if (t.is_experts) {
-            class_records[t.size_class] += t.n_records;
-            class_total += (uint64_t) t.n_records * class_bytes[t.size_class];
-        }
-    }
-    const double kept = class_total == 0 ? 0.0 : std::min(1.0, (double) left / (double) class_total);
-    resizing.slots.clear();
+    resizing.slots = expert_slots_in(left);
     for (size_t c = 0; c < class_bytes.size(); c++) {
-        const uint64_t room = slot_memory[c].bytes / class_bytes[c];
-        resizing.slots.push_back((uint32_t) std::min<uint64_t>(room, (uint64_t) (kept * (double) class_records[c])));
+        resizing.slots[c] = (uint32_t) std::min<uint64_t>(resizing.slots[c], slot_memory[c].bytes / class_bytes[c]);
     }
 }
 

@@ -835,21 +835,11 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     memory.pinned += home_bytes;
     left -= home_bytes;
 
-    // slots: the classes share by their bytes, so that one expert's parts are kept or dropped alike
-    std::vector<uint64_t> class_records(class_bytes.size());
-    uint64_t              class_total = 0;
-    for (const auto & t : tensors) {
-        if (t.is_experts) {
-            class_records[t.size_class] += t.n_records;
-            class_total += (uint64_t) t.n_records * class_bytes[t.size_class];
-        }
-    }
-    const double          kept = class_total == 0 ? 0.0 : std::min(1.0, (double) left / (double) class_total);
-    std::vector<uint32_t> slots_per_class;
+    const std::vector<uint32_t> all_experts     = expert_slots_in(UINT64_MAX);
+    const std::vector<uint32_t> slots_per_class = expert_slots_in(left);
     for (size_t c = 0; c < class_bytes.size(); c++) {
-        const uint32_t n = (uint32_t) std::min<uint64_t>(class_records[c], (uint64_t) (kept * (double) class_records[c]));
-        slots_per_class.push_back(n);
-        slot_memory.push_back(mapping::allocate((size_t) class_records[c] * class_bytes[c], (size_t) n * class_bytes[c]));
+        const uint32_t n = slots_per_class[c];
+        slot_memory.push_back(mapping::allocate((size_t) all_experts[c] * class_bytes[c], (size_t) n * class_bytes[c]));
         if (n && !slot_memory.back().data) {
             drop_all();
             return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for slots", (unsigned long long) n * class_bytes[c]);
@@ -873,6 +863,23 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     panel_ring.configure(ring_memory.data ? ring_memory.data + expert_ring_bytes : nullptr, panel_ring_bytes, 4096);
 
     return read_pinned(err);
+}
+
+// Slots of each class in so many bytes: the classes share by their bytes, so that one expert's parts are kept or dropped alike.
+std::vector<uint32_t> llama_flash_session::expert_slots_in(uint64_t bytes) const {
+    std::vector<uint32_t> n_records(class_bytes.size());
+    uint64_t              total = 0;
+    for (const auto & t : tensors) {
+        if (t.is_experts) {
+            n_records[t.size_class] += t.n_records;
+            total += (uint64_t) t.n_records * class_bytes[t.size_class];
+        }
+    }
+    const double kept = total == 0 ? 0.0 : std::min(1.0, (double) bytes / (double) total);
+    for (uint32_t & n : n_records) {
+        n = std::min(n, (uint32_t) (kept * (double) n));
+    }
+    return n_records;
 }
 
 // Addresses for the tensor's panels, memory for the first `least` bytes at least.

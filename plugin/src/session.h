@@ -275,6 +275,7 @@ struct llama_flash_session {
     uint64_t neuron_minimum() const;
     bool     give_neurons_memory(uint64_t bytes, uint64_t spare);
     bool     read_neurons();
+    std::vector<uint32_t> expert_slots_in(uint64_t bytes) const;
     bool     make_home(flash_tensor & t, uint64_t least);
     uint64_t home_bytes_of(const flash_tensor & t, uint32_t n) const;
     int32_t  read_pinned(llama_flash_error * err);

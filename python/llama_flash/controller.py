@@ -95,7 +95,8 @@ class Session(Protocol):
 
     def move(self, n_bytes: int, urgent: bool) -> bool: ...  # a step on the way; True: arrived
     def warm(self) -> bool: ...  # reads what was hot in another life; False: nothing left to read
-    def limited(self, total: int, reserve: int, reason: str) -> None: ...  # the budget in force
+    def limited(self, total: int, reserve: int, beside: int, reason: str) -> None: ...
+    # the budget in force; beside: of the process, other models and their flash memory, without this model
     def tell(self, event: FlashEvent) -> None: ...  # called without the controller's lock
     def describe(self) -> dict[str, object]: ...
 
@@ -404,7 +405,8 @@ class Controller:
         urgent = pressed or room - fixed - touched < reserve // 2
         calm = now - self._last_pressure > _CALM and not self._loading
         for session, share in zip(sessions, shares, strict=True):
-            session.limited(room, reserve, reason)
+            beside = fixed - session.fixed + sum(other.granted for other in sessions if other is not session)
+            session.limited(room, reserve, beside, reason)
             slack = 0 if urgent else reserve // 8  # a little comes from the reserve
             more = share > session.granted + _GROW_MIN or session.granted < share == session.most
             if share < session.granted - slack or (calm and more):

@@ -393,9 +393,9 @@ class FlashSession:
                 self._note_memory()
             return bool(state.done)
 
-    def limited(self, total: int, reserve: int, reason: str) -> None:
+    def limited(self, total: int, reserve: int, beside: int, reason: str) -> None:
         self.budget = replace(self.budget, total=total, reserve=reserve, reason=reason)
-        self.memory = replace(self.memory, reserve=reserve)
+        self.memory = replace(self.memory, reserve=reserve, interpreter=beside)
 
     def warm(self) -> bool:
         with self._using() as handle:
