@@ -317,11 +317,11 @@ for i in range(n):
     tokens.append(int(llm.sample(temp=0.0)))
     if llm.n_tokens == 500:
         llm.reset()
-    llm.eval([tokens[-1]])
+    llm.eval([(tokens[-1] + 7 * i) % llm.n_vocab()])  # else some models repeat themselves
     if flash:
         last = llm.flash.stats().last
-        asked = last.hits + last.misses + last.panel_hits + last.panel_reads
-        hits.append((last.hits + last.panel_hits) / max(1, asked))
+        panels = llm.flash.plan.panel_bytes  # of different lengths
+        hits.append(last.hit_rate if last.hit_rate is not None else 1 - last.bytes_read / panels)
 open(out, "w").write(json.dumps({"tokens": tokens, "hits": hits, "events": events}))
 """
 _NEIGHBOUR = """

@@ -41,6 +41,7 @@ _REDISCOVER = 1.0  # seconds after which the process' groups are looked up again
 _BUSY_TICK = 0.002  # while memory is given back or read ahead
 _STATUS = 2.0  # seconds between two status files
 _NEIGHBOURS = 20.0  # seconds for which the most that neighbours held is kept free
+_AFTERMATH = 0.2  # seconds after a sign of pressure in which giving back goes on
 _CALM = 2.0  # seconds without pressure after which the cache may grow again
 _REGROWTH = 0.2  # share of the flash memory per second, after pressure
 _STEP_SHARE = 0.06  # of the flash memory in use: given back at each sign of pressure
@@ -359,7 +360,8 @@ class Controller:
     def tick(self, now: float) -> bool:
         """One look at the limits if it is time, and a step towards what they ask for. True: more is to be done soon."""
         since = now - self._last_look
-        if since >= _TICK or self._pressed or (since >= _SOON and self._alarmed()):
+        moving = now - self._last_pressure < _AFTERMATH
+        if since >= _TICK or self._pressed or (since >= _SOON and (self._alarmed() or moving)):
             self._look(now)
         busy = False
         for session in self._sessions():
@@ -489,6 +491,9 @@ class Controller:
             self._last_pressure = now
             for session in sessions:
                 self._note(session, "pressure", session.granted, session.granted, reason)
+        elif self._ceiling is not None and now - self._last_pressure < _AFTERMATH:
+            # a lower limit is accepted the moment usage is below it: it must not find us with nothing to spare
+            self._ceiling -= max(_STEP_MIN, _STEP_SHARE * self._ceiling) / 4
         elif self._ceiling is not None and now - self._last_pressure > _CALM:
             self._ceiling += max(_STEP_MIN, _REGROWTH * self._ceiling) * _TICK
             if self._ceiling > sum(session.most for session in sessions):
