@@ -34,8 +34,8 @@ class FlashOffload:
         window: tokens before the current one whose neurons stay in slots; None: as many as have room.
         lookahead: read ahead the neurons that the next layer's predictor expects ("lowrank").
         follow: give memory back and take it again while the model runs, as limits and neighbours move.
-        warm_start: remember which weights were hot, in a small file beside the model or in the user's cache folder, and
-            read them in the background after the next load.
+        warm_start: remember which weights were hot, in a small file of the user's cache folder, and
+            read them in the background after the next load. Needs `follow`.
         io_engine: "io_uring", "pread" (a pool of threads) or "auto" (io_uring where it works).
         io_depth: most reads in flight at once; None: 32, and 128 where single neurons are read.
         io_threads: threads of the pread pool.
