@@ -87,7 +87,6 @@ class Model:
     """A session of which the tests know all: it needs 100 MiB beside flash, and arrives at once."""
 
     asked: int | None = None
-    reserve: int | None = 40 * MiB
     fixed, interpreter = 60 * MiB, 40 * MiB
     certain, touched = 40 * MiB, 0
 
@@ -96,6 +95,9 @@ class Model:
         self.events: list[FlashEvent] = []
         self.urgent: list[bool] = []
         self.budget = 0
+
+    def reserve(self, total: int) -> int:
+        return 40 * MiB
 
     def move(self, n_bytes: int, urgent: bool) -> bool:
         if n_bytes != self.granted:
@@ -207,6 +209,27 @@ def test_pressure_takes_bit_by_bit_and_is_forgotten(tree: Tree) -> None:
     clock.look(20)
     assert model.granted > 0.95 * (1000 - 40 - 100) * MiB
     assert {event.kind for event in model.events} == {"pressure", "shrink", "grow"}
+
+
+def test_after_pressure_giving_back_goes_on_for_a_moment(tree: Tree) -> None:
+    """A lower limit is accepted the moment usage is below it, and then there must be something to spare."""
+    tree.set(own=960)
+    model = Model(granted=860)
+    model.touched = 860 * MiB
+    clock = Clock(tree, model)
+    clock.look(0.25)
+    tree.stalled(10_000_000)
+    clock.look(0.25)
+    steps = [model.granted]
+    for _ in range(3):
+        clock.now += 0.06
+        clock.controller.tick(clock.now)
+        steps.append(model.granted)
+    assert steps == sorted(set(steps), reverse=True), "it stands still"
+    clock.now += 0.1
+    before = model.granted
+    clock.controller.tick(clock.now)
+    assert model.granted == before, "it goes on for ever"
 
 
 def test_a_limit_that_leaves_too_little_is_told(tree: Tree) -> None:

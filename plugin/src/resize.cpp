@@ -2,7 +2,8 @@
 //
 // resize() only says where to go. The way there is gone in steps of about a millisecond: by each op as it begins, and by resize()
 // itself, which is called again until it is done. Memory is given back before any is taken. What leaves is what the cache would
-// have evicted next; what lies in slots that vanish moves to slots that stay, unless there is no time for it. Rings, work space, and what a mode keeps resident stay.
+// have evicted next; what lies in slots that vanish moves to slots that stay, unless there is no time for it. Rings, work space, and
+// what a mode keeps resident stay.
 #include "session.h"
 
 #include "status.h"
@@ -88,12 +89,9 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
         left -= std::min(left, used);
     }
 
-    uint64_t span = 0; // of all panels
-    for (const auto & r : records) {
-        span += tensors[r.tensor].is_experts ? 0 : flash_sector_ceil(r.offset + r.bytes) - flash_sector_floor(r.offset);
-    }
-    const double share = span == 0 ? 0.0 : left >= span ? 1.0 : (double) left / (double) (span + need.n_panels * FLASH_SECTOR);
-    double       due   = 0.0; // panels, so that the streamed rest is spread evenly
+    const uint64_t span  = panel_span();
+    const double   share = span == 0 ? 0.0 : left >= span ? 1.0 : (double) left / (double) (span + need.n_panels * FLASH_SECTOR);
+    double         due   = 0.0; // panels, so that the streamed rest is spread evenly
     resizing.panels.assign(tensors.size(), 0);
     for (size_t i = 0; i < tensors.size(); i++) {
         const flash_tensor & t = tensors[i];
@@ -318,12 +316,7 @@ bool llama_flash_session::pin_next_panel(flash_tensor & t) {
     uint8_t * data = t.home + (r.offset - t.offset);
     memcpy(data, r.data, r.bytes);
     release(index);
-    if (t.kernel.extra) {
-        std::vector<uint8_t> scratch(t.weight.nb[1] * STOCK_REPACK_ROWS);
-        for (int64_t row = 0; row < r.rows; row += STOCK_REPACK_ROWS) {
-            stock_repack(t.kernel, &t.weight, data, row, std::min<int64_t>(STOCK_REPACK_ROWS, r.rows - row), scratch.data());
-        }
-    }
+    stock_repack_rows(t.kernel, &t.weight, data, r.rows);
     r.place = record_place::pinned;
     r.state = record_state::ready;
     r.data  = data;

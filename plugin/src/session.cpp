@@ -637,7 +637,6 @@ bool llama_flash_session::give_neurons_memory(uint64_t bytes, uint64_t spare) {
 
 // Reads pinned records and the parts that the mode keeps. false: failed.
 bool llama_flash_session::read_neurons() {
-    std::vector<uint8_t> scratch;
     for (auto & b : bundles) {
         op.checked = nullptr;
         if (!check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
@@ -663,10 +662,7 @@ bool llama_flash_session::read_neurons() {
                     for (uint32_t i = 0; i < run->count; i++) {
                         memcpy(rows + i * part.row_bytes, run->data[p] + i * run->stride[p], part.row_bytes);
                     }
-                    scratch.resize(part.row_bytes * STOCK_REPACK_ROWS);
-                    for (int64_t row = 0; part.kernel.extra && row < run->count; row += STOCK_REPACK_ROWS) {
-                        stock_repack(part.kernel, &part.weight, rows, row, std::min<int64_t>(STOCK_REPACK_ROWS, run->count - row), scratch.data());
-                    }
+                    stock_repack_rows(part.kernel, &part.weight, rows, run->count);
                 }
                 done += run->count;
                 neurons.stream_give();
@@ -736,7 +732,6 @@ void llama_flash_session::drop_all() {
     slot_data.clear();
     homes.clear();
     ring_memory = mapping();
-    home_bytes  = 0;
     memory      = {};
     resizing    = {};
     neurons.configure(0, 0, 0, nullptr, nullptr, 0);
@@ -798,23 +793,18 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
 
     // panels before experts: a pinned panel saves its bytes on every token, a slot only on a hit
     uint64_t pin_left = left;
-    uint64_t all_span = 0;
-    for (const auto & r : records) {
-        all_span += tensors[r.tensor].is_experts ? 0 : record_span(r);
-    }
+    const uint64_t all_span = panel_span();
     const double share = all_span == 0 ? 0.0 : everything ? 1.0 : std::min(1.0, (double) pin_left / (double) (all_span + need.n_panels * FLASH_SECTOR));
     double       due   = 0.0; // bytes this share comes to so far: spreads the streamed rest evenly over the layers
     for (auto & t : tensors) {
         if (t.is_experts) {
             continue;
         }
-        const flash_record & end = records[t.first_record + t.n_records - 1];
-        due += share * (double) (flash_sector_ceil(end.offset + end.bytes) - flash_sector_floor(t.offset));
+        due += share * (double) home_bytes_of(t, t.n_records);
 
         uint64_t pinned = 0; // bytes of panels [0, n_pinned)
         while (t.n_pinned < t.n_records) {
-            const flash_record & next  = records[t.first_record + t.n_pinned];
-            const uint64_t       bytes = flash_sector_ceil(next.offset + next.bytes) - flash_sector_floor(t.offset);
+            const uint64_t bytes = home_bytes_of(t, t.n_pinned + 1);
             if (bytes > pin_left || (share < 1.0 && (double) bytes > due)) {
                 break;
             }
@@ -828,12 +818,11 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
                 drop_all();
                 return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for pinned panels", (unsigned long long) pinned);
             }
-            home_bytes += pinned;
+            memory.pinned += pinned;
             memory.n_pinned += t.n_pinned;
         }
     }
-    memory.pinned += home_bytes;
-    left -= home_bytes;
+    left = pin_left;
 
     const std::vector<uint32_t> all_experts     = expert_slots_in(UINT64_MAX);
     const std::vector<uint32_t> slots_per_class = expert_slots_in(left);
@@ -865,6 +854,15 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     return read_pinned(err);
 }
 
+// bytes of all panels, read one by one
+uint64_t llama_flash_session::panel_span() const {
+    uint64_t span = 0;
+    for (const auto & r : records) {
+        span += tensors[r.tensor].is_experts ? 0 : record_span(r);
+    }
+    return span;
+}
+
 // Slots of each class in so many bytes: the classes share by their bytes, so that one expert's parts are kept or dropped alike.
 std::vector<uint32_t> llama_flash_session::expert_slots_in(uint64_t bytes) const {
     std::vector<uint32_t> n_records(class_bytes.size());
@@ -884,8 +882,7 @@ std::vector<uint32_t> llama_flash_session::expert_slots_in(uint64_t bytes) const
 
 // Addresses for the tensor's panels, memory for the first `least` bytes at least.
 bool llama_flash_session::make_home(flash_tensor & t, uint64_t least) {
-    const flash_record & end = records[t.first_record + t.n_records - 1];
-    homes.push_back(mapping::home(flash_sector_ceil(end.offset + end.bytes) - flash_sector_floor(t.offset), least));
+    homes.push_back(mapping::home(home_bytes_of(t, t.n_records), least));
     if (!homes.back().data) {
         homes.pop_back();
         return false;
@@ -929,17 +926,12 @@ int32_t llama_flash_session::read_pinned(llama_flash_error * err) {
         drop_all();
         return code;
     }
-    std::vector<uint8_t> scratch;
     for (auto & t : tensors) {
         if (t.n_pinned == 0) {
             continue;
         }
-        scratch.resize(t.weight.nb[1] * STOCK_REPACK_ROWS);
         const flash_record & last = records[t.first_record + t.n_pinned - 1];
-        const int64_t        rows = last.row + last.rows;
-        for (int64_t row = 0; t.kernel.extra && row < rows; row += STOCK_REPACK_ROWS) {
-            stock_repack(t.kernel, &t.weight, t.home, row, std::min(STOCK_REPACK_ROWS, rows - row), scratch.data());
-        }
+        stock_repack_rows(t.kernel, &t.weight, t.home, last.row + last.rows);
         for (uint32_t i = 0; i < t.n_pinned; i++) {
             records[t.first_record + i].state = record_state::ready;
         }

@@ -205,7 +205,6 @@ struct llama_flash_session {
     std::vector<mapping>  slot_memory; // by class
     mapping               ring_memory;
     std::vector<mapping>  homes;
-    size_t                home_bytes = 0; // committed
 
     // the op in progress, see mul_mat.cpp
     struct op_state {
@@ -275,6 +274,7 @@ struct llama_flash_session {
     uint64_t neuron_minimum() const;
     bool     give_neurons_memory(uint64_t bytes, uint64_t spare);
     bool     read_neurons();
+    uint64_t panel_span() const;
     std::vector<uint32_t> expert_slots_in(uint64_t bytes) const;
     bool     make_home(flash_tensor & t, uint64_t least);
     uint64_t home_bytes_of(const flash_tensor & t, uint32_t n) const;

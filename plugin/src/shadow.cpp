@@ -6,6 +6,7 @@
 #include "ops.h"
 #include "traits.h"
 
+#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -72,6 +73,13 @@ void stock_repack(const stock_kernel & kernel, const ggml_tensor * weight, uint8
     // a group of interleaved rows takes the same bytes as the rows themselves
     memcpy(scratch, rows.data, rows.nb[2]);
     kernel.buffer->iface.set_tensor(kernel.buffer, &rows, scratch, 0, rows.nb[2]);
+}
+
+void stock_repack_rows(const stock_kernel & kernel, const ggml_tensor * weight, uint8_t * data, int64_t n) {
+    std::vector<uint8_t> scratch(kernel.extra ? weight->nb[1] * STOCK_REPACK_ROWS : 0);
+    for (int64_t row = 0; kernel.extra && row < n; row += STOCK_REPACK_ROWS) {
+        stock_repack(kernel, weight, data, row, std::min(STOCK_REPACK_ROWS, n - row), scratch.data());
+    }
 }
 
 bool stock_work_size(const stock_kernel & kernel, int n_threads, const ggml_tensor * op, size_t & size) {

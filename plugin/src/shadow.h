@@ -26,6 +26,9 @@ constexpr int64_t STOCK_REPACK_ROWS = 32;
 // row is a multiple of STOCK_REPACK_ROWS, n is STOCK_REPACK_ROWS or the matrix's rest.
 void stock_repack(const stock_kernel & kernel, const ggml_tensor * weight, uint8_t * data, int64_t row, int64_t n, uint8_t * scratch);
 
+// The same for rows [0, n), of which the last group may be a short one. Nothing to do where the layouts are one.
+void stock_repack_rows(const stock_kernel & kernel, const ggml_tensor * weight, uint8_t * data, int64_t n);
+
 // ggml's work size of op on the repacked layout; false: ggml's own plan for op holds
 bool stock_work_size(const stock_kernel & kernel, int n_threads, const ggml_tensor * op, size_t & size);
 

@@ -177,7 +177,7 @@ def smallest_budget(needed: int, reserve: int | str | None = None) -> int:
     if reserve is None:
         total = max(needed + RESERVE_MIN, int(needed / (1 - RESERVE_SHARE)) + 1)
     else:
-        total = needed + (0 if reserve == 0 else parse_size(reserve))
+        total = needed + reserve_of(0, reserve)
     return -(-total // (1 << 20)) << 20
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from .budget import Room, default_reserve, held_by_process, rooms
+from .budget import Room, held_by_process, rooms
 from .cgroup import Controller as Group
 from .cgroup import Gauge, PressureWatch, memory_controller
 from .sizes import format_size
@@ -77,8 +77,7 @@ class Session(Protocol):
 
     @property
     def asked(self) -> int | None: ...  # budget of the process, as this model's user set it; None: what limits allow
-    @property
-    def reserve(self) -> int | None: ...  # as set by the user
+    def reserve(self, total: int) -> int: ...  # of a budget of so many bytes: to be left unused
     @property
     def fixed(self) -> int: ...  # of this model, beside flash and interpreter
     @property
@@ -159,6 +158,8 @@ class Controller:
         self._last_look = _NEVER
         self._groups_known = _NEVER
         self._limits: dict[str, int] = {}  # by room, at the last look
+        self._unsettled = False  # sessions are on their way, or may have something to read
+        self._found: list[Room] = []  # at the last look
         self._near = 0  # bytes below a limit that are an alarm
         self._tight_groups: list[Path] = []
 
@@ -180,6 +181,7 @@ class Controller:
                 self._interpreter = session.interpreter
             if session.asked is not None:
                 self._asked = session.asked
+            self._unsettled = True
             self._joined = (*(ref for ref in self._joined if ref() is not None), weakref.ref(session))
             if self._pressure is not None:
                 self._pressure.poll(time.monotonic(), [])  # of the load
@@ -312,10 +314,11 @@ class Controller:
                         self._pressed = self._pressure.poll(now, self._tight_groups) or self._pressed
                     busy = self.tick(now)
                     pause = _BUSY_TICK if busy else _GLANCE
-                    if now - told > _STATUS:
+                    if now - told > _STATUS and self._found:
                         told = now
                         ago = now - self._last_pressure if self._last_pressure > 0 else None
-                        self._status.write([session.describe() for session in sessions], ago)
+                        tightest = min(self._found, key=lambda room: room.bytes)
+                        self._status.write([session.describe() for session in sessions], tightest, ago)
                 del sessions
                 self._deliver()
             except Exception:  # a thread that dies would leave the limit unwatched
@@ -363,11 +366,15 @@ class Controller:
         moving = now - self._last_pressure < _AFTERMATH
         if since >= _TICK or self._pressed or (since >= _SOON and (self._alarmed() or moving)):
             self._look(now)
-        busy = False
-        for session in self._sessions():
-            busy = not session.move(session.granted, False) or busy
-            if not self._loading and not busy:
-                busy = session.warm() or busy
+        if not self._unsettled:
+            return False
+        sessions, loading = self._sessions(), self._loading
+        arrived = [session.move(session.granted, False) for session in sessions]
+        busy = not all(arrived)
+        if not busy and not loading:
+            warming = [session.warm() for session in sessions]
+            busy = any(warming)
+        self._unsettled = busy or loading
         return busy
 
     def _deliver(self) -> None:
@@ -388,7 +395,7 @@ class Controller:
         if not sessions:
             return
         self._find_groups(now)
-        found = rooms(self._root, controller=self._groups)
+        found = self._found = rooms(self._root, controller=self._groups)
         room, reason = self._tightest(found, now)
         self._note_limits(found)
         if self._asked is not None and self._asked < room:
@@ -466,7 +473,7 @@ class Controller:
 
     @staticmethod
     def _reserve(room: int, sessions: Sequence[Session]) -> int:
-        return max((default_reserve(room) if s.reserve is None else s.reserve for s in sessions), default=0)
+        return max((session.reserve(room) for session in sessions), default=0)
 
     def _fixed(self, sessions: Sequence[Session], reserve: int) -> int:
         """What the process takes beside flash: as planned, or as it is, if that eats too much of the reserve."""
@@ -505,7 +512,7 @@ class Controller:
         before = session.granted
         if n_bytes == before:
             return
-        session.move(n_bytes, urgent)
+        self._unsettled = not session.move(n_bytes, urgent) or self._unsettled
         logger.debug("flash memory: %s to %s (%s)", format_size(before), format_size(n_bytes), reason)
         self._note(session, "shrink" if n_bytes < before else "grow", before, n_bytes, reason)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.random import default_rng  # numpy would load it when first used, and a Ctrl-C in the middle of that is lost
 
 from . import _bindings
 from .budget import held_by_process, resolve_budget
@@ -300,7 +301,7 @@ def _file_to_read(path: Path, report: Callable[[float], None]) -> Iterator[tuple
 def _fill(fd: int, folder: Path, report: Callable[[float], None]) -> None:
     """Writes what no device can compress, as much as there is time and space for."""
     size = min(_TEMPORARY, shutil.disk_usage(folder).free // _FREE_SHARE)
-    rng = np.random.default_rng()
+    rng = default_rng()
     deadline = time.monotonic() + _WRITE_SECONDS
     done, failure = 0, None
     try:

@@ -22,7 +22,7 @@ import numpy as np
 
 from . import _bindings, engine, hot
 from .adapters import predictor_with
-from .budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
+from .budget import Breakdown, Budget, held_by_process, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .errors import FlashBudgetError, FlashError, FlashFormatError
@@ -36,7 +36,6 @@ __all__ = ["BufferTypeOverride", "FlashSession", "held_by_all", "io_depth", "neu
 
 logger = logging.getLogger("llama_flash")
 
-_IO_ENGINES = engine.IO_ENGINES
 _MODES = {
     "exact": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_EXACT,
     "lowrank": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_LOWRANK,
@@ -44,7 +43,7 @@ _MODES = {
 }
 _NO_WINDOW = 0xFFFFFFFF
 _MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
-_IO_NAMES = {int(number): name for name, number in _IO_ENGINES.items()}
+_IO_NAMES = {int(number): name for name, number in engine.IO_ENGINES.items()}
 
 _NONE = Counters()
 
@@ -216,7 +215,7 @@ class FlashSession:
 
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
-        params.io_engine = _IO_ENGINES[self.options.io_engine]
+        params.io_engine = engine.IO_ENGINES[self.options.io_engine]
         params.io_depth = io_depth(self.options, self.plan.bundles)
         params.io_threads = self.options.io_threads
         params.panel_bytes = parse_size(self.options.panel_bytes)
@@ -345,10 +344,8 @@ class FlashSession:
     def asked(self) -> int | None:
         return self.budget.asked
 
-    @property
-    def reserve(self) -> int | None:
-        reserve = self.options.reserve
-        return None if reserve is None else 0 if reserve == 0 else parse_size(reserve)
+    def reserve(self, total: int) -> int:
+        return reserve_of(total, self.options.reserve)
 
     @property
     def fixed(self) -> int:

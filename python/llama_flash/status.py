@@ -1,7 +1,7 @@
 """What running processes say of themselves: one JSON file per process, for `llama-flash top`.
 
 They lie in $LLAMA_FLASH_RUNTIME, else in $XDG_RUNTIME_DIR/llama-flash, else in a folder of the user's own below the
-folder for temporary files. They are written about once a second, and are gone when the process ends; what a process
+folder for temporary files. They are written every two seconds, and are gone when the process ends; what a process
 that was killed has left behind is removed by whoever reads it.
 """
 
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .budget import held_by_process, rooms
+from .budget import Room, held_by_process
 
 __all__ = ["StatusFile", "folder", "read_all"]
 
@@ -43,8 +43,11 @@ class StatusFile:
         self._pid = 0
         self._started = time.time()
 
-    def write(self, models: list[dict[str, object]], pressure: float | None) -> None:
-        """pressure: seconds since the kernel last found it hard to free memory; None: it did not."""
+    def write(self, models: list[dict[str, object]], tightest: Room, pressure: float | None) -> None:
+        """Args:
+        tightest: what limits the process most.
+        pressure: seconds since the kernel last found it hard to free memory; None: it did not.
+        """
         with contextlib.suppress(OSError):
             if self._path is None:
                 place = folder()
@@ -52,7 +55,6 @@ class StatusFile:
                 if not _ours(place):
                     return  # they could read or replace it
                 self._path, self._pid = place / f"{os.getpid()}.json", os.getpid()
-            tightest = min(rooms(), key=lambda room: room.bytes)
             text = json.dumps(
                 {
                     "pid": os.getpid(),
@@ -101,7 +103,7 @@ def read_all(place: Path | None = None) -> list[dict[str, Any]]:
             continue
         if Path(f"/proc/{path.stem}").exists() and time.time() - status["written"] < _STALE:
             found.append(status)
-        elif time.time() - status["written"] > _STALE or not Path(f"/proc/{path.stem}").exists():
+        else:
             with contextlib.suppress(OSError):
                 path.unlink()
     return sorted(found, key=lambda status: int(status["pid"]))
