@@ -1,0 +1,29 @@
+"""`llama-flash top`: what is running."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .common import AsJson
+
+__all__ = ["EPILOG", "top"]
+
+EPILOG = "Examples:  [bold]llama-flash top[/]   |   [bold]llama-flash top --json[/]"
+
+
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Print the table once, and exit.")] = False,
+    seconds: Annotated[float, typer.Option("-d", "--delay", min=0.1, help="Between two looks.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show running processes with weights on flash: speed, hit rate, bytes per token, memory and what limits it."""
+    from .. import status
+    from ..top import show
+
+    if as_json:
+        print(json.dumps(status.read_all()))
+    else:
+        show(once, seconds)
