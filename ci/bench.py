@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchlib import machine, tables
-from benchlib.cases import CASES, MATRIX, Case
-from benchlib.measure import FLASH, RESIDENT, Outcome, measure, naive_settings
+from benchlib.bookkeeping import count_all
+from benchlib.cases import CASES, LIMITS, MATRIX, Case
+from benchlib.measure import FLASH, Outcome, measure, settings_of
 from benchlib.models import BenchModel
 from benchlib.runs import stop_on_sigterm
 from rich.console import Console
@@ -38,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if _SHIPPED_MOE.exists() and not options.quick:
             results["routing"]["shipped MoE model"] = asdict(measure_routing(_SHIPPED_MOE, text=_some_text()))
+        counts = count_all()
+        if isinstance(counts, str):
+            console.print(f"instructions are not counted: {counts}")
+        else:
+            results["bookkeeping"] = {name: count.to_json() for name, count in counts.items()}
+            console.print(tables.bookkeeping_table(counts))
         for model in dict.fromkeys(case.model for case in chosen):
             _measure_model(model, [case for case in chosen if case.model == model], options, console, outcomes, results)
     except KeyboardInterrupt:
@@ -54,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ci/bench.py", description=__doc__)
-    names = ", ".join(case.name for case in CASES)
-    parser.add_argument("--cases", default="all", help=f"comma-separated: {names}, matrix, or all (default)")
+    names = ", ".join(case.name for case in (*CASES, *LIMITS))
+    groups = "naive (flash offload beside naive), limits (beside the physical limit), matrix (of caps), all"
+    parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
+    parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting, the median counts")
     parser.add_argument("--tokens", type=int, help="tokens decoded per run, instead of each case's number")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file (default: bench.json)")
@@ -66,7 +75,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(names: str) -> list[Case]:
-    known = {case.name: [case] for case in CASES} | {"matrix": list(MATRIX), "all": [*CASES, *MATRIX]}
+    known = {case.name: [case] for case in (*CASES, *LIMITS)}
+    known |= {"naive": list(CASES), "limits": list(LIMITS), "matrix": list(MATRIX), "all": [*CASES, *LIMITS, *MATRIX]}
     chosen: list[Case] = []
     for name in names.split(","):
         if name not in known:
@@ -84,32 +94,32 @@ def _measure_model(
     results: dict[str, Any],
 ) -> None:
     layers = 2 if options.quick else None
-    path = model.ensure(options.models, layers)
+    files = model.ensure(options.models, layers)
     try:
-        rates = machine.raw_read_rates(path)
-        results["machine"] = machine.description(path)
+        rates = machine.raw_read_rates(files.flash)
+        results["machine"] = machine.description(files.flash)
         results["read_rates"][model.name] = rates
         console.print(tables.machine_table(results["machine"], rates))
-        if model.synthetic().shape.is_moe:
+        if model.is_moe:
             with console.status(f"{model.name}: measuring how it routes"):
-                routing = measure_routing(path, n_tokens=100 if options.quick else 400)
+                routing = measure_routing(files.flash, n_tokens=100 if options.quick else 400)
             results["routing"][model.name] = asdict(routing)
             console.print(f"routing of {model.name}: {routing}")
         overrides: dict[str, Any] = {"tokens": options.tokens} if options.tokens else {}
         if options.quick:
             overrides |= {"warm_up": 8, "max_seconds": 5.0}
         for case in cases:
-            settings = [FLASH] if case in MATRIX else [*naive_settings(path), FLASH, RESIDENT]
+            settings = [FLASH] if case in MATRIX else settings_of(case, files, naive=options.naive)
             repeats = 1 if options.quick or case in MATRIX else options.repeats
             with console.status("") as status:
                 outcome = measure(
-                    case, path, settings, repeats, lambda text: _report(console, status, text), **overrides
+                    case, files, settings, repeats, lambda text: _report(console, status, text), **overrides
                 )
             outcomes.append(outcome)
             console.print(tables.outcome_table(outcome))
     finally:
         if not options.keep_models:
-            path.unlink(missing_ok=True)
+            files.remove()
 
 
 def _report(console: Console, status: Any, text: str) -> None:

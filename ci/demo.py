@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="demo-") as temporary:
             model = MOE_SKEWED.ensure(Path(temporary), options.layers)
-            settings = [*naive_settings(model), FLASH, RESIDENT]
+            settings = [*naive_settings(model.stock), FLASH, RESIDENT]
             with console.status("") as status:
                 outcome = measure(
                     case, model, settings, 1, status.update if console.is_terminal else console.print, max_seconds=20.0

@@ -52,6 +52,7 @@ def open_flash(
     what: Any = "auto",
     share: float = QUARTER,
     io_engine: Any = "auto",
+    lookahead: bool = True,
     **options: Any,
 ) -> Model:
     """Opens a model whose weights stay on flash although they would fit, with a cache far smaller than they are.
@@ -62,7 +63,9 @@ def open_flash(
     wanted: Any = "ffn" if what == "auto" else what
     llm = _open(
         path,
-        flash_offload=FlashOffload(what=wanted, io_engine=io_engine, panel_bytes=65536, follow=False),
+        flash_offload=FlashOffload(
+            what=wanted, io_engine=io_engine, lookahead=lookahead, panel_bytes=65536, follow=False
+        ),
         **options,
     )
     give_memory(llm, share)

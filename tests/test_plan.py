@@ -190,7 +190,7 @@ def test_experts_are_read_as_expected_with_even_routing_and_less_otherwise(name:
     given = _bindings.llama_flash_memory()
     llm.flash._lib.llama_flash_session_memory(llm.flash._handle, given)
     memory = Breakdown(slots=given.slots, pinned=given.pinned, stream=given.stream)
-    expected = expect(llm.flash.meta, llm.flash.plan, memory, needs, profile_for(path))
+    expected = expect(llm.flash.meta, llm.flash.plan, memory, needs, profile_for(path), lookahead=2)
     for token in tokens(40, seed=3):
         llm.eval([token])
     cold = llm.flash.stats().decode

@@ -6,14 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchlib.child import Work
-from benchlib.models import DENSE, MOE_SKEWED, MOE_UNIFORM, BenchModel
+from benchlib.models import (
+    DENSE,
+    DENSE_Q4,
+    MOE_K_SKEWED,
+    MOE_K_UNIFORM,
+    MOE_SKEWED,
+    MOE_UNIFORM,
+    RELU,
+    RELU_Q8,
+    BenchModel,
+)
 
 
 @dataclass(frozen=True)
 class Targets:
     over_naive: float | None = None  # at least this many times naive's tok/s
     over_resident: float | None = None
+    over_limit: float | None = None  # of the slower of two clocks, see limits.py
     reads_at_most_the_rest: bool = False  # bytes read per token <= file size - cap
+    first_token: float | None = None  # at most this many times what reading its bytes takes, and less than naive's
 
 
 @dataclass(frozen=True)
@@ -24,17 +36,62 @@ class Case:
     work: Work = "decode"
     targets: Targets = Targets()
     spec: dict[str, Any] = field(default_factory=dict)  # fields of child.Spec
+    flash: dict[str, Any] = field(default_factory=dict)  # options of FlashOffload
+    cached: bool = False  # computing is slower or faster than the resident run's: measured with all of it cached
 
 
 # A KV cache of 1024 tokens of the dense model would take 0.3 GB.
 _DENSE_SPEC = {"n_ctx": 256, "n_ubatch": 64, "warm_up": 16, "tokens": 64, "min_tokens": 4}
+_PROMPT = {"tokens": 512}
+_DENSE_PROMPT = {"tokens": 512, "n_ctx": 512}
+_FIRST = {"tokens": 32, "n_ctx": 512}
+_RELU_SPEC = {"warm_up": 40, "tokens": 60, "n_ctx": 128, "n_ubatch": 64}
+_COPY = {"n_ctx": 512, "warm_up": 96, "tokens": 48}
 
+
+def _targets(work: Work, kind: str, share: float) -> Targets:
+    """kind: "skewed", "uniform", "relu" or "dense"."""
+    half = share >= 0.5
+    if work == "prompt":
+        return Targets(over_resident=0.85 if half else 0.7)
+    if work == "first":
+        return Targets(first_token=1.3)
+    limit = {"dense": 0.9, "relu": 0.8}.get(kind, 0.85)
+    resident = {"skewed": 0.6, "relu": 1.3}.get(kind) if half else None
+    return Targets(over_limit=limit, over_resident=resident)
+
+
+def _cases(name: str, kind: str, model: BenchModel, spec: dict[str, Any], prompt: dict[str, Any]) -> list[Case]:
+    result = []
+    for share in (0.5, 0.25):
+        percent = f"{share:.0%}".rstrip("%")
+        for work, fields in (("decode", spec), ("prompt", prompt), ("first", _FIRST)):
+            label = f"{name}-{percent}" if work == "decode" else f"{name}-{work}-{percent}"
+            flash = {"predictor": "lowrank"} if kind == "relu" else {}
+            targets = _targets(work, kind, share)  # type: ignore[arg-type]
+            cached = kind == "relu" and work == "decode"
+            result.append(Case(label, model, share, work, targets, fields, flash, cached))  # type: ignore[arg-type]
+    return result
+
+
+LIMITS = (
+    *_cases("moe", "skewed", MOE_SKEWED, {}, _PROMPT),
+    *_cases("moe-uniform", "uniform", MOE_UNIFORM, {}, _PROMPT)[::3],
+    *_cases("moe-k", "skewed", MOE_K_SKEWED, {}, _PROMPT)[::3],
+    *_cases("moe-k-uniform", "uniform", MOE_K_UNIFORM, {}, _PROMPT)[::3],
+    *_cases("relu", "relu", RELU, _RELU_SPEC, _PROMPT),
+    *_cases("relu-q8", "relu", RELU_Q8, _RELU_SPEC, _PROMPT)[::3],
+    *_cases("dense-q4", "dense", DENSE_Q4, _DENSE_SPEC, _DENSE_PROMPT),
+    Case("dense-q4-copy-50", DENSE_Q4, 0.5, "copy", Targets(over_limit=0.9), _COPY),
+    Case("dense-q4-draft-50", DENSE_Q4, 0.5, "copy", Targets(over_limit=1.8), _COPY | {"draft": 10}),
+    # all of it, repacked and with what the loader takes beside: nothing stays on flash
+    Case("moe-fits", MOE_SKEWED, 2.5, targets=Targets(over_resident=0.98)),
+)
 CASES = (
-    Case("moe-50", MOE_SKEWED, 0.50, targets=Targets(over_naive=3.0, over_resident=0.35)),
-    Case("moe-25", MOE_SKEWED, 0.25, targets=Targets(over_naive=2.5)),
-    Case("prompt-50", MOE_SKEWED, 0.50, "prompt", Targets(over_resident=0.6), {"tokens": 512}),
-    Case("moe-uniform-50", MOE_UNIFORM, 0.50, targets=Targets(over_naive=2.7)),
-    Case("dense-50", DENSE, 0.50, targets=Targets(over_naive=1.8, reads_at_most_the_rest=True), spec=_DENSE_SPEC),
+    Case("moe-50-naive", MOE_SKEWED, 0.50, targets=Targets(over_naive=3.0, over_resident=0.35)),
+    Case("moe-25-naive", MOE_SKEWED, 0.25, targets=Targets(over_naive=2.5)),
+    Case("moe-uniform-50-naive", MOE_UNIFORM, 0.50, targets=Targets(over_naive=2.7)),
+    Case("dense-50-naive", DENSE, 0.50, targets=Targets(over_naive=1.8, reads_at_most_the_rest=True), spec=_DENSE_SPEC),
 )
 MATRIX_SHARES = (1.0, 0.75, 0.5, 0.35, 0.25)
 MATRIX = tuple(

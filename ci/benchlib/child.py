@@ -2,7 +2,9 @@
 
     python ci/benchlib/child.py SPEC.json
 
-Modes: naive (stock, mmap, not repacked), flash (flash_offload), resident (stock with its defaults).
+Modes: naive (stock, mmap, not repacked), flash (flash_offload), cached (the same with all of it in DRAM), resident
+(stock with its defaults). Work: decode (forced tokens), prompt, generate (text), first (load, prompt, one token), copy
+(greedy text that repeats itself, with prompt lookup if `draft`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-Mode = Literal["naive", "flash", "resident"]
-Work = Literal["decode", "prompt", "generate"]
+Mode = Literal["naive", "flash", "cached", "resident"]
+Work = Literal["decode", "prompt", "generate", "first", "copy"]
+
+FLASH_MODES = ("flash", "cached")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Spec:
     max_seconds: float = 30.0  # for the warm-up, and again for the measurement
     min_tokens: int = 8
     prompt: str = ""  # work "generate"
+    draft: int = 0  # work "copy": tokens of a draft
     stream: str = ""  # work "decode": file with the tokens to decode, a JSON list; empty: random ones
     flash: dict[str, Any] = field(default_factory=dict)  # options of FlashOffload
 
@@ -45,10 +50,12 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     llm = _load(spec)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
-    result |= {"decode": _decode, "prompt": _prompt, "generate": _generate}[spec.work](llm, spec)
+    works = {"decode": _decode, "prompt": _prompt, "generate": _generate, "first": _first, "copy": _copy}
+    result |= works[spec.work](llm, spec)
     result["max_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if spec.mode == "flash":
+    if spec.mode in FLASH_MODES:
         result["flash"] = llm.flash.stats().as_dict()
+        result["io_depth"] = llm.flash.io_depth
     Path(spec.out).write_text(json.dumps(result, default=str))
     llm.close()
     return 0
@@ -58,7 +65,11 @@ def _load(spec: Spec) -> Any:
     import llama_cpp
 
     options: dict[str, Any] = {}
-    if spec.mode == "flash":
+    if spec.draft:
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        options["draft_model"] = LlamaPromptLookupDecoding(max_ngram_size=3, num_pred_tokens=spec.draft)
+    if spec.mode in FLASH_MODES:
         import llama_flash
 
         options["flash_offload"] = llama_flash.FlashOffload(**spec.flash)
@@ -165,12 +176,47 @@ def _generate(llm: Any, spec: Spec) -> dict[str, Any]:
     }
 
 
+def _first(llm: Any, spec: Spec) -> dict[str, Any]:
+    """The load has just ended: evaluates a prompt and samples one token. Nothing has been read before."""
+    prompt = np.random.default_rng(1).integers(0, llm.n_vocab(), spec.tokens).tolist()
+    started = time.perf_counter()
+    llm.eval(prompt)
+    llm.sample(temp=0.0)
+    seconds = time.perf_counter() - started
+    return {"tokens": 1, "seconds": seconds, "device_bytes": _device_bytes()}
+
+
+def _copy(llm: Any, spec: Spec) -> dict[str, Any]:
+    """Greedy text of a model with random weights soon repeats itself: drafts of a prompt lookup are mostly right."""
+    prompt = np.random.default_rng(1).integers(0, llm.n_vocab(), 16).tolist()
+    tokens: list[int] = []
+    started = 0.0
+    before = _counters(llm, spec)
+    for token in llm.generate(prompt, temp=0.0):
+        tokens.append(token)
+        if len(tokens) == spec.warm_up:
+            started, before = time.perf_counter(), _counters(llm, spec)
+        if len(tokens) == spec.warm_up + spec.tokens:
+            break
+    seconds = time.perf_counter() - started
+    period = next((n for n in range(1, spec.tokens) if tokens[-n:] == tokens[-2 * n : -n]), 0)
+    return {
+        "tokens": spec.tokens,
+        "seconds": seconds,
+        "tok_s": spec.tokens / seconds,
+        "period": period,
+        "sequence": tokens,
+        **_since(before, llm, spec, spec.tokens, seconds),
+    }
+
+
 Counters = dict[str, float]
 
 
 def _counters(llm: Any, spec: Spec) -> Counters:
-    counters: Counters = {"device_bytes": _device_bytes()}
-    if spec.mode == "flash":
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    counters: Counters = {"device_bytes": _device_bytes(), "user": usage.ru_utime, "system": usage.ru_stime}
+    if spec.mode in FLASH_MODES:
         counters |= dataclasses.asdict(llm.flash.stats().total)
     return counters
 
@@ -178,8 +224,13 @@ def _counters(llm: Any, spec: Spec) -> Counters:
 def _since(before: Counters, llm: Any, spec: Spec, n_tokens: int, seconds: float) -> dict[str, Any]:
     after = _counters(llm, spec)
     delta = {key: after[key] - value for key, value in before.items() if key in after}
-    out: dict[str, Any] = {"device_bytes_per_token": delta["device_bytes"] / n_tokens}
-    if spec.mode == "flash":
+    out: dict[str, Any] = {
+        "device_bytes_per_token": delta["device_bytes"] / n_tokens,
+        "user_seconds_per_token": delta["user"] / n_tokens,
+        "system_seconds_per_token": delta["system"]
+        / n_tokens,  # nearly all of it the read path's
+    }
+    if spec.mode in FLASH_MODES:
         uses = delta["hits"] + delta["misses"]
         out["flash_bytes_per_token"] = delta["bytes_read"] / n_tokens
         out["hit_rate"] = delta["hits"] / uses if uses else None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchlib import machine
 from benchlib.cases import Case
+from benchlib.limits import Limit, RawRate, raw_rate
+from benchlib.models import Files
 from benchlib.runs import Run, Setting, run
 
 Report = Callable[[str], None]
 
-FLASH, RESIDENT = Setting("flash"), Setting("resident")
+FLASH, CACHED, RESIDENT = Setting("flash"), Setting("cached"), Setting("resident")
 
 
 def naive_settings(model: Path) -> list[Setting]:
@@ -31,6 +33,7 @@ class Outcome:
     model_bytes: int
     cap: int
     runs: list[Run] = field(default_factory=list)
+    rates: list[RawRate] = field(default_factory=list)  # after each flash run
 
     def of(self, setting: Setting) -> list[Run]:
         return [run for run in self.runs if run.setting == setting]
@@ -50,6 +53,29 @@ class Outcome:
         candidates = [setting for setting in self.settings() if setting.mode == "naive"]
         return max(candidates, key=lambda setting: self.median(setting) or 0.0, default=None)
 
+    def spread(self, setting: Setting) -> float | None:
+        """Largest minus smallest tok/s, as a share of the median."""
+        speeds, median = [run.tok_s for run in self.of(setting) if run.ok], self.median(setting)
+        return (max(speeds) - min(speeds)) / median if median else None
+
+    def limit(self) -> Limit | None:
+        """None unless there are raw rates, and runs with everything in DRAM."""
+        computing = self.median(CACHED if self.case.cached else RESIDENT)
+        read = self.median(FLASH, "flash_bytes_per_token")
+        if not self.rates or not computing or read is None:
+            return None
+        rate = statistics.median(rate.bytes_per_second for rate in self.rates)
+        return Limit(read / rate, 1 / computing)
+
+    def first_token(self) -> tuple[float, float] | None:
+        """Seconds from the load's begin to the first token, and that over what reading its bytes takes."""
+        values = [_first_token(run) for run in self.of(FLASH) if run.ok]
+        if not values or not self.rates:
+            return None
+        rate = max(rate.bytes_per_second for rate in self.rates)
+        seconds = statistics.median(value[0] for value in values)
+        return seconds, seconds / (statistics.median(value[1] for value in values) / rate)
+
     def ratio(self, setting: Setting | None) -> float | None:
         """Flash's speed over that of `setting`."""
         flash, other = self.median(FLASH), self.median(setting) if setting else None
@@ -66,6 +92,19 @@ class Outcome:
             if wanted is not None:
                 shown = f"{ratio:.2f}" if ratio is not None else "nothing"
                 out.append((f"{shown} x {name} (at least {wanted})", ratio is not None and ratio >= wanted))
+        if targets.over_limit is not None:
+            limit, flash_speed = self.limit(), self.median(FLASH)
+            share = flash_speed / limit.tok_s if limit and flash_speed else None
+            shown = f"{share:.2f}" if share is not None else "nothing"
+            out.append((f"{shown} of the limit (at least {targets.over_limit})", (share or 0) >= targets.over_limit))
+        if targets.first_token is not None and (first := self.first_token()):
+            seconds, times = first
+            out.append(
+                (f"first token {times:.2f} x its bytes (at most {targets.first_token})", times <= targets.first_token)
+            )
+            naive = [_first_token(run)[0] for run in self.runs if run.setting.mode == "naive" and run.ok]
+            if naive:
+                out.append((f"first token after {seconds:.1f} s, naive {min(naive):.1f} s", seconds < min(naive)))
         if targets.reads_at_most_the_rest:
             read, most = self.median(FLASH, "device_bytes_per_token"), self.model_bytes - self.cap
             shown = f"{read / 1e6:.0f}" if read is not None else "?"
@@ -76,6 +115,7 @@ class Outcome:
         return out
 
     def to_json(self) -> dict[str, Any]:
+        limit = self.limit()
         return {
             "case": self.case.name,
             "model": self.case.model.title,
@@ -86,26 +126,56 @@ class Outcome:
             "over_naive": self.ratio(self.naive),
             "naive_setting": self.naive.name if self.naive else None,
             "over_resident": self.ratio(RESIDENT),
+            "spread": {setting.name: self.spread(setting) for setting in self.settings()},
+            "limit": asdict(limit) | {"tok_s": limit.tok_s, "bound_by": limit.bound_by} if limit else None,
+            "raw_rates": [asdict(rate) for rate in self.rates],
             "verdicts": [{"what": what, "reached": reached} for what, reached in self.verdicts()],
             "runs": [run.to_json() for run in self.runs],
         }
 
 
+def _first_token(run: Run) -> tuple[float, float]:
+    """Seconds to the first token, the load included, and bytes that the device had to read for it."""
+    return run.measured["load_seconds"] + run.measured["seconds"], run.measured["device_bytes"]
+
+
+def settings_of(case: Case, files: Files, *, naive: bool) -> list[Setting]:
+    """What a case compares. naive: also stock with mmap, which is slow."""
+    wanted = [FLASH, *([CACHED] if case.cached else [])]
+    if case.targets.over_resident or (case.targets.over_limit and not case.cached):
+        wanted.append(RESIDENT)
+    if naive or case.targets.over_naive or case.targets.first_token:
+        wanted = [*naive_settings(files.stock), *wanted]
+    return wanted
+
+
 def measure(
-    case: Case, model: Path, settings: Sequence[Setting], repeats: int, report: Report, **overrides: Any
+    case: Case, files: Files, settings: Sequence[Setting], repeats: int, report: Report, **overrides: Any
 ) -> Outcome:
     """Runs all settings once, then again in the other order, and so on: drift of the machine hits all of them alike.
 
     A naive setting that is less than half as fast as the other one is not repeated.
     """
-    model_bytes = model.stat().st_size
+    model_bytes = files.stock.stat().st_size
     outcome = Outcome(case, model_bytes, int(model_bytes * case.cap_share))
     remaining = list(settings)
+    spec = case.spec | overrides
+    if files.stream and case.work == "decode":
+        spec |= {"stream": str(files.stream)}
     for i in range(repeats):
         for setting in remaining if i % 2 == 0 else remaining[::-1]:
             report(f"{case.name}: {setting.name}, run {i + 1} of {repeats}")
-            cap = None if setting.mode == "resident" else outcome.cap
-            outcome.runs.append(run(setting, model, cap, work=case.work, **(case.spec | overrides)))
+            ours = setting in (FLASH, CACHED)
+            cap = None if setting in (RESIDENT, CACHED) else outcome.cap
+            # without a limit in force everything would fit, and be loaded as stock does: named weights stay on flash
+            flash = case.flash | ({"what": "ffn"} if setting == CACHED else {}) if ours else {}
+            model = files.flash if ours else files.stock
+            draft = {} if ours else {"draft": 0}
+            result = run(setting, model, cap, work=case.work, flash=flash, **(spec | draft))
+            outcome.runs.append(result)
+            if setting == FLASH and result.ok:
+                rate = raw_rate(files.flash, result)
+                outcome.rates += [rate] if rate else []
         best = max((outcome.median(setting) or 0.0 for setting in remaining if setting.mode == "naive"), default=0.0)
         remaining = [s for s in remaining if s.mode != "naive" or (outcome.median(s) or 0.0) >= best / 2]
     return outcome

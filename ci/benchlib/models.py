@@ -2,39 +2,116 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
+
+from gguf import GGMLQuantizationType
 
 from gguf_tools.progress import byte_progress
-from gguf_tools.synthetic import PRESETS, SKEWED, SyntheticModel, write
+from gguf_tools.synthetic import PRESETS, SKEWED, SyntheticModel, types_named, write
+from gguf_tools.synthetic.codes import token_stream
+from gguf_tools.synthetic.opt import OptModel
+from gguf_tools.synthetic.opt_cli import OPT_PRESETS
+from gguf_tools.synthetic.opt_writer import write_opt
 
 
 @dataclass(frozen=True)
-class BenchModel:
+class Files:
+    """What is written of a model."""
+
+    flash: Path  # for flash offload
+    stock: Path  # for naive and resident runs; caps are shares of its size
+    stream: Path | None = None  # tokens to decode
+
+    def remove(self) -> None:
+        for path in {self.flash, self.stock, self.stream} - {None}:
+            path.unlink(missing_ok=True)  # type: ignore[union-attr]
+
+
+class BenchModel(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def is_moe(self) -> bool: ...
+    def ensure(self, folder: Path, layers: int | None = None) -> Files:
+        """Writes the files unless they are there. Raises OSError when the disk has no room."""
+        ...
+
+
+@dataclass(frozen=True)
+class OrdinaryModel:
     name: str
     title: str
     preset: str
     popularity: float = 0.0
+    quantisation: str = ""  # of all matrices; "": the preset's
 
     def synthetic(self, layers: int | None = None) -> SyntheticModel:
         model = PRESETS[self.preset]
         shape = replace(model.shape, n_layer=layers or model.shape.n_layer)
-        return replace(model, shape=shape, popularity=self.popularity)
+        types = model.types
+        if self.quantisation:
+            kind = GGMLQuantizationType[self.quantisation]
+            types = replace(types_named(self.quantisation), attn=kind, embd=kind, output=kind)
+        return replace(model, shape=shape, types=types, popularity=self.popularity)
 
-    def ensure(self, folder: Path, layers: int | None = None) -> Path:
-        """Writes the model unless it is there. Raises OSError when the disk has no room."""
+    @property
+    def is_moe(self) -> bool:
+        return bool(self.synthetic().shape.is_moe)
+
+    def ensure(self, folder: Path, layers: int | None = None) -> Files:
         model = self.synthetic(layers)
         path = folder / f"{self.name}-{model.shape.n_layer}l.gguf"
         if not path.exists():
             with byte_progress(f"writing {path.name}", model.n_bytes) as advance:
                 write(model, path, progress=advance)
-        return path
+        return Files(path, path)
 
 
-MOE_SKEWED = BenchModel(
-    "moe-skewed", "12 layers of Qwen3-30B-A3B's shape, Q4_0, skewed routing", "qwen3-30b-a3b-12l", SKEWED
-)
-MOE_UNIFORM = BenchModel(
-    "moe-uniform", "12 layers of Qwen3-30B-A3B's shape, Q4_0, uniform routing", "qwen3-30b-a3b-12l"
-)
-DENSE = BenchModel("dense-silu", "18 layers of Llama-2-7B's shape, Q8_0", "llama2-7b-18l")
+@dataclass(frozen=True)
+class ReluModel:
+    """OPT with planted statistics: bundles with predictors, co-active neurons side by side; and as stock reads it."""
+
+    name: str
+    title: str
+    kind: GGMLQuantizationType
+    n_vocab: int = 12568  # a quarter: with 8 of 32 layers, all parts keep their shares
+
+    is_moe = False
+
+    def synthetic(self, layers: int | None = None) -> OptModel:
+        preset = OPT_PRESETS["opt-6.7b-slice"]
+        shape = replace(preset.shape, n_layer=layers or preset.shape.n_layer, n_vocab=self.n_vocab)
+        return replace(preset, shape=shape, kind=self.kind, coactive=True)
+
+    def ensure(self, folder: Path, layers: int | None = None) -> Files:
+        model = self.synthetic(layers)
+        base = f"{self.name}-{model.shape.n_layer}l"
+        files = Files(folder / f"{base}-flash.gguf", folder / f"{base}.gguf", folder / f"{base}.stream.json")
+        if not files.flash.exists():
+            write_opt(model, files.flash, "bundled", progress=f"writing {files.flash.name}")
+        if not files.stock.exists():
+            write_opt(model, files.stock, "plain", progress=f"writing {files.stock.name}")
+        assert files.stream is not None
+        files.stream.write_text(json.dumps(token_stream(model.shape.n_ctx, self.n_vocab)))
+        return files
+
+
+def _moe(name: str, popularity: float, routing: str, quantisation: str = "") -> OrdinaryModel:
+    title = f"12 layers of Qwen3-30B-A3B's shape, {quantisation or 'Q4_0'}, {routing} routing"
+    return OrdinaryModel(name, title, "qwen3-30b-a3b-12l", popularity, quantisation)
+
+
+_OPT = "8 of 32 layers of OPT 6.7B's shape"
+MOE_SKEWED = _moe("moe-skewed", SKEWED, "skewed")
+MOE_UNIFORM = _moe("moe-uniform", 0.0, "uniform")
+MOE_K_SKEWED = _moe("moe-k-skewed", SKEWED, "skewed", "Q4_K")
+MOE_K_UNIFORM = _moe("moe-k-uniform", 0.0, "uniform", "Q4_K")
+DENSE = OrdinaryModel("dense-silu", "18 layers of Llama-2-7B's shape, Q8_0", "llama2-7b-18l")
+DENSE_Q4 = OrdinaryModel("dense-q4", "18 layers of Llama-2-7B's shape, Q4_0", "llama2-7b-18l", 0.0, "Q4_0")
+RELU = ReluModel("relu-f16", f"{_OPT}, f16", GGMLQuantizationType.F16)
+RELU_Q8 = ReluModel("relu-q8", f"{_OPT}, Q8_0", GGMLQuantizationType.Q8_0)

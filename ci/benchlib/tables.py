@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchlib.measure import Outcome
+from benchlib.bookkeeping import Count
+from benchlib.measure import FLASH, Outcome
 from benchlib.runs import Setting
 
 
@@ -17,12 +18,22 @@ def outcome_table(outcome: Outcome) -> Table:
     cap = f"cap {outcome.cap / 1e9:.2f} of {outcome.model_bytes / 1e9:.2f} GB"
     title = f"{outcome.case.model.title}: {outcome.case.work}, {cap}"
     table = Table(title=title, title_justify="left")
-    for column in ("mode", "tok/s", "read per token", "hit rate", "peak memory", "speed-up over naive"):
+    for column in ("mode", "tok/s", "read per token", "hit rate", "peak memory", "speed-up over naive", "spread"):
         table.add_column(column, justify="left" if column == "mode" else "right")
     naive = outcome.naive
     base = outcome.median(naive) if naive else None
-    for setting in sorted(outcome.settings(), key=lambda s: ("naive", "flash", "resident").index(s.mode)):
+    for setting in sorted(outcome.settings(), key=lambda s: ("naive", "flash", "cached", "resident").index(s.mode)):
         table.add_row(*_cells(outcome, setting, base))
+    if (limit := outcome.limit()) and (speed := outcome.median(FLASH)):
+        rate = outcome.rates[0]
+        table.caption = (
+            f"limit {limit.tok_s:.2f} tok/s, by {limit.bound_by}: flash {limit.flash * 1e3:.1f} ms (raw reads of "
+            f"{rate.chunk >> 10} KiB, {rate.depth} in flight: {rate.bytes_per_second / 1e9:.2f} GB/s), computing "
+            f"{limit.computing * 1e3:.1f} ms; reached: {speed / limit.tok_s:.2f}"
+        )
+        if kernel := outcome.median(FLASH, "system_seconds_per_token"):
+            table.caption += f"; in the kernel {kernel * 1e3:.2f} ms of CPU time per token, {kernel * speed:.1%} of it"
+        table.caption_justify = "left"
     return table
 
 
@@ -32,7 +43,7 @@ def _cells(outcome: Outcome, setting: Setting, base: float | None) -> list[str]:
     read = outcome.median(setting, "device_bytes_per_token")
     hits = outcome.median(setting, "hit_rate")
     peak = max(run.peak for run in runs)
-    uncapped = " (no cap)" if setting.mode == "resident" else ""
+    uncapped = " (no cap)" if setting.mode in ("cached", "resident") else ""
     if speed is None:
         speed_cell = "OOM-killed" if any(run.oom_killed for run in runs) else "failed"
     else:
@@ -44,6 +55,7 @@ def _cells(outcome: Outcome, setting: Setting, base: float | None) -> list[str]:
         "-" if hits is None else f"{hits:.1%}",
         f"{peak / 1e9:.2f} GB{uncapped}",
         f"{speed / base:.2f} x" if speed and base else "-",
+        "-" if (spread := outcome.spread(setting)) is None else f"{spread:.0%}",
     ]
 
 
@@ -55,6 +67,16 @@ def verdict_table(outcomes: Sequence[Outcome]) -> Table:
     for outcome in outcomes:
         for what, reached in outcome.verdicts():
             table.add_row(outcome.case.name, what, "[green]yes[/]" if reached else "[red]no[/]")
+    return table
+
+
+def bookkeeping_table(counts: dict[str, Count]) -> Table:
+    title = "Instructions of the cache's bookkeeping, counted by callgrind"
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "per token", "per record used", "misses per token"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, count in counts.items():
+        table.add_row(name, f"{count.per_token:.0f}", f"{count.per_use:.0f}", f"{count.misses:.0f}")
     return table
 
 

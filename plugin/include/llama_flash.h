@@ -36,7 +36,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 3
+#define LLAMA_FLASH_API_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -68,6 +68,7 @@ struct llama_flash_params {
     uint32_t io_threads;  // threads of the pread pool; 0: 8
     uint32_t read_bytes;  // a record is read in pieces of at most this many bytes; 0: 1 MiB
     uint32_t panel_bytes; // a panel is a run of rows of about this many bytes; 0: 4 MiB
+    uint32_t lookahead;   // most experts of the next layer that are read ahead of its router; 0: none
 };
 
 // the function between up (gate) and down, see docs/format.md
@@ -191,6 +192,7 @@ struct llama_flash_stats {
     uint64_t neurons_active;        // sum over tokens and layers of what was computed
     uint64_t neurons_newly_active;  // of these, not active for any of the 5 tokens before
     uint64_t neurons_expected;      // read ahead
+    uint64_t experts_expected;      // records read ahead of a router
     uint64_t layers_repeated;       // passes made again because the graph's activations were not the expected ones
     uint64_t predict_ns;      // finding active sets
     uint64_t manage_ns;       // memory management: slots, copies into them

@@ -310,7 +310,8 @@ template <typename F> static void pick(llama_flash_session & s, const flash_bund
 
 // sparse evaluation
 
-// leader: demands the next chunk of the list, as many neurons as the slots surely hold
+// Leader: demands the next chunk of the list, as many neurons as the slots surely hold. Who computes on it starts the reads: a
+// thousand of them take the kernel milliseconds, in which the other threads have work already.
 static void next_chunk(llama_flash_session & s, flash_bundle & b) {
     ffn_work &    w  = s.ffn;
     const int64_t t0  = flash_now_ns();
@@ -356,6 +357,9 @@ template <typename F>
 static bool for_chunk(llama_flash_session & s, const flash_bundle & b, const ggml_compute_params * params, ffn_part part, bool as_they_come, F f) {
     constexpr int64_t AT_ONCE = 8;
     ffn_work &        w       = s.ffn;
+    if (params->ith == 0) {
+        s.neurons.pump(s);
+    }
     if (as_they_come) {
         const int64_t n = (int64_t) w.there.size();
         for (;;) {
@@ -507,7 +511,8 @@ static void resident_rows(llama_flash_session & s, flash_bundle & b, ffn_part pa
             s.ffn.list = b.active;
             s.ffn.end  = 0;
             s.settle_reads(false);
-            next_chunk(s, b); // the reads begin; who computes waits for them
+            next_chunk(s, b);
+            s.neurons.pump(s); // the reads begin; who computes waits for them
         }
     } else if (b.gated && part == ffn_part::gate) { // for the pass of up and down
         uint32_t first;

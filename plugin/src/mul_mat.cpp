@@ -17,6 +17,7 @@
 constexpr size_t PROMPT_WAVE = 8;
 
 static bool pump_panels(llama_flash_session & s);
+static void fetch_expected(llama_flash_session & s);
 
 // repacking of the wave's records, in groups of rows shared out over the threads
 
@@ -106,6 +107,7 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             }
             s.op.wave.clear();
             if (more) {
+                s.look.scored = s.look.scored || s.op.any;
                 next();
                 plan_repacking(s);
                 s.op.stop = s.failed();
@@ -128,6 +130,8 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             s.op.checked = nullptr;
             if (!s.op.read || s.check_file(*s.op.read)) {
                 s.settle_reads(false);
+                s.look.scored = s.look.scored || s.op.any;
+                fetch_expected(s);
                 pump_panels(s);
             }
         }
@@ -374,6 +378,80 @@ static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bo
     s.op.more = left > 0;
 }
 
+// The op of a layer's first tensor has its input, and a single token: scores the next layer's experts while it computes.
+static void look_ahead(llama_flash_session & s, const flash_tensor & t, const ggml_tensor * op) {
+    auto &         look  = s.look;
+    const uint32_t first = s.groups[t.group].front();
+    look.group           = -1;
+    look.scored          = false;
+    if (s.params.lookahead == 0 || &s.tensors[first] != &t) {
+        return;
+    }
+    if (look.routers.size() != s.groups.size()) {
+        look.routers.assign(s.groups.size(), router());
+        look.next.assign(s.groups.size(), -1);
+        look.last = -1;
+    }
+    if (!look.routers[t.group].weight) {
+        look.routers[t.group] = router::of(op);
+    }
+    // the layers come in one order; the last one's next would be the first, of the next token
+    if (look.last >= 0 && (uint32_t) look.last < t.group && look.next[(size_t) look.last] < 0) {
+        look.next[(size_t) look.last] = (int32_t) t.group;
+    }
+    look.last = (int32_t) t.group;
+
+    const int32_t next = look.next[t.group];
+    const bool    one  = op->src[2]->ne[1] == 1;
+    if (!one || next < 0 || !look.routers[t.group].weight || !look.routers[(size_t) next].weight) {
+        return;
+    }
+    const router & r = look.routers[(size_t) next];
+    if (r.n_embd != op->src[1]->ne[0] || r.n_embd != look.routers[t.group].n_embd) {
+        return;
+    }
+    input_for(look.routers[t.group], r, (const float *) op->src[1]->data, look.input);
+    look.scores.resize(r.n_expert);
+    look.n_used = (uint32_t) op->src[2]->ne[0];
+    look.group  = next;
+}
+
+// Starts reads of the experts that the next layer will probably use. After those that this layer needs.
+static void fetch_expected(llama_flash_session & s) {
+    auto & look = s.look;
+    if (look.group < 0 || !look.scored) {
+        return;
+    }
+    const auto &   group = s.groups[(size_t) look.group];
+    const uint32_t n     = std::min<uint32_t>(look.n_used, (uint32_t) look.scores.size());
+    look.group           = -1;
+    look.best.resize(look.scores.size());
+    for (uint32_t e = 0; e < look.best.size(); e++) {
+        look.best[e] = e;
+    }
+    std::partial_sort(look.best.begin(), look.best.begin() + n, look.best.end(),
+                      [&](uint32_t a, uint32_t b) { return look.scores[a] > look.scores[b]; });
+    uint32_t started = 0;
+    for (uint32_t i = 0; i < n && started < s.params.lookahead; i++) {
+        bool any = false;
+        for (uint32_t sibling : group) {
+            const flash_tensor & t     = s.tensors[sibling];
+            const uint32_t       index = t.first_record + look.best[i];
+            if (look.best[i] >= t.n_records || s.records[index].state != record_state::absent) {
+                continue;
+            }
+            if (!s.check_file(s.records[index]) || !fetch_to_slot(s, index, true)) {
+                break;
+            }
+            s.records[index].fetched = true;
+            s.stats.experts_expected++;
+            any = true;
+        }
+        started += any;
+    }
+    s.reads->submit();
+}
+
 // The tensors of a layer are read ahead in the order in which the graph uses them, learnt on the first pass.
 static void note_use(llama_flash_session & s, flash_tensor & t) {
     if (t.order != 0) {
@@ -393,8 +471,14 @@ void flash_mul_mat_id(llama_flash_session & s, flash_tensor & t, const ggml_comp
         [&] {
             note_use(s, t);
             first_expert_wave(s, t, op);
+            look_ahead(s, t, op);
         },
-        [&] { stock_mul_mat_id(t.kernel, params, op, s.op.table.data()); },
+        [&] {
+            if (s.look.group >= 0 && !s.look.scored) {
+                score_experts(s.look.routers[(size_t) s.look.group], s.look.input.data(), params->ith, params->nth, s.look.scores.data());
+            }
+            stock_mul_mat_id(t.kernel, params, op, s.op.table.data());
+        },
         [&] { next_expert_wave(s, t, op->src[2]->ne[1] <= DECODE_TOKENS); });
 }
 

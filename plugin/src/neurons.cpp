@@ -143,7 +143,6 @@ void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const
         }
     }
     plan(b, false);
-    pump(s);
 }
 
 // Of all that is there, only the listed neurons stay held: those that the evaluation's other parts used make room.

@@ -720,6 +720,7 @@ void llama_flash_session::drop_all() {
     }
     op.plan.clear();
     op.planned = 0;
+    look       = {};
     panel_order.clear();
     panel_order_known = false;
     panel_next        = 0;
@@ -968,6 +969,7 @@ void llama_flash_session::begin_op(const std::string & tensor) {
     op.stamp++;
     op.checked = nullptr;
     op.read    = nullptr;
+    look.group = -1;
     stats.ops++;
     if (memory.total == 0) {
         fail_op(LLAMA_FLASH_E_INVALID, tensor, "the session has no memory: call llama_flash_session_set_memory before decoding");

@@ -11,6 +11,7 @@
 #include "neurons.h"
 #include "reader.h"
 #include "ring.h"
+#include "router.h"
 #include "shadow.h"
 
 #include "ggml.h"
@@ -231,6 +232,19 @@ struct llama_flash_session {
         int64_t                   rows = 0;
         int64_t                   begin_ns = 0;
     } op;
+
+    // experts of the next layer, read before its router has spoken (mul_mat.cpp)
+    struct lookahead_state {
+        std::vector<router>   routers;       // by group, found on the first pass
+        std::vector<int32_t>  next;          // by group: the one that is used after it; -1: not yet known, or the last
+        int32_t               last  = -1;    // group of the op before
+        int32_t               group = -1;    // whose experts are scored; -1: none
+        uint32_t              n_used = 0;    // experts of a token
+        bool                  scored = false;
+        std::vector<float>    input;
+        std::vector<float>    scores;        // by expert
+        std::vector<uint32_t> best;          // experts, the likeliest first
+    } look;
 
     // where a moving limit leads (resize.cpp)
     struct resize_state {

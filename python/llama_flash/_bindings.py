@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 3
+LLAMA_FLASH_API_VERSION = 4
 
 
 class llama_flash_code(IntEnum):
@@ -51,6 +51,7 @@ class llama_flash_params(ctypes.Structure):
         ("io_threads", ctypes.c_uint32),
         ("read_bytes", ctypes.c_uint32),
         ("panel_bytes", ctypes.c_uint32),
+        ("lookahead", ctypes.c_uint32),
     ]
 
     io_engine: int  # enum llama_flash_io_engine
@@ -58,6 +59,7 @@ class llama_flash_params(ctypes.Structure):
     io_threads: int  # threads of the pread pool; 0: 8
     read_bytes: int  # a record is read in pieces of at most this many bytes; 0: 1 MiB
     panel_bytes: int  # a panel is a run of rows of about this many bytes; 0: 4 MiB
+    lookahead: int  # most experts of the next layer that are read ahead of its router; 0: none
 
 
 class llama_flash_bundle_part(ctypes.Structure):
@@ -257,6 +259,7 @@ class llama_flash_stats(ctypes.Structure):
         ("neurons_active", ctypes.c_uint64),
         ("neurons_newly_active", ctypes.c_uint64),
         ("neurons_expected", ctypes.c_uint64),
+        ("experts_expected", ctypes.c_uint64),
         ("layers_repeated", ctypes.c_uint64),
         ("predict_ns", ctypes.c_uint64),
         ("manage_ns", ctypes.c_uint64),
@@ -284,6 +287,7 @@ class llama_flash_stats(ctypes.Structure):
     neurons_active: int  # sum over tokens and layers of what was computed
     neurons_newly_active: int  # of these, not active for any of the 5 tokens before
     neurons_expected: int  # read ahead
+    experts_expected: int  # records read ahead of a router
     layers_repeated: int  # passes made again because the graph's activations were not the expected ones
     predict_ns: int  # finding active sets
     manage_ns: int  # memory management: slots, copies into them

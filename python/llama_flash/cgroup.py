@@ -96,6 +96,8 @@ class Gauge:
     def __init__(self, group: Path) -> None:
         self.group = group
         self.droppable = 0  # bytes of page cache in the usage, as known from elsewhere
+        self.left = 0  # bytes, at the last glance
+        self.looked = 0  # the same, when the caller last looked at more
         self._open: list[int] = []
         names = self._V1 if (group / self._V1[0]).exists() else self._V2
         with contextlib.suppress(OSError):
@@ -108,7 +110,8 @@ class Gauge:
         limit, self._limit = self._limit, self._read_limit()
         if self._limit is None:
             return limit is not None
-        return limit != self._limit or self._usage() - self.droppable > self._limit - near
+        self.left = self._limit - self._usage() + self.droppable
+        return limit != self._limit or self.left < near
 
     def close(self) -> None:
         while self._open:
@@ -361,14 +364,12 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
+_ROW = re.compile(r"^(\S+)[ \t]+(\d+)(?!\S)", re.MULTILINE | re.ASCII)
+
+
 def _table(text: str, unit: int = 1) -> dict[str, int]:
     """Lines "key number ..." as bytes."""
-    result = {}
-    for line in text.splitlines():
-        fields = line.split()
-        if len(fields) >= 2 and fields[1].isascii() and fields[1].isdigit():
-            result[fields[0]] = int(fields[1]) * unit
-    return result
+    return {key: int(number) * unit for key, number in _ROW.findall(text)}
 
 
 def _lines(path: Path) -> list[str]:
@@ -376,8 +377,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> str:
+    """Read four times a second for each group, so without a text layer."""
     try:
-        return path.read_text()
+        with open(path, "rb", buffering=0) as file:
+            return file.read().decode()
     except (OSError, UnicodeDecodeError):
         return ""
 

@@ -35,7 +35,9 @@ __all__ = ["Callback", "Controller", "FlashEvent", "Session", "divide"]
 logger = logging.getLogger("llama_flash")
 
 _TICK = 0.25  # seconds between looks at all there is
-_GLANCE = 0.015  # seconds between glances: usage near a limit, another limit, or pressure lead to a look soon
+_GLANCE = 0.03  # seconds between glances: usage near a limit, another limit, or pressure lead to a look soon
+_FAR_GLANCE = 0.06  # where a lot is left: no neighbour takes that in so short a time
+_REST = 1.0  # seconds between looks while glances show that nothing changes
 _SOON = 0.05  # seconds between looks at least
 _REDISCOVER = 1.0  # seconds after which the process' groups are looked up again
 _BUSY_TICK = 0.002  # while memory is given back or read ahead
@@ -156,10 +158,12 @@ class Controller:
         self._pressed = False  # since the last look
         self._last_pressure = _NEVER
         self._last_look = _NEVER
+        self._news = False  # models came or went since
         self._groups_known = _NEVER
         self._limits: dict[str, int] = {}  # by room, at the last look
         self._unsettled = False  # sessions are on their way, or may have something to read
         self._found: list[Room] = []  # at the last look
+        self._grouped = False  # a group's limit is the tightest
         self._near = 0  # bytes below a limit that are an alarm
         self._tight_groups: list[Path] = []
 
@@ -284,6 +288,7 @@ class Controller:
         self._thread.start()
 
     def _call(self) -> None:
+        self._news = True
         called = self._called
         if called is not None:
             with contextlib.suppress(OSError):
@@ -313,7 +318,7 @@ class Controller:
                     if ready and self._pressure is not None:
                         self._pressed = self._pressure.poll(now, self._tight_groups) or self._pressed
                     busy = self.tick(now)
-                    pause = _BUSY_TICK if busy else _GLANCE
+                    pause = _BUSY_TICK if busy else self._until_glance()
                     if now - told > _STATUS and self._found:
                         told = now
                         ago = now - self._last_pressure if self._last_pressure > 0 else None
@@ -364,7 +369,8 @@ class Controller:
         """One look at the limits if it is time, and a step towards what they ask for. True: more is to be done soon."""
         since = now - self._last_look
         moving = now - self._last_pressure < _AFTERMATH
-        if since >= _TICK or self._pressed or (since >= _SOON and (self._alarmed() or moving)):
+        alarmed = since >= _SOON and (self._alarmed() or moving)
+        if alarmed or self._pressed or since >= _REST or (since >= _TICK and not self._still()):
             self._look(now)
         if not self._unsettled:
             return False
@@ -391,7 +397,7 @@ class Controller:
 
     def _look(self, now: float) -> None:
         sessions = self._sessions()
-        self._last_look = now
+        self._last_look, self._news = now, False
         if not sessions:
             return
         self._find_groups(now)
@@ -441,9 +447,27 @@ class Controller:
             self._gauges = [Gauge(group) for group in groups]
         for gauge, room in zip(self._gauges, (room for room in found if room.group), strict=True):
             gauge.droppable = room.droppable
+            gauge.looked = gauge.left = room.limit - room.held
+        self._grouped = bool(groups) and min(found, key=lambda room: room.bytes).group is not None
         self._near = reserve // 2
         tight = [room for room in found if room.limit - room.held < max(2 * reserve, _TIGHT * room.limit)]
         self._tight_groups = [room.group for room in tight if room.group]
+
+    def _still(self) -> bool:
+        """Whether groups decide, pressure would be told, and their usage is about what it was at the last look."""
+        told = self._pressure is not None and (self._pressure.events or not self._tight_groups)
+        return (
+            not self._news
+            and self._grouped
+            and bool(told)
+            and all(abs(gauge.left - gauge.looked) < self._near // 8 for gauge in self._gauges)
+        )
+
+    def _until_glance(self) -> float:
+        """Seconds."""
+        if not self._gauges:
+            return _TICK
+        return _FAR_GLANCE if all(gauge.left > 6 * self._near for gauge in self._gauges) else _GLANCE
 
     def _alarmed(self) -> bool:
         alarms = [gauge.alarmed(self._near) for gauge in self._gauges]

@@ -26,6 +26,8 @@ _ALIGNMENT = 32  # of tensors in a GGUF file, so that a record begins anywhere i
 _MARGIN = _SECTOR - _ALIGNMENT  # bytes of whole sectors beyond a record's own, on average over where it begins
 _PIECE = 1 << 20  # bytes of a read, at most
 _SHARED_TOKENS = 3  # see neuron_misses
+_LIKELY = 1.3  # experts of the next layer that are not there, as its router is expected to choose, for one that is missed
+_WRONG = 0.2  # share of the experts read ahead that are not used, see docs/performance.md
 _RUN = 256  # neurons read at once where whole layers are
 
 
@@ -86,6 +88,7 @@ def expect(
     predictor: str = "none",
     window: int | None = None,
     io_depth: int = 32,
+    lookahead: int = 0,
 ) -> Cost:
     """Expected cost of a token.
 
@@ -94,6 +97,7 @@ def expect(
         needs: `struct llama_flash_requirements` of the plan's flash tensors; ignored where nothing is on flash.
         predictor: how active neurons are found.
         window: as in FlashOffload.
+        lookahead: most experts of the next layer that are read ahead.
     """
     assumptions = ["one token at a time, slots warm, an empty KV cache"]
     touched = _resident_touched(meta, plan)
@@ -117,7 +121,9 @@ def expect(
             used = needs.n_experts * n_used / n_expert
             layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
             together = used * (1 - held) / max(1, layers) * max(1.0, size / _PIECE)
-            parts.append(_records("experts", used * (1 - held), size, together, io_depth, profile, held))
+            missed = n_used * (1 - held)
+            in_vain = needs.n_experts / n_expert * min(lookahead, missed * _LIKELY) * _WRONG
+            parts.append(_records("experts", used * (1 - held) + in_vain, size, together, io_depth, profile, held))
             touched += plan.expert_bytes * n_used / n_expert
             if held < 1:
                 assumptions.append("experts are used evenly: most models read less")

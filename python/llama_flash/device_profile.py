@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +49,7 @@ __all__ = [
 CHUNKS = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 DEPTHS = (1, 4, 32, 128)
 
-VERSION = 1  # of what is stored
+VERSION = 2  # of what is stored
 
 _SECONDS = 14.0  # of a whole profile, most
 _WRITE_SECONDS = 4.0  # of these, for the temporary file
@@ -60,6 +60,15 @@ _LEAST_TEMPORARY = 32 << 20
 _FREE_SHARE = 4  # the temporary file takes at most this fraction of what is free
 _PIECE = 8 << 20  # bytes written at once
 _DRAIN_SECONDS = 0.5  # a depth is left out where what is in flight would take longer than that to arrive
+
+_USEFUL_DEPTHS = (8, 16, 32, 64, 128)
+_DUEL = (
+    (16 << 10, 32),
+    (256 << 10, 8),
+    (16 << 10, 32),
+    (256 << 10, 8),
+)  # sizes and depths, for engines
+_CLEARLY = 1.1  # times the rate
 
 _QUICK = ((4 << 10, 1), (4 << 10, 32), (64 << 10, 32), (1 << 20, 1), (1 << 20, 16))
 _QUICK_SECONDS = 0.05
@@ -100,6 +109,7 @@ class DeviceProfile:
     file_bytes: int  # of the file that was read
     dram: float  # bytes per second, read by all cores
     reads: tuple[ReadRate, ...]
+    faster: str = ""  # I/O engine that reads clearly faster than the one measured; "": none
     version: int = field(default=VERSION)
 
     def rate(self, chunk: float, depth: float) -> float:
@@ -113,6 +123,11 @@ class DeviceProfile:
         curve = [(size, _between(sorted(row), depth)) for size, row in sorted(rows.items())]
         smallest, slowest = curve[0]
         return slowest * chunk / smallest if chunk < smallest else _between(curve, chunk)
+
+    def depth_for(self, chunk: float) -> int:
+        """Reads in flight from which on the device gives what it has: more would only make each of them wait longer."""
+        rates = {depth: self.rate(chunk, depth) for depth in _USEFUL_DEPTHS}
+        return min(depth for depth, rate in rates.items() if rate >= 0.97 * max(rates.values()))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -185,10 +200,26 @@ def measure(
             report(0.3 + 0.7 * i / len(cells), f"reads of {format_size(chunk)}, {depth} in flight")
             probe = probe_reads(name, chunk, depth, min(_CELL_SECONDS, left / (len(cells) - i)), io_engine)
             reads.append(_read_rate(chunk, depth, probe))
+        faster = _faster_engine(name, file_bytes, probe.io_engine) if reads and io_engine == "auto" else ""
     if not reads:
         raise FlashError(f"{path}: the file is smaller than one read of {format_size(CHUNKS[0])}")
     report(1.0, "done")
-    return _profile(device, "measured", probe, file_bytes, dram, reads)
+    return replace(_profile(device, "measured", probe, file_bytes, dram, reads), faster=faster)
+
+
+def _faster_engine(path: str, file_bytes: int, measured: int) -> str:
+    """The other engine, if it is clearly faster at small and large reads together; "" otherwise."""
+    mine, other = ("io_uring", "pread") if measured == IO_ENGINES["io_uring"] else ("pread", "io_uring")
+    ratio, n = 1.0, 0
+    for chunk, depth in _DUEL:
+        if chunk > file_bytes:
+            continue
+        try:
+            pair = [probe_reads(path, chunk, depth, _QUICK_SECONDS, engine) for engine in (other, mine)]  # type: ignore[arg-type]
+        except FlashError:  # not to be had here
+            return ""
+        ratio, n = ratio * (pair[0].bytes / pair[0].ns) / (pair[1].bytes / pair[1].ns), n + 1
+    return other if n and ratio ** (1 / n) > _CLEARLY else ""
 
 
 def quick_profile(path: str | os.PathLike[str], io_engine: IoEngine = "auto") -> DeviceProfile:

@@ -25,14 +25,16 @@ from .adapters import predictor_with
 from .budget import Breakdown, Budget, held_by_process, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
+from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
+from .profiles import recall
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 
-__all__ = ["BufferTypeOverride", "FlashSession", "held_by_all", "io_depth", "neuron_params", "open_session"]
+__all__ = ["BufferTypeOverride", "FlashSession", "experts_ahead", "held_by_all", "io_choice", "neuron_params", "open_session"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -41,7 +43,9 @@ _MODES = {
     "lowrank": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_LOWRANK,
     "off": _bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_OFF,
 }
+_PIECE = 1 << 20  # bytes of a read, at most
 _NO_WINDOW = 0xFFFFFFFF
+_EXPERTS_AHEAD = 2  # of the next layer, most; see docs/performance.md
 _MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
 _IO_NAMES = {int(number): name for name, number in engine.IO_ENGINES.items()}
 
@@ -77,9 +81,24 @@ def neuron_params(mode: Mode, options: FlashOffload, bundles: Bundles, n_ubatch:
     )
 
 
-def io_depth(options: FlashOffload, bundles: Bundles | None) -> int:
-    """Most reads in flight at once."""
-    return options.io_depth or (128 if bundles else 32)
+def experts_ahead(options: FlashOffload) -> int:
+    """Most experts of the next layer that are read ahead of its router."""
+    return _EXPERTS_AHEAD if options.lookahead else 0
+
+
+def io_choice(options: FlashOffload, bundles: Bundles | None, profile: DeviceProfile | None) -> tuple[str, int]:
+    """I/O engine and most reads in flight at once.
+
+    Args:
+        profile: of the device, if one was measured; it decides what the options leave open.
+    """
+    measured = profile is not None and profile.source in ("measured", "cached")
+    io_engine, depth = options.io_engine, options.io_depth or (128 if bundles else 32)
+    if profile is not None and measured:
+        if io_engine == "auto" and profile.faster == "pread":
+            io_engine = "pread"
+        depth = options.io_depth or profile.depth_for(bundles.format.record_bytes if bundles else _PIECE)
+    return io_engine, depth
 
 
 def open_session(
@@ -157,6 +176,7 @@ class FlashSession:
         self._close_later = False
         self.predictor = "none"  # how active neurons are found
         self.summary = ""  # the line about the load
+        self.io_depth = 1  # most reads in flight
 
         Controller.of_process().begin_load(self)
         try:
@@ -215,9 +235,11 @@ class FlashSession:
 
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
-        params.io_engine = engine.IO_ENGINES[self.options.io_engine]
-        params.io_depth = io_depth(self.options, self.plan.bundles)
+        io_engine, self.io_depth = io_choice(self.options, self.plan.bundles, recall(self._path))
+        params.io_depth = self.io_depth
+        params.io_engine = engine.IO_ENGINES[io_engine]
         params.io_threads = self.options.io_threads
+        params.lookahead = experts_ahead(self.options)
         params.panel_bytes = parse_size(self.options.panel_bytes)
         error = _bindings.llama_flash_error()
         self._handle = self._lib.llama_flash_session_new(ctypes.byref(params), ctypes.byref(error))

@@ -32,12 +32,15 @@ class FlashOffload:
             predictors, which costs less memory and may miss a neuron. "off": not at all, whole layers are read.
             "auto": exact where the budget allows, else lowrank where there are predictors.
         window: tokens before the current one whose neurons stay in slots; None: as many as have room.
-        lookahead: read ahead the neurons that the next layer's predictor expects ("lowrank").
+        lookahead: read ahead the experts that the next layer's router will probably choose, and the neurons that its
+            predictor expects ("lowrank").
         follow: give memory back and take it again while the model runs, as limits and neighbours move.
         warm_start: remember which weights were hot, in a small file of the user's cache folder, and
             read them in the background after the next load. Needs `follow`.
-        io_engine: "io_uring", "pread" (a pool of threads) or "auto" (io_uring where it works).
-        io_depth: most reads in flight at once; None: 32, and 128 where single neurons are read.
+        io_engine: "io_uring", "pread" (a pool of threads) or "auto" (io_uring where it works and the device's profile,
+            `llama-flash profile`, does not say that pread is faster).
+        io_depth: most reads in flight at once; None: as many as the device's profile finds useful; without one 32, and
+            128 where single neurons are read.
         io_threads: threads of the pread pool.
         panel_bytes: size of the runs of rows in which dense weights are streamed.
 

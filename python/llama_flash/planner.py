@@ -20,7 +20,7 @@ from .device_profile import DeviceProfile
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
 from .errors import FlashBudgetError, FlashError
 from .gguf_meta import GgufMeta, read_gguf
-from .offload import FlashSession, held_by_all, io_depth
+from .offload import FlashSession, experts_ahead, held_by_all, io_choice
 from .options import FlashOffload
 from .placement import KV_TYPES, ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import profile_for
@@ -159,6 +159,7 @@ def plan(
             for share in _SHARES
         ]
         placed, memory = found.plan, found.memory
+        io_engine, depth = io_choice(options, placed.bundles, profile)
         held = memory.slots // found.needs.neuron_record if found.needs and found.needs.neuron_record else 0
         in_slots = 0 if placed.expert_bytes else min(placed.n_neurons, held)
         return LoadPlan(
@@ -168,8 +169,8 @@ def plan(
             mode=placed.mode,
             predictor=found.predictor,
             window=options.window,
-            io_engine=options.io_engine if options.io_engine != "auto" or not profile.io_engine else profile.io_engine,
-            io_depth=io_depth(options, placed.bundles),
+            io_engine=profile.io_engine if io_engine == "auto" and profile.io_engine else io_engine,
+            io_depth=depth,
             memory=memory,
             resident_weights=placed.resident_bytes,
             flash_weights=placed.flash_bytes,
@@ -328,7 +329,8 @@ class _Planner:
             profile,
             predictor=found.predictor,
             window=self._options.window,
-            io_depth=io_depth(self._options, self._bundles),
+            io_depth=io_choice(self._options, self._bundles, profile)[1],
+            lookahead=experts_ahead(self._options),
         )
 
     def option(self, total: int, label: str, profile: DeviceProfile) -> Option:
@@ -350,7 +352,8 @@ def cost_of(session: FlashSession) -> Callable[[DeviceProfile], Cost]:
         needs,
         predictor=session.predictor,
         window=session.options.window,
-        io_depth=io_depth(session.options, session.plan.bundles),
+        io_depth=session.io_depth,
+        lookahead=experts_ahead(session.options),
     )
 
 

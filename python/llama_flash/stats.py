@@ -31,6 +31,7 @@ class Counters:
     neurons_active: int = 0  # sum over tokens and layers of the neurons that were computed
     neurons_newly_active: int = 0  # of these, not active for any of the 5 tokens before
     neurons_expected: int = 0  # read ahead
+    experts_expected: int = 0  # records (parts of experts) read ahead of the next layer's router
     layers_repeated: int = 0  # passes made again because the graph's activations were not the expected ones
     predict_seconds: float = 0.0  # finding active sets
     manage_seconds: float = 0.0  # memory management: slots, copies into them
@@ -85,6 +86,7 @@ class Counters:
             neurons_active=raw.neurons_active,
             neurons_newly_active=raw.neurons_newly_active,
             neurons_expected=raw.neurons_expected,
+            experts_expected=raw.experts_expected,
             layers_repeated=raw.layers_repeated,
             predict_seconds=raw.predict_ns / 1e9,
             manage_seconds=raw.manage_ns / 1e9,

@@ -1,0 +1,60 @@
+"""The physical limit: the slower of two clocks. Both are read in the run that they are compared with.
+
+Flash: the bytes that a token (or a prompt) made the device read, at the rate of raw reads of the same size with as many
+in flight, nothing computed meanwhile. Arithmetic: the same work with all weights in DRAM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchlib.runs import Run
+from llama_flash.device_profile import probe_reads
+
+_SECTOR = 4096
+_SECONDS = 1.0  # of raw reads after each run
+
+
+@dataclass(frozen=True)
+class RawRate:
+    """Raw random reads."""
+
+    chunk: int  # bytes
+    depth: int  # in flight
+    bytes_per_second: float
+
+
+def raw_rate(path: Path, run: Run) -> RawRate | None:
+    """Raw reads like those that `run` made, from the same file; None if it made none."""
+    counters = run.measured.get("flash_counters")
+    if counters is None:  # a load
+        return _probe(path, 1 << 20, run.measured["io_depth"])
+    if not counters["reads"]:
+        return None
+    size = min(1 << 20, counters["bytes_read"] / counters["reads"])
+    chunk = max(_SECTOR, round(size / _SECTOR) * _SECTOR)
+    at_once = counters["reads"] / max(1, run.measured["tokens"])
+    depth = int(max(1, min(run.measured["io_depth"], at_once)))
+    return _probe(path, chunk, depth)
+
+
+def _probe(path: Path, chunk: int, depth: int) -> RawRate:
+    probe = probe_reads(path, chunk, depth, _SECONDS)
+    return RawRate(chunk, depth, probe.bytes / (probe.ns / 1e9))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Seconds for each token."""
+
+    flash: float
+    computing: float
+
+    @property
+    def tok_s(self) -> float:
+        return 1 / max(self.flash, self.computing)
+
+    @property
+    def bound_by(self) -> str:
+        return "flash" if self.flash > self.computing else "computing"

@@ -1,0 +1,24 @@
+// What the next layer's router will choose, guessed before its input is known: its weights applied to this layer's input of the
+// feed-forward block. The residual stream changes little from layer to layer, so most of the guesses are right.
+#pragma once
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <vector>
+
+// The router that made the ids of a MUL_MAT_ID, found by following the graph from them.
+struct router {
+    const float * weight   = nullptr; // [n_expert] rows of n_embd; nullptr: none that we could compute
+    const float * norm     = nullptr; // [n_embd], weights of the norm that its input has passed; nullptr: none
+    uint32_t      n_embd   = 0;
+    uint32_t      n_expert = 0;
+
+    static router of(const ggml_tensor * op);
+};
+
+// input[n_embd] of the router `here`, rescaled to what the next layer's norm would make of it
+void input_for(const router & here, const router & next, const float * input, std::vector<float> & out);
+
+// scores[e] for experts e = ith, ith + nth, ...
+void score_experts(const router & r, const float * input, int ith, int nth, float * scores);
