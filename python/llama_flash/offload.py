@@ -31,6 +31,7 @@ from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
+from .trace import Recorder
 
 __all__ = ["BufferTypeOverride", "FlashSession", "held_by_all", "io_depth", "neuron_params", "open_session"]
 
@@ -157,6 +158,7 @@ class FlashSession:
         self._close_later = False
         self.predictor = "none"  # how active neurons are found
         self.summary = ""  # the line about the load
+        self.recorder: Recorder | None = None  # of a trace (trace.py)
 
         Controller.of_process().begin_load(self)
         try:
@@ -539,6 +541,8 @@ class FlashSession:
         else:
             self._progress = _Progress(seen, before.prompt + last, before.decode, last)
         self._raise_pending()
+        if self.recorder is not None:
+            self.recorder.drain()
 
     def stats(self) -> FlashStats:
         """Budget, memory by part, and what was read: in total, for prompts, for generation and by the last call."""
