@@ -253,8 +253,10 @@ LLAMA_FLASH_API uint64_t llama_flash_session_hot(const struct llama_flash_sessio
 // are dealt with. To be called again with the rest until *done is n. Ids that make no sense are passed over.
 LLAMA_FLASH_API int32_t llama_flash_session_warm(struct llama_flash_session * session, const uint64_t * ids, uint64_t n, uint64_t * done, struct llama_flash_error * err);
 
-// A record that an op asked of the cache, hit or miss. Entries of one op follow one another, ops in the order in which they ran; an op
-// is known by its tensor and token. Records of an op: while decoding in order of appearance, of a prompt (and neurons) ascending.
+// Entries of one op follow one another, ops in the order in which they ran; an op is known by its tensor and token. Its records:
+// while decoding in order of appearance, of a prompt (and neurons) ascending.
+//
+// One record that an op asked of the cache, hit or miss.
 struct llama_flash_trace_entry {
     uint64_t token;    // the cache's clock: number of the op's last token since set_memory
     uint32_t tensor;   // as llama_flash_session_trace_tensor numbers them

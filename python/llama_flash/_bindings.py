@@ -311,7 +311,7 @@ class llama_flash_context_memory(ctypes.Structure):
 
 
 class llama_flash_trace_entry(ctypes.Structure):
-    """Is known by its tensor and token. Records of an op: while decoding in order of appearance, of a prompt (and neurons) ascending.."""
+    """One record that an op asked of the cache, hit or miss.."""
 
     _fields_: ClassVar = [
         ("token", ctypes.c_uint64),

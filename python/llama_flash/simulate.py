@@ -1,11 +1,12 @@
 """Cache policies, replayed on traces (trace.py): what each would have hit, beside what can be hit at all.
 
-The unit is what the cache's own is: a record, one expert's slice of one tensor, or a neuron. Records of one size class share its
-slots. A prompt (an op of more than 16 tokens) uses what is there and fills empty slots, but evicts nothing.
+The unit is what the cache's own is: a record, one expert's slice of one tensor, or a neuron. Records of one size class
+share its slots. A prompt (an op of more than 16 tokens) uses what is there and fills empty slots, but evicts nothing.
 
-`lfu` is the plugin's policy (plugin/src/cache.cpp), with all that its ops decide about it (mul_mat.cpp): the reads ahead of a
-layer's other tensors, what an op holds, the order of records in a bucket. Its hits are those that the plugin counts, one by one. The
-others take an op's records one after the other and hold nothing, so that they are a little better off than they would be.
+`lfu` is the plugin's policy (plugin/src/cache.cpp), with all that its ops decide about it (mul_mat.cpp): the reads
+ahead of a layer's other tensors, what an op holds, the order of records in a bucket. Its hits are those that the plugin
+counts, one by one. The others take an op's records one after the other and hold nothing, so that they are a little
+better off than they would be. The optimum may stream: a record is used without a slot, as the plugin's ring allows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from .trace import DECODE_TOKENS, Ints, Run, Trace
 
-__all__ = ["POLICIES", "Result", "as_counted", "optimum", "simulate", "slots_for", "split_shares"]
+__all__ = ["POLICIES", "Result", "accesses", "as_counted", "optimum", "simulate", "slots_for"]
 
 Hits = npt.NDArray[np.bool_]
 Slots = Mapping[int, int]  # by size class
@@ -63,7 +64,9 @@ class Result:
 
 
 def simulate(trace: Trace, share: float, policies: list[str], *, skip: float = LEARNT) -> list[Result]:
-    """Replays the trace with slots for `share` of the records of each class; counts what is decoded after the first `skip` of it.
+    """Replays the trace with slots for `share` of the records of each class.
+
+    Counted is what is decoded after the first `skip` of it.
 
     Raises:
         ValueError: a policy that does not exist, or nothing is left to count.
@@ -79,7 +82,8 @@ def simulate(trace: Trace, share: float, policies: list[str], *, skip: float = L
         raise ValueError(f"the trace has no decoded token after the first {skip:.0%} of them")
     of_record = np.repeat(counted, np.diff(trace.begin))
     total = int(of_record.sum())
-    tokens = int(np.bincount(trace.tensor[counted], trace.n_tokens[counted]).max())
+    per_tensor = np.bincount(trace.tensor[counted], trace.n_tokens[counted])
+    tokens = int(per_tensor[per_tensor > 0].min())
     best = total - int(optimum(trace, slots)[of_record].sum())
     results = []
     for name in policies:
@@ -97,11 +101,26 @@ def slots_for(trace: Trace, share: float) -> dict[int, int]:
 
 
 def as_counted(trace: Trace) -> tuple[Run, Run] | None:
-    """What the traced run counted, and what `lfu` makes of the whole trace with its slots; None: the run is not comparable."""
-    if trace.run is None or not trace.run.exact:
+    """What the traced run counted, and what `lfu` makes of the whole trace with its slots; None: not comparable.
+
+    Not comparable is a run that more than the trace has decided (`Run.exact`), or one of whose ops asked for more than
+    the slots hold, together with the layer's other tensors: then it depends on when reads arrive what is streamed.
+    """
+    if trace.run is None or not trace.run.exact or not _has_room(trace, trace.run.slots):
         return None
     hits = int(POLICIES["lfu"](trace, trace.run.slots).sum())
     return trace.run, replace(trace.run, hits=hits, misses=len(trace.record) - hits)
+
+
+def _has_room(trace: Trace, slots: Slots) -> bool:
+    """Whether the slots hold what any decoding op asks for, for all tensors of its layer; of neurons twice as much."""
+    for i in np.flatnonzero(trace.decode).tolist():
+        tensor = trace.tensors[trace.tensor[i]]
+        sharing = sum(1 for t in trace.tensors if (t.group, t.size_class) == (tensor.group, tensor.size_class))
+        asked = int(trace.begin[i + 1] - trace.begin[i]) * (2 if tensor.neurons else sharing)
+        if asked > slots[tensor.size_class]:
+            return False
+    return True
 
 
 def _token_range(trace: Trace) -> tuple[int, int]:
@@ -117,7 +136,7 @@ def _token_range(trace: Trace) -> tuple[int, int]:
 Access = Callable[[int, bool], bool]  # (record, may evict) -> hit
 
 
-def split_shares(trace: Trace) -> tuple[Ints, Ints, Hits]:
+def accesses(trace: Trace) -> tuple[Ints, Ints, Hits]:
     """By access: the record's number among all tensors', its size class, and whether its op may evict."""
     first = np.concatenate([[0], np.cumsum([tensor.n_records for tensor in trace.tensors])]).astype(np.int64)
     classes = np.array([tensor.size_class for tensor in trace.tensors], np.int64)
@@ -129,12 +148,14 @@ def _by_access(make: Callable[[Trace, int, Ints], Access]) -> Callable[[Trace, S
     """A policy of all classes, from one of a class: make(trace, slots, numbers of the class's accesses)."""
 
     def policy(trace: Trace, slots: Slots) -> Hits:
-        record, classes, decode = split_shares(trace)
+        record, classes, decode = accesses(trace)
         hits = np.zeros(len(record), np.bool_)
         for size_class, n in slots.items():
             mine = np.flatnonzero(classes == size_class)
             access = make(trace, n, mine)
-            hits[mine] = [access(r, evict) for r, evict in zip(record[mine].tolist(), decode[mine].tolist(), strict=True)]
+            hits[mine] = [
+                access(r, evict) for r, evict in zip(record[mine].tolist(), decode[mine].tolist(), strict=True)
+            ]
         return hits
 
     return policy
@@ -158,7 +179,7 @@ def _lru(_trace: Trace, n_slots: int, _mine: Ints) -> Access:
 
 
 def _segmented_lru(_trace: Trace, n_slots: int, _mine: Ints) -> Access:
-    """A record that is hit moves to a protected part, four fifths of the slots; what leaves that part gets a second chance."""
+    """A record that is hit moves to a protected part, four fifths of the slots; what leaves it has another chance."""
     protected_slots = int(0.8 * n_slots)
     probation: OrderedDict[int, None] = OrderedDict()
     protected: OrderedDict[int, None] = OrderedDict()
@@ -185,7 +206,7 @@ def _segmented_lru(_trace: Trace, n_slots: int, _mine: Ints) -> Access:
 
 
 def _s3_fifo(_trace: Trace, n_slots: int, _mine: Ints) -> Access:
-    """Yang et al., SOSP 2023: a small FIFO (a tenth), a main FIFO with 2-bit counts, and a list of those lately dropped."""
+    """Yang et al., SOSP 2023: a small FIFO (a tenth), a main FIFO with 2-bit counts, a list of those lately dropped."""
     small_slots = max(1, n_slots // 10)
     small: deque[int] = deque()
     main: deque[int] = deque()
@@ -232,27 +253,35 @@ def _s3_fifo(_trace: Trace, n_slots: int, _mine: Ints) -> Access:
 
 
 def _static(trace: Trace, n_slots: int, mine: Ints) -> Access:
-    """Those most used in the trace's first third, and no others."""
+    """Those most used in the trace's first third, from their first use on, and no others."""
     first, last = _token_range(trace)
     learnt = np.repeat(trace.token <= first + LEARNT * (last - first), np.diff(trace.begin))[mine]
-    record, _, _ = split_shares(trace)
+    record, _, _ = accesses(trace)
     uses = np.bincount(record[mine][learnt], trace.uses[mine][learnt])
     pinned = set(np.argsort(-uses, kind="stable")[:n_slots].tolist())
-    return lambda record, _evict: record in pinned
+    read: set[int] = set()
+
+    def access(record: int, _evict: bool) -> bool:
+        hit = record in read
+        if record in pinned:
+            read.add(record)
+        return hit
+
+    return access
 
 
 def _window(trace: Trace, n_slots: int, mine: Ints) -> Access:
-    """The paper's: what none of the last k tokens used goes; k is the longest window that had room in the trace's first third.
+    """The paper's: what none of the last k tokens used goes.
 
-    What has no room all the same is the oldest.
+    k is the longest window that had room in the trace's first third. What has no room later is the oldest.
     """
     first, last = _token_range(trace)
-    token = np.repeat(trace.token, np.diff(trace.begin))[mine].tolist()
-    record = split_shares(trace)[0][mine].tolist()
-    learnt = sum(1 for t in token if t <= first + LEARNT * (last - first))
-    window = _longest_window(token[:learnt], record[:learnt], n_slots)
+    times = np.repeat(trace.token, np.diff(trace.begin))[mine]
+    records, _, decode = accesses(trace)
+    learnt = decode[mine] & (times <= first + LEARNT * (last - first))
+    window = _longest_window(times[learnt].tolist(), records[mine][learnt].tolist(), n_slots)
     cache: OrderedDict[int, int] = OrderedDict()  # oldest first: token of the last use
-    tokens = iter(token)
+    tokens = iter(times.tolist())
 
     def access(record: int, evict: bool) -> bool:
         now = next(tokens)
@@ -289,28 +318,32 @@ def _longest_window(token: list[int], record: list[int], n_slots: int) -> int:
     return low
 
 
-def _belady(_trace: Trace, n_slots: int, mine: Ints) -> Access:
-    """What is used again last goes, or does not come: no cache of so many slots reads less, whatever it knows."""
-    record = split_shares(_trace)[0][mine]
-    following = next_use(record).tolist()
-    position = iter(range(len(record)))
-    cache: dict[int, int] = {}  # when it is used next
-    farthest: list[tuple[int, int]] = []  # (-next, record); stale entries stay until they come up
+def optimum(trace: Trace, slots: Slots) -> Hits:
+    """Belady's: after each op, of what was there and what it asked for, what is used again last goes.
 
-    def access(record: int, _evict: bool) -> bool:
-        following_use = following[next(position)]
-        hit = record in cache
-        if not hit and len(cache) == n_slots:
-            while cache.get(farthest[0][1]) != -farthest[0][0]:
-                heapq.heappop(farthest)
-            if -farthest[0][0] <= following_use:
-                return False
-            del cache[heapq.heappop(farthest)[1]]
-        cache[record] = following_use
-        heapq.heappush(farthest, (-following_use, record))
-        return hit
-
-    return access
+    No cache of so many slots reads less over the whole trace, whatever it knows.
+    """
+    record, classes, _ = accesses(trace)
+    op = np.repeat(np.arange(len(trace.token)), np.diff(trace.begin))
+    hits = np.zeros(len(record), np.bool_)
+    for size_class, n_slots in slots.items():
+        mine = np.flatnonzero(classes == size_class)
+        last_of_op = np.append(np.diff(op[mine]) != 0, True)[: len(mine)].tolist()
+        cache: dict[int, int] = {}  # when it is used next
+        farthest: list[tuple[int, int]] = []  # (-next, record); stale entries stay until they come up
+        here = []
+        for used, following, end in zip(
+            record[mine].tolist(), next_use(record[mine]).tolist(), last_of_op, strict=True
+        ):
+            here.append(used in cache)
+            cache[used] = following
+            heapq.heappush(farthest, (-following, used))
+            while end and len(cache) > n_slots:
+                when, victim = heapq.heappop(farthest)
+                if cache.get(victim) == -when:
+                    del cache[victim]
+        hits[mine] = here
+    return hits
 
 
 def next_use(record: Ints) -> Ints:
@@ -329,20 +362,24 @@ def next_use(record: Ints) -> Ints:
 class _AgeingCache:
     """plugin/src/cache.h for one session; a slot's number does not matter, so records stand for slots.
 
-    Within a class, what goes is the least (bucket, time of entering it): buckets below the lowest one keep that order when they fall into it.
+    Within a class, what goes is the least (bucket, time of entering it): buckets that fall into the lowest one keep
+    that order.
     """
 
     BUCKETS, PER_OCTAVE, SCALE_BEGIN = 256, 4.0, 16.0
 
-    def __init__(self, slots: Slots, size_class: list[int], half_life: float) -> None:
+    def __init__(self, slots: Slots, size_class: list[int], half_life: float, admit: bool = False) -> None:
         self.ageing = 1.0 / half_life
+        self.admit = admit
         self.n_slots = dict(slots)
         self.empty = dict(slots)
         self.class_of = size_class  # by record
         self.score = [-math.inf] * len(size_class)
         self.place: list[tuple[int, int] | None] = [None] * len(size_class)  # in a bucket; None: held, or in no slot
         self.cached = [False] * len(size_class)
-        self.order: dict[int, list[tuple[int, int, int]]] = {c: [] for c in slots}  # a heap of (*place, record), some stale
+        self.order: dict[int, list[tuple[int, int, int]]] = {
+            c: [] for c in slots
+        }  # a heap of (*place, record), some stale
         self.lowest = dict.fromkeys(slots, 0)
         self.entered = 0
         self.holding: dict[int, None] = {}
@@ -352,6 +389,11 @@ class _AgeingCache:
         added = count / n_tokens * (1.0 - 2.0 ** (-ageing * n_tokens)) / (1.0 - 2.0**-ageing)
         origin = ageing * now
         self.score[record] = origin + math.log2(2.0 ** (self.score[record] - origin) + added)
+
+    def bucket(self, record: int) -> int:
+        x = (self.score[record] + self.SCALE_BEGIN) * self.PER_OCTAVE
+        lowest = self.lowest[self.class_of[record]]
+        return int(x) if x > lowest else lowest
 
     def hold(self, record: int) -> None:
         self.holding.pop(record, None)
@@ -366,7 +408,7 @@ class _AgeingCache:
             heap = self.order[c]
             while evict and heap and self.place[heap[0][2]] != heap[0][:2]:
                 heapq.heappop(heap)
-            if not evict or not heap:
+            if not evict or not heap or (self.admit and heap[0][0] > self.bucket(record)):
                 return False
             victim = heapq.heappop(heap)[2]
             self.cached[victim] = False
@@ -378,8 +420,7 @@ class _AgeingCache:
     def end_op(self) -> None:
         for record in self.holding:
             c = self.class_of[record]
-            x = (self.score[record] + self.SCALE_BEGIN) * self.PER_OCTAVE
-            bucket = int(x) if x > self.lowest[c] else self.lowest[c]
+            bucket = self.bucket(record)
             self.lowest[c] = max(self.lowest[c], bucket - self.BUCKETS + 1)
             self.entered += 1
             place = (bucket, self.entered)
@@ -393,26 +434,28 @@ def _count_of_rank(counts: list[int], rank: int) -> int:
     return 0 if rank >= len(counts) else sorted(counts, reverse=True)[rank] + 1
 
 
-def _ageing(half_life: float | None) -> Callable[[Trace, Slots], Hits]:
-    """half_life: tokens; None: the plugin's."""
+def _ageing(admit: bool) -> Callable[[Trace, Slots], Hits]:
+    """admit: what would go before all that is there is streamed, and gets no slot."""
 
     def policy(trace: Trace, slots: Slots) -> Hits:
         hits = np.zeros(len(trace.record), np.bool_)
         for neurons in (False, True):  # two caches
-            mine = {c: n for c, n in slots.items() if any(t.size_class == c and t.neurons == neurons for t in trace.tensors)}
+            mine = {
+                c: n for c, n in slots.items() if any(t.size_class == c and t.neurons == neurons for t in trace.tensors)
+            }
             if mine:
-                default = NEURONS_HALF_LIFE if neurons else EXPERTS_HALF_LIFE
-                _replay_ageing(trace, mine, neurons, half_life or default, hits)
+                _replay_ageing(trace, mine, neurons, admit, hits)
         return hits
 
     return policy
 
 
-def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, half_life: float, hits: Hits) -> None:
+def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, admit: bool, hits: Hits) -> None:
     tensors = trace.tensors
+    half_life = NEURONS_HALF_LIFE if neurons else EXPERTS_HALF_LIFE
     first = np.concatenate([[0], np.cumsum([tensor.n_records for tensor in tensors])]).tolist()
     class_of = [tensor.size_class for tensor in tensors for _ in range(tensor.n_records)]
-    cache = _AgeingCache(slots, class_of, half_life)
+    cache = _AgeingCache(slots, class_of, half_life, admit)
     in_class = {c: sum(1 for tensor in tensors if tensor.size_class == c) for c in slots}
     asked_before: dict[int, int] = {}  # tensors, in the order in which they were first used
     fetched = [False] * len(class_of)  # read for an op that has not asked for it yet
@@ -463,7 +506,7 @@ def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, half_life: float, 
         streaming = False
         for record, count in zip(records, counts, strict=True):
             if not cache.cached[record]:
-                streaming = not to_slot(record, count) or streaming
+                streaming = (not to_slot(record, count) and not admit) or streaming
 
         # the layer's other tensors will ask for the same experts
         order = asked_before[number]
@@ -486,15 +529,13 @@ def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, half_life: float, 
         cache.end_op()
 
 
-optimum = _by_access(_belady)
-
 POLICIES: dict[str, Callable[[Trace, Slots], Hits]] = {
     "lru": _by_access(_lru),
     "window": _by_access(_window),
     "slru": _by_access(_segmented_lru),
     "s3fifo": _by_access(_s3_fifo),
     "static": _by_access(_static),
-    "lfu": _ageing(None),
+    "lfu": _ageing(False),
+    "admit": _ageing(True),
     "optimum": optimum,
 }
-

@@ -1,4 +1,4 @@
-"""Traces: which records (experts, neurons) each token of a run asked of the cache. The file's layout is in docs/traces.md."""
+"""Traces: which records (experts, neurons) each token of a run asked of the cache. Layout: docs/traces.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .errors import FlashError
 if TYPE_CHECKING:
     from .offload import FlashSession
 
-__all__ = ["DECODE_TOKENS", "Recorder", "Run", "Trace", "TracedTensor"]
+__all__ = ["DECODE_TOKENS", "Recorder", "Run", "Trace", "TracedTensor", "traced_tensors"]
 
 FORMAT = "llama-flash trace 1"
 DECODE_TOKENS = 16  # an op of more tokens is of a prompt, which evicts nothing
@@ -54,7 +54,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Trace:
-    """Ops in the order in which they ran; op i asked for `record[begin[i]:begin[i + 1]]`, of tensor `tensors[tensor[i]]`."""
+    """Ops in the order in which they ran.
+
+    Op i asked for `record[begin[i]:begin[i + 1]]`, records of tensor `tensors[tensor[i]]`.
+    """
 
     model: str
     tensors: tuple[TracedTensor, ...]
@@ -73,10 +76,9 @@ class Trace:
 
     @property
     def n_decoded(self) -> int:
-        """Tokens that were decoded, by the op that saw most of them."""
-        if not len(self.tensor):
-            return 0
-        return int(np.bincount(self.tensor[self.decode], self.n_tokens[self.decode], len(self.tensors)).max())
+        """Tokens that were decoded; the last layer decodes one more if a prompt came before (its last token)."""
+        counts = np.bincount(self.tensor[self.decode], self.n_tokens[self.decode])
+        return int(counts[counts > 0].min()) if counts.any() else 0
 
     def save(self, path: Path | str) -> None:
         """Writes the file; a compressed .npz without pickled objects."""
@@ -131,7 +133,7 @@ class Trace:
             raise ValueError("its columns differ in length")
         if (np.diff(self.begin) < 0).any() or not self.begin[-1] == len(self.record) == len(self.uses):
             raise ValueError("its ops and their records do not match")
-        if n_ops and not (0 <= self.tensor.min() and self.tensor.max() < len(self.tensors)):
+        if n_ops and not (self.tensor.min() >= 0 and self.tensor.max() < len(self.tensors)):
             raise ValueError("an op is of a tensor that it does not describe")
         limit = np.array([tensor.n_records for tensor in self.tensors], np.int64)
         of_record = np.repeat(self.tensor, np.diff(self.begin))
@@ -198,15 +200,17 @@ class Recorder:
     def trace(self) -> Trace:
         """What was recorded so far."""
         entries = np.concatenate([np.empty(0, _ENTRY), *self._pieces])
-        number = {}  # of a tensor in the file, by its number in the plugin
-        tensors = []
+        number: dict[int, int] = {}  # of a tensor in the file, by its number in the plugin
+        tensors: list[TracedTensor] = []
         for index, (tensor, n_records) in enumerate(self._described):
             if n_records:
                 number[index] = len(tensors)
                 tensors.append(tensor)
         first = np.ones(len(entries), np.bool_)
         if len(entries):
-            first[1:] = (entries["token"][1:] != entries["token"][:-1]) | (entries["tensor"][1:] != entries["tensor"][:-1])
+            first[1:] = (entries["token"][1:] != entries["token"][:-1]) | (
+                entries["tensor"][1:] != entries["tensor"][:-1]
+            )
         heads = entries[first]
         done = self.session.stats().total - self._before
         raw = self.session._raw()
@@ -223,16 +227,6 @@ class Recorder:
             run=Run(self._slots(), done.hits, done.misses, self._cold and not moved and not self._pinned()),
         )
 
-    def _raw_tensors(self) -> list[Any]:
-        tensors = []
-        session = self.session
-        while True:
-            raw = _bindings.llama_flash_trace_tensor()
-            code = session._lib.llama_flash_session_trace_tensor(session._handle, len(tensors), ctypes.byref(raw))
-            if code:
-                return tensors
-            tensors.append(raw)
-
     def _describe(self) -> list[tuple[TracedTensor, int]]:
         return [
             (
@@ -246,11 +240,21 @@ class Recorder:
                 ),
                 raw.n_records,
             )
-            for raw in self._raw_tensors()
+            for raw in traced_tensors(self.session)
         ]
 
     def _slots(self) -> dict[int, int]:
-        return {raw.size_class: int(raw.n_slots) for raw in self._raw_tensors() if raw.n_records}
+        return {raw.size_class: int(raw.n_slots) for raw in traced_tensors(self.session) if raw.n_records}
 
     def _pinned(self) -> bool:
-        return any(raw.n_pinned for raw in self._raw_tensors())
+        return any(raw.n_pinned for raw in traced_tensors(self.session))
+
+
+def traced_tensors(session: FlashSession) -> list[Any]:
+    """`struct llama_flash_trace_tensor` of each, by number; those without records never occur in traces."""
+    tensors: list[Any] = []
+    while True:
+        raw = _bindings.llama_flash_trace_tensor()
+        if session._lib.llama_flash_session_trace_tensor(session._handle, len(tensors), ctypes.byref(raw)):
+            return tensors
+        tensors.append(raw)

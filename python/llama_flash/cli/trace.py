@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..gguf_meta import read_gguf
 from ..options import FlashOffload
-from ..sizes import format_size, parse_size
-from ..trace import Recorder
-from .common import DEFAULT_CTX, AsJson, Ctx, DramBudget, Model, Predictor, Threads, model_path, stderr, stdout
+from ..sizes import format_size
+from ..trace import Recorder, traced_tensors
+from .common import DEFAULT_CTX, AsJson, Ctx, DramBudget, Model, Predictor, Threads, model_path, share, stderr, stdout
+
+if TYPE_CHECKING:
+    from ..offload import FlashSession
 
 __all__ = ["EPILOG", "trace"]
 
@@ -53,9 +56,13 @@ def trace(
     meta = read_gguf(path)
     ctx = n_ctx or min(meta.number("context_length", DEFAULT_CTX), DEFAULT_CTX)
     what: Any = "experts" if meta.number("expert_count") else "ffn"
-    share = None if cache is None else _share(cache)
+    slots = None if cache is None else share("--cache", cache)
     options = FlashOffload(
-        what=what, dram_budget=dram_budget, predictor=predictor, follow=False, warm_start=False  # type: ignore[arg-type]
+        what=what,
+        dram_budget=dram_budget,
+        predictor=predictor,  # type: ignore[arg-type]
+        follow=False,
+        warm_start=False,
     )
     with stderr.status(f"loading {path.name}"):
         import llama_cpp
@@ -71,8 +78,8 @@ def trace(
             verbose=False,
         )
     try:
-        if share is not None:
-            _give_slots(llm.flash, share)
+        if slots is not None:
+            _give_slots(llm.flash, slots)
         prompt_tokens = llm.tokenize((prompt or "").encode()) if prompt is not None or text is None else []
         text_tokens = [] if text is None else llm.tokenize(text.read_bytes(), add_bos=not prompt_tokens)[:n_tokens]
         wanted = len(prompt_tokens) + (n_tokens if text is None else len(text_tokens))
@@ -110,26 +117,27 @@ def trace(
         return
     what = "neurons" if made.tensors[0].neurons else "experts (one of each tensor)"
     stdout.print(
-        f"{output}: {format_size(output.stat().st_size)}, {made.n_decoded} tokens decoded in {len(made.tensors)} tensors, "
+        f"{output}: {format_size(report['bytes'])}, {made.n_decoded} tokens decoded in {len(made.tensors)} tensors, "
         f"{len(made.record)} {what} asked for; this run, with slots for {report['slots']} of {report['of_records']}: "
         f"{made.run.hits} hits, {made.run.misses} misses",
         soft_wrap=True,
     )
 
 
-def _share(text: str) -> float:
-    """0.36 of "36%" or "0.36"."""
-    try:
-        share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"--cache: {text!r} is not a share of the cache between 0 and 100 %")
-    return share
-
-
-def _give_slots(session: Any, share: float) -> None:
-    """Memory for so many slots, less what the budget has left for them."""
-    needs = session._requirements()
-    n_bytes = int(needs.min_memory + share * (needs.expert_bytes + needs.neuron_bytes))
-    session._call("llama_flash_session_set_memory", n_bytes)
+def _give_slots(session: FlashSession, share: float) -> None:
+    """Memory for slots for so many of the records, within what the budget has left for the session."""
+    tensors = [raw for raw in traced_tensors(session) if raw.n_records]
+    wanted = int(share * sum(raw.n_records for raw in tensors))
+    record_bytes = max((raw.record_bytes for raw in tensors), default=0)
+    granted, n_bytes = session.memory.flash, int(session._requirements().min_memory)
+    for _ in range(16):  # the ring takes its part, so the first guess falls short
+        session._call("llama_flash_session_set_memory", min(n_bytes, granted))
+        got = sum({raw.size_class: int(raw.n_slots) for raw in traced_tensors(session) if raw.n_records}.values())
+        if got == wanted or (got < wanted and n_bytes >= granted):
+            break
+        n_bytes += (wanted - got) * record_bytes
+    session._note_memory()
+    if got < wanted and n_bytes >= granted:
+        raise ValueError(
+            f"--cache: the budget leaves slots for {got} of the {wanted} records: allow it more, or ask for less"
+        )
