@@ -1,4 +1,4 @@
-"""Traces: recorded is what the cache was asked, and the replay of the plugin's policy counts what the plugin counted."""
+"""Traces: recorded is what the cache was asked, and the plugin's policy, replayed, counts what the plugin counted."""
 
 from __future__ import annotations
 

@@ -100,9 +100,10 @@ def trace(
         llm.close()
     made.save(output)
     assert made.run is not None
+    n_bytes = output.stat().st_size
     report = {
         "trace": str(output),
-        "bytes": output.stat().st_size,
+        "bytes": n_bytes,
         "tokens": made.n_decoded,
         "prompt_tokens": len(prompt_tokens),
         "ops": len(made.token),
@@ -117,7 +118,7 @@ def trace(
         return
     what = "neurons" if made.tensors[0].neurons else "experts (one of each tensor)"
     stdout.print(
-        f"{output}: {format_size(report['bytes'])}, {made.n_decoded} tokens decoded in {len(made.tensors)} tensors, "
+        f"{output}: {format_size(n_bytes)}, {made.n_decoded} tokens decoded in {len(made.tensors)} tensors, "
         f"{len(made.record)} {what} asked for; this run, with slots for {report['slots']} of {report['of_records']}: "
         f"{made.run.hits} hits, {made.run.misses} misses",
         soft_wrap=True,
