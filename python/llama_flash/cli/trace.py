@@ -130,7 +130,7 @@ def _give_slots(session: FlashSession, share: float) -> None:
     tensors = [raw for raw in traced_tensors(session) if raw.n_records]
     wanted = int(share * sum(raw.n_records for raw in tensors))
     record_bytes = max((raw.record_bytes for raw in tensors), default=0)
-    granted, n_bytes = session.memory.flash, int(session._requirements().min_memory)
+    granted, n_bytes = session._granted, int(session._requirements().min_memory)
     for _ in range(16):  # the ring takes its part, so the first guess falls short
         session._call("llama_flash_session_set_memory", min(n_bytes, granted))
         got = sum({raw.size_class: int(raw.n_slots) for raw in traced_tensors(session) if raw.n_records}.values())
