@@ -35,7 +35,7 @@ def test_version() -> None:
     assert flash("--version").stdout == f"llama-flash {llama_flash.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["cap", "run", "plan", "profile"])
+@pytest.mark.parametrize("command", ["cap", "run", "plan", "profile", "simulate", "trace"])
 def test_help_has_examples(command: str) -> None:
     result = flash(command, "--help")
     assert result.returncode == 0
@@ -226,3 +226,51 @@ def test_ctrl_c_ends_a_run_cleanly_with_its_statistics(model: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert "read per token" in stderr
+
+
+def test_a_traced_run_is_replayed(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.npz"
+    traced = flash("trace", model, "-p", "some words", "-n", 24, "--cache", "36%", "-o", file, "--json")
+    report = json.loads(traced.stdout)
+    assert (report["tokens"] >= 24, report["of_records"]) == (True, 3 * 3 * 16)
+    assert report["slots"] == int(0.36 * report["of_records"])
+    assert report["hits"] + report["misses"] == report["records"]
+
+    table = flash("simulate", file).stdout
+    assert "lfu replayed: the same" in table
+    for policy in ("lru", "window", "slru", "s3fifo", "static", "lfu", "admit", "optimum"):
+        assert re.search(rf"^ {policy} +\d", table, re.MULTILINE), policy
+
+    replayed = json.loads(flash("simulate", file, "--cache", "30%,0.8", "--policy", "lru,optimum", "--json").stdout)
+    assert [(r["policy"], r["share"]) for r in replayed["results"]] == [
+        (policy, share) for share in (0.3, 0.8) for policy in ("lru", "optimum")
+    ]
+    assert replayed["run"]["counted"] == replayed["run"]["simulated"]
+    assert replayed["run"]["counted"]["misses"] == report["misses"]
+
+
+def test_a_text_is_traced_token_by_token(model: Path, tmp_path: Path) -> None:
+    text, file = tmp_path / "text", tmp_path / "run.npz"
+    text.write_text("one two three four five six seven eight nine ten " * 20)
+    report = json.loads(flash("trace", model, "--text", text, "-n", 30, "-o", file, "--json").stdout)
+    assert (report["tokens"], report["prompt_tokens"]) == (30, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("trace", "-o", "x.npz"), "nothing to run: give -p PROMPT, --text FILE, or both"),
+        (("trace", "-p", "x", "--cache", "120%", "-o", "x.npz"), "--cache: '120%' is not a share"),
+        (("trace", "-p", "x", "-n", "9999", "-o", "x.npz"), "tokens do not fit into a context of"),
+        (("simulate", __file__), "is not a trace of llama-flash"),
+        (("simulate", "/nowhere/x.npz"), "No such file"),
+    ],
+)
+def test_trace_and_simulate_say_what_is_wrong(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "llama_flash", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "x.npz").exists()

@@ -255,6 +255,41 @@ LLAMA_FLASH_API uint64_t llama_flash_session_hot(const struct llama_flash_sessio
 // are dealt with. To be called again with the rest until *done is n. Ids that make no sense are passed over.
 LLAMA_FLASH_API int32_t llama_flash_session_warm(struct llama_flash_session * session, const uint64_t * ids, uint64_t n, uint64_t * done, struct llama_flash_error * err);
 
+// Entries of one op follow one another, ops in the order in which they ran; an op is known by its tensor and token. Its records:
+// while decoding in order of appearance, of a prompt (and neurons) ascending.
+//
+// One record that an op asked of the cache, hit or miss.
+struct llama_flash_trace_entry {
+    uint64_t token;    // the cache's clock: number of the op's last token since set_memory
+    uint32_t tensor;   // as llama_flash_session_trace_tensor numbers them
+    uint32_t record;   // of the tensor: an expert, or a neuron of the layer's bundle
+    uint32_t n_tokens; // of the op; more than 16: a prompt, which evicts nothing
+    uint32_t uses;     // of these tokens, how many use the expert; of a neuron 1
+};
+
+// a tensor whose records are cached: all experts' slices of one matrix, or a layer's neuron bundles
+struct llama_flash_trace_tensor {
+    char     name[128];
+    uint32_t n_records;    // 0: a tensor of panels, which never occurs in traces
+    uint32_t group;        // tensors of a layer that share their experts have the same
+    uint32_t size_class;   // records of one class share its slots
+    uint32_t neurons;      // 1: neuron bundles, whose slots are apart from the experts'
+    uint64_t record_bytes; // of a slot
+    uint64_t n_slots;      // of the class, now
+    uint64_t n_pinned;     // records that are not in slots but always there (neurons)
+};
+
+// Begins a trace, with room for `capacity` entries (24 bytes each, beside the memory given); 0: ends it. Off at first. Prompts (more than 16
+// tokens) ask nothing of the cache of neurons: there, traces have no entries for them.
+LLAMA_FLASH_API int32_t llama_flash_session_trace(struct llama_flash_session * session, uint64_t capacity, struct llama_flash_error * err);
+
+// Moves up to `capacity` entries, the oldest, to `entries`; returns how many. *lost: entries since the last call for which there was no room.
+LLAMA_FLASH_API uint64_t llama_flash_session_trace_take(struct llama_flash_session * session, struct llama_flash_trace_entry * entries, uint64_t capacity,
+                                                        uint64_t * lost);
+
+// Tensor number `index` of traces; LLAMA_FLASH_E_INVALID: there are no more.
+LLAMA_FLASH_API int32_t llama_flash_session_trace_tensor(const struct llama_flash_session * session, uint32_t index, struct llama_flash_trace_tensor * out);
+
 // ggml_abort_callback: true once a flash op has failed, so that llama_decode stops. data: the session.
 LLAMA_FLASH_API bool llama_flash_abort(void * data);
 

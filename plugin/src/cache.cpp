@@ -12,7 +12,8 @@ void slot_cache::configure(const std::vector<uint32_t> & slots_per_class, size_t
     slots.clear();
     classes.clear();
     holding.clear();
-    n_used = 0;
+    carried = 0;
+    n_used  = 0;
     scores.assign(n_records, NEVER);
     for (uint32_t c = 0; c < slots_per_class.size(); c++) {
         classes.emplace_back();
@@ -168,9 +169,8 @@ int32_t slot_cache::take(uint32_t size_class, uint32_t record, bool evict, int32
     slot & s  = slots[(size_t) i];
     s.record  = record;
     s.reading = false;
-    s.held    = true;
     s.used    = true;
-    holding.push_back(i);
+    add_held(i);
     return i;
 }
 
@@ -220,7 +220,8 @@ slot_cache::retired slot_cache::retire(uint32_t size_class, bool move) {
             t.used   = true;
             t.held   = s.held;
             if (s.held) {
-                *std::find(holding.begin(), holding.end(), i) = to;
+                t.at                   = s.at;
+                holding[(size_t) t.at] = to;
             } else {
                 remove(i);
                 insert(to);
@@ -239,35 +240,46 @@ slot_cache::retired slot_cache::retire(uint32_t size_class, bool move) {
     return r;
 }
 
+void slot_cache::add_held(int32_t i) {
+    slots[(size_t) i].held = true;
+    slots[(size_t) i].at   = (int32_t) holding.size();
+    holding.push_back(i);
+}
+
 void slot_cache::hold(int32_t i) {
-    if (!slots[(size_t) i].held) {
+    slot & s = slots[(size_t) i];
+    if (!s.held) {
         remove(i);
-        slots[(size_t) i].held = true;
-        holding.push_back(i);
+    } else if (s.at < carried) {
+        holding[(size_t) s.at] = NONE; // read for this op by an earlier one: in its place among what this op uses
+    } else {
+        return;
     }
+    add_held(i);
 }
 
 void slot_cache::end_op() {
-    size_t still = 0;
+    carried = 0;
     for (int32_t i : holding) {
-        slot & s = slots[(size_t) i];
-        if (!s.held) {
-            continue; // dropped
+        if (i == NONE) {
+            continue; // dropped, or held again
         }
+        slot & s = slots[(size_t) i];
         if (s.reading) {
-            holding[still++] = i;
+            s.at                   = carried++;
+            holding[(size_t) s.at] = i;
         } else {
             s.held = false;
             insert(i);
         }
     }
-    holding.resize(still);
+    holding.resize((size_t) carried);
 }
 
 void slot_cache::drop(int32_t i) {
     slot & s = slots[(size_t) i];
     if (s.held) {
-        holding.erase(std::find(holding.begin(), holding.end(), i));
+        holding[(size_t) s.at] = NONE;
     } else {
         remove(i);
     }

@@ -31,7 +31,7 @@ class slot_cache {
     // no such slot. *evicted: the record that lost its slot, NONE if the slot was empty.
     int32_t take(uint32_t size_class, uint32_t record, bool evict, int32_t * evicted);
 
-    // not to be given away before end_op()
+    // Not to be given away before end_op(). What this op holds counts as used in the order of its calls, whenever reads arrive.
     void hold(int32_t slot);
 
     // while true the slot is held beyond end_op()
@@ -77,6 +77,7 @@ class slot_cache {
         uint32_t size_class;
         int32_t  newer;  // in its bucket; in the empty list: the next empty slot
         int32_t  older;
+        int32_t  at;     // in `holding`, if held
         int64_t  bucket; // counted from the beginning of time; below `lowest`: in the lowest bucket
         bool     held;
         bool     reading;
@@ -108,12 +109,14 @@ class slot_cache {
     int32_t  lowest_slot(const size_class_state & c) const;
     void     insert(int32_t slot);
     void     remove(int32_t slot);
+    void     add_held(int32_t slot);
     uint32_t position(int64_t bucket) const { return (uint32_t) (bucket & (BUCKETS - 1)); }
 
     std::vector<slot>             slots;
     std::vector<size_class_state> classes;
     std::vector<double>           scores;  // by record: log2 of the score, plus the token number in half-lives
-    std::vector<int32_t>          holding; // held slots
+    std::vector<int32_t>          holding; // held slots, or NONE
+    int32_t                       carried = 0; // of these, held since an earlier op
     uint32_t                      n_used = 0;
     double                        ageing = 1.0 / EXPERTS_HALF_LIFE; // octaves per token
 };

@@ -124,6 +124,33 @@ int32_t llama_flash_session_memory(const llama_flash_session * session, llama_fl
     return LLAMA_FLASH_OK;
 }
 
+int32_t llama_flash_session_trace(llama_flash_session * session, uint64_t capacity, llama_flash_error * err) {
+    if (!session) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "trace: no session");
+    }
+    return guarded(err, [&] {
+        std::lock_guard<std::mutex> lock(session->mutex);
+        session->trace.start(capacity);
+        return LLAMA_FLASH_OK;
+    });
+}
+
+uint64_t llama_flash_session_trace_take(llama_flash_session * session, llama_flash_trace_entry * entries, uint64_t capacity, uint64_t * lost) {
+    if (!session || !entries || !lost) {
+        return 0;
+    }
+    std::lock_guard<std::mutex> lock(session->mutex);
+    return session->trace.take(entries, capacity, *lost);
+}
+
+int32_t llama_flash_session_trace_tensor(const llama_flash_session * session, uint32_t index, llama_flash_trace_tensor * out) {
+    if (!session || !out) {
+        return LLAMA_FLASH_E_INVALID;
+    }
+    std::lock_guard<std::mutex> lock(session->mutex);
+    return session->trace_tensor(index, *out) ? LLAMA_FLASH_OK : LLAMA_FLASH_E_INVALID;
+}
+
 bool llama_flash_abort(void * data) {
     return data && ((const llama_flash_session *) data)->failed();
 }

@@ -240,6 +240,9 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
     s.tokens                = t.tokens;
     for (uint32_t e : s.op.distinct) {
         s.cache.use(t.first_record + e, t.tokens, n_tokens, s.op.count[e]);
+        if (s.trace.on()) {
+            s.trace.note({ t.tokens, (uint32_t) (&t - s.tensors.data()), e, n_tokens, s.op.count[e] });
+        }
     }
 
     s.settle_reads(false);

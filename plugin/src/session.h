@@ -13,6 +13,7 @@
 #include "ring.h"
 #include "router.h"
 #include "shadow.h"
+#include "trace.h"
 
 #include "ggml.h"
 
@@ -153,6 +154,7 @@ struct llama_flash_session {
     int32_t  warm(const uint64_t * ids, uint64_t n, uint64_t & done, llama_flash_error * err);
 
     uint64_t                 slots_touched() const; // bytes
+    bool                     trace_tensor(uint32_t index, llama_flash_trace_tensor & out) const; // trace.cpp
 
     int32_t take_error(llama_flash_error * err);
 
@@ -199,6 +201,7 @@ struct llama_flash_session {
     uint32_t                                 n_expert_max = 0;
     uint64_t                                 tokens       = 0; // the most that any tensor has seen
 
+    trace_buffer          trace;
     slot_cache            cache;
     std::vector<uint8_t *> slot_data;  // by slot
     ring                  expert_ring;

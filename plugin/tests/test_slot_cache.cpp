@@ -58,6 +58,7 @@ struct held_slot {
     uint32_t size_class;
     bool     held;
     bool     reading;
+    bool     carried; // held since an earlier op
 };
 
 struct reference {
@@ -97,7 +98,7 @@ void take(slot_cache & cache, reference & expected, uint32_t size_class, uint32_
               expected.used[victim].record);
         c.remove(victim);
     }
-    expected.used[slot] = { record, size_class, true, false };
+    expected.used[slot] = { record, size_class, true, false, false };
     expected.holding.push_back(slot);
 }
 
@@ -107,9 +108,11 @@ void end_op(slot_cache & cache, reference & expected) {
     for (int32_t slot : expected.holding) {
         held_slot & h = expected.used[slot];
         if (h.reading) {
+            h.carried = true;
             still.push_back(slot);
         } else {
-            h.held = false;
+            h.held    = false;
+            h.carried = false;
             expected.classes[h.size_class].insert(slot, cache.score(h.record));
         }
     }
@@ -169,6 +172,10 @@ void random_operations(unsigned long long seed) {
                 if (!h.held) {
                     expected.classes[h.size_class].remove(there);
                     h.held = true;
+                    expected.holding.push_back(there);
+                } else if (h.carried) { // as if its read had come before
+                    h.carried = false;
+                    expected.holding.erase(std::find(expected.holding.begin(), expected.holding.end(), there));
                     expected.holding.push_back(there);
                 }
             }

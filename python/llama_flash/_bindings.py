@@ -314,6 +314,48 @@ class llama_flash_context_memory(ctypes.Structure):
     compute: int  # graph buffers
 
 
+class llama_flash_trace_entry(ctypes.Structure):
+    """One record that an op asked of the cache, hit or miss.."""
+
+    _fields_: ClassVar = [
+        ("token", ctypes.c_uint64),
+        ("tensor", ctypes.c_uint32),
+        ("record", ctypes.c_uint32),
+        ("n_tokens", ctypes.c_uint32),
+        ("uses", ctypes.c_uint32),
+    ]
+
+    token: int  # the cache's clock: number of the op's last token since set_memory
+    tensor: int  # as llama_flash_session_trace_tensor numbers them
+    record: int  # of the tensor: an expert, or a neuron of the layer's bundle
+    n_tokens: int  # of the op; more than 16: a prompt, which evicts nothing
+    uses: int  # of these tokens, how many use the expert; of a neuron 1
+
+
+class llama_flash_trace_tensor(ctypes.Structure):
+    """A tensor whose records are cached: all experts' slices of one matrix, or a layer's neuron bundles."""
+
+    _fields_: ClassVar = [
+        ("name", ctypes.c_char * 128),
+        ("n_records", ctypes.c_uint32),
+        ("group", ctypes.c_uint32),
+        ("size_class", ctypes.c_uint32),
+        ("neurons", ctypes.c_uint32),
+        ("record_bytes", ctypes.c_uint64),
+        ("n_slots", ctypes.c_uint64),
+        ("n_pinned", ctypes.c_uint64),
+    ]
+
+    name: bytes
+    n_records: int  # 0: a tensor of panels, which never occurs in traces
+    group: int  # tensors of a layer that share their experts have the same
+    size_class: int  # records of one class share its slots
+    neurons: int  # 1: neuron bundles, whose slots are apart from the experts'
+    record_bytes: int  # of a slot
+    n_slots: int  # of the class, now
+    n_pinned: int  # records that are not in slots but always there (neurons)
+
+
 class llama_flash_probe(ctypes.Structure):
     """What a device gives, by llama_flash_probe_reads."""
 
@@ -351,6 +393,8 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_resize,
     llama_flash_stats,
     llama_flash_context_memory,
+    llama_flash_trace_entry,
+    llama_flash_trace_tensor,
     llama_flash_probe,
 )
 
@@ -415,6 +459,31 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.c_uint64,
             ctypes.POINTER(ctypes.c_uint64),
             ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_trace": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_trace_take": (
+        ctypes.c_uint64,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(llama_flash_trace_entry),
+            ctypes.c_uint64,
+            ctypes.POINTER(ctypes.c_uint64),
+        ],
+    ),
+    "llama_flash_session_trace_tensor": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint32,
+            ctypes.POINTER(llama_flash_trace_tensor),
         ],
     ),
     "llama_flash_abort": (ctypes.c_bool, [ctypes.c_void_p]),

@@ -33,6 +33,7 @@ from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, wo
 from .profiles import recall
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
+from .trace import Recorder
 
 __all__ = ["BufferTypeOverride", "FlashSession", "experts_ahead", "held_by_all", "io_choice", "neuron_params", "open_session"]
 
@@ -177,6 +178,7 @@ class FlashSession:
         self.predictor = "none"  # how active neurons are found
         self.summary = ""  # the line about the load
         self.io_depth = 1  # most reads in flight
+        self.recorder: Recorder | None = None  # of a trace (trace.py)
 
         Controller.of_process().begin_load(self)
         try:
@@ -561,6 +563,8 @@ class FlashSession:
         else:
             self._progress = _Progress(seen, before.prompt + last, before.decode, last)
         self._raise_pending()
+        if self.recorder is not None:
+            self.recorder.drain()
 
     def stats(self) -> FlashStats:
         """Budget, memory by part, and what was read: in total, for prompts, for generation and by the last call."""

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import FlashError
-from . import cap, plan, profile, run, top
+from . import cap, plan, profile, run, simulate, top, trace
 from .common import fail
 
 __all__ = ["app", "main"]
@@ -28,6 +28,8 @@ app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=profile.EPILOG)(profile.profile)
 app.command(epilog=cap.EPILOG)(cap.cap)
 app.command(epilog=top.EPILOG)(top.top)
+app.command(epilog=trace.EPILOG)(trace.trace)
+app.command(epilog=simulate.EPILOG)(simulate.simulate)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "fail",
     "model_path",
     "report_cap",
+    "share",
     "stderr",
     "stdout",
 ]
@@ -69,6 +70,21 @@ def report_cap(result: CapResult) -> None:
         style="red" if result.oom_kills else None,
         soft_wrap=True,
     )
+
+
+def share(option: str, text: str) -> float:
+    """0.36 of "36%" or "0.36".
+
+    Raises:
+        ValueError: not a share.
+    """
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{option}: {text!r} is not a share, more than 0 and at most 100%")
+    return value
 
 
 def fail(message: str) -> None:

@@ -1,0 +1,144 @@
+"""`llama-flash trace`: records which experts or neurons each token of a run used."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..gguf_meta import read_gguf
+from ..options import FlashOffload
+from ..sizes import format_size
+from ..trace import Recorder, traced_tensors
+from .common import DEFAULT_CTX, AsJson, Ctx, DramBudget, Model, Predictor, Threads, model_path, share, stderr, stdout
+
+if TYPE_CHECKING:
+    from ..offload import FlashSession
+
+__all__ = ["EPILOG", "trace"]
+
+EPILOG = (
+    "Examples:  [bold]llama-flash trace -p 'import os' -n 200 -o run.npz[/]   |   "
+    "[bold]llama-flash trace model.gguf --text book.txt -n 1000 --cache 36% -o book.npz[/]"
+)
+
+
+def trace(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The trace, docs/traces.md.", dir_okay=False)],
+    model: Model = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Decode this file's tokens one by one, instead of generating.")
+    ] = None,
+    n_tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens to decode.")] = 128,
+    temperature: Annotated[float, typer.Option("--temp", min=0.0, help="0: always the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampler.")] = 1,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="Slots of this run, a share of what is cached (36%).")
+    ] = None,
+    dram_budget: DramBudget = "auto",
+    predictor: Predictor = "auto",
+    n_ctx: Ctx = 0,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Record which experts, or neurons of bundles, each token of a run asked of the cache, for `llama-flash simulate`.
+
+    Without MODEL.gguf the small mixture of experts that comes with the package is used. What is recorded does not
+    depend on the cache; what the run itself hits and misses is kept with it.
+    """
+    if prompt is None and text is None:
+        raise ValueError("nothing to run: give -p PROMPT, --text FILE, or both")
+    path = model_path(model)
+    meta = read_gguf(path)
+    ctx = n_ctx or min(meta.number("context_length", DEFAULT_CTX), DEFAULT_CTX)
+    what: Any = "experts" if meta.number("expert_count") else "ffn"
+    slots = None if cache is None else share("--cache", cache)
+    options = FlashOffload(
+        what=what,
+        dram_budget=dram_budget,
+        predictor=predictor,  # type: ignore[arg-type]
+        follow=False,
+        warm_start=False,
+    )
+    with stderr.status(f"loading {path.name}"):
+        import llama_cpp
+
+        n_threads = threads or len(os.sched_getaffinity(0))
+        llm = llama_cpp.Llama(
+            str(path),
+            flash_offload=options,
+            n_ctx=ctx,
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            seed=seed,
+            verbose=False,
+        )
+    try:
+        if slots is not None:
+            _give_slots(llm.flash, slots)
+        prompt_tokens = llm.tokenize((prompt or "").encode()) if prompt is not None or text is None else []
+        text_tokens = [] if text is None else llm.tokenize(text.read_bytes(), add_bos=not prompt_tokens)[:n_tokens]
+        wanted = len(prompt_tokens) + (n_tokens if text is None else len(text_tokens))
+        if wanted > ctx:
+            raise ValueError(f"{wanted} tokens do not fit into a context of {ctx}: see --n-ctx")
+        with Recorder(llm.flash) as recorder, stderr.status(f"running {path.name}"):
+            if prompt_tokens:
+                llm.eval(prompt_tokens)
+            for token in text_tokens:
+                llm.eval([token])
+            for _ in range(n_tokens if text is None else 0):
+                token = llm.sample(temp=temperature)
+                if token == llm.token_eos():
+                    break
+                llm.eval([token])
+            made = recorder.trace()
+    finally:
+        llm.close()
+    made.save(output)
+    assert made.run is not None
+    n_bytes = output.stat().st_size
+    report = {
+        "trace": str(output),
+        "bytes": n_bytes,
+        "tokens": made.n_decoded,
+        "prompt_tokens": len(prompt_tokens),
+        "ops": len(made.token),
+        "records": len(made.record),
+        "slots": sum(made.run.slots.values()),
+        "of_records": sum(tensor.n_records for tensor in made.tensors),
+        "hits": made.run.hits,
+        "misses": made.run.misses,
+    }
+    if as_json:
+        print(json.dumps(report))
+        return
+    what = "neurons" if made.tensors[0].neurons else "experts (one of each tensor)"
+    stdout.print(
+        f"{output}: {format_size(n_bytes)}, {made.n_decoded} tokens decoded in {len(made.tensors)} tensors, "
+        f"{len(made.record)} {what} asked for; this run, with slots for {report['slots']} of {report['of_records']}: "
+        f"{made.run.hits} hits, {made.run.misses} misses",
+        soft_wrap=True,
+    )
+
+
+def _give_slots(session: FlashSession, share: float) -> None:
+    """Memory for slots for so many of the records, within what the budget has left for the session."""
+    tensors = [raw for raw in traced_tensors(session) if raw.n_records]
+    wanted = int(share * sum(raw.n_records for raw in tensors))
+    record_bytes = max((raw.record_bytes for raw in tensors), default=0)
+    granted, n_bytes = session._granted, int(session._requirements().min_memory)
+    for _ in range(16):  # the ring takes its part, so the first guess falls short
+        session._call("llama_flash_session_set_memory", min(n_bytes, granted))
+        got = sum({raw.size_class: int(raw.n_slots) for raw in traced_tensors(session) if raw.n_records}.values())
+        if got == wanted or (got < wanted and n_bytes >= granted):
+            break
+        n_bytes += (wanted - got) * record_bytes
+    session._note_memory()
+    if got < wanted and n_bytes >= granted:
+        raise ValueError(
+            f"--cache: the budget leaves slots for {got} of the {wanted} records: allow it more, or ask for less"
+        )

@@ -1,0 +1,260 @@
+"""Traces: which records (experts, neurons) each token of a run asked of the cache. Layout: docs/traces.md."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _bindings
+from .errors import FlashError
+
+if TYPE_CHECKING:
+    from .offload import FlashSession
+
+__all__ = ["DECODE_TOKENS", "Recorder", "Run", "Trace", "TracedTensor", "traced_tensors"]
+
+FORMAT = "llama-flash trace 1"
+DECODE_TOKENS = 16  # an op of more tokens is of a prompt, which evicts nothing
+
+Ints = npt.NDArray[np.int64]
+
+_ENTRY = np.dtype([("token", "u8"), ("tensor", "u4"), ("record", "u4"), ("n_tokens", "u4"), ("uses", "u4")])
+
+
+@dataclass(frozen=True)
+class TracedTensor:
+    """All experts' slices of one matrix, or a layer's neuron bundles."""
+
+    name: str
+    n_records: int  # experts, or neurons
+    group: int  # the tensors of a layer that share their experts
+    size_class: int  # records of one class share its slots
+    neurons: bool
+    record_bytes: int  # of a slot
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the traced run itself has counted, with the slots it had."""
+
+    slots: dict[int, int]  # by size class
+    hits: int
+    misses: int
+    exact: bool  # nothing but the trace has decided: no slots came or went, nothing was pinned, warm, or read ahead
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Ops in the order in which they ran.
+
+    Op i asked for `record[begin[i]:begin[i + 1]]`, records of tensor `tensors[tensor[i]]`.
+    """
+
+    model: str
+    tensors: tuple[TracedTensor, ...]
+    token: Ints  # by op: number of its last token
+    n_tokens: Ints  # by op; more than DECODE_TOKENS: a prompt
+    tensor: Ints  # by op
+    begin: Ints  # by op, and one more
+    record: Ints  # of the op's tensor
+    uses: Ints  # tokens of the op that use the record
+    run: Run | None = None
+
+    @property
+    def decode(self) -> npt.NDArray[np.bool_]:
+        """By op: it decodes."""
+        return self.n_tokens <= DECODE_TOKENS
+
+    @property
+    def n_decoded(self) -> int:
+        """Tokens that were decoded; the last layer decodes one more if a prompt came before (its last token)."""
+        counts = np.bincount(self.tensor[self.decode], self.n_tokens[self.decode])
+        return int(counts[counts > 0].min()) if counts.any() else 0
+
+    def save(self, path: Path | str) -> None:
+        """Writes the file; a compressed .npz without pickled objects."""
+        header = {
+            "format": FORMAT,
+            "model": self.model,
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "run": None if self.run is None else asdict(self.run),
+        }
+        columns = {
+            "token": _small(self.token),
+            "n_tokens": _small(self.n_tokens),
+            "tensor": _small(self.tensor),
+            "size": _small(np.diff(self.begin)),
+            "record": _small(self.record),
+            "uses": _small(self.uses),
+        }
+        with open(path, "wb") as file:  # savez would add a suffix of its own
+            np.savez_compressed(file, header=np.array(json.dumps(header)), **columns)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path | str) -> Trace:
+        """Reads what `save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not a trace, or contradicts itself.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                header = json.loads(str(file["header"]))
+                columns = {
+                    name: file[name].astype(np.int64)
+                    for name in ("token", "n_tokens", "tensor", "size", "record", "uses")
+                }
+            if header["format"] != FORMAT:
+                raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
+            tensors = tuple(TracedTensor(**tensor) for tensor in header["tensors"])
+            run = header["run"]
+            if run is not None:
+                run = Run(**{**run, "slots": {int(k): int(v) for k, v in run["slots"].items()}})
+            begin = np.concatenate([[0], np.cumsum(columns.pop("size"))])
+            trace = cls(model=header["model"], tensors=tensors, begin=begin, run=run, **columns)
+            trace._check()
+        except (KeyError, TypeError, AttributeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a trace of llama-flash: {error}") from None
+        return trace
+
+    def _check(self) -> None:
+        n_ops = len(self.token)
+        if any(len(column) != n_ops for column in (self.n_tokens, self.tensor)) or len(self.begin) != n_ops + 1:
+            raise ValueError("its columns differ in length")
+        if (np.diff(self.begin) < 0).any() or not self.begin[-1] == len(self.record) == len(self.uses):
+            raise ValueError("its ops and their records do not match")
+        if n_ops and not (self.tensor.min() >= 0 and self.tensor.max() < len(self.tensors)):
+            raise ValueError("an op is of a tensor that it does not describe")
+        limit = np.array([tensor.n_records for tensor in self.tensors], np.int64)
+        of_record = np.repeat(self.tensor, np.diff(self.begin))
+        if n_ops and ((self.record < 0) | (self.record >= limit[of_record])).any():
+            raise ValueError("a record's number is out of range")
+
+
+def _small(column: Ints) -> npt.NDArray[Any]:
+    """The same numbers in the smallest type that holds them."""
+    return column.astype(np.min_scalar_type(int(column.max(initial=0))))
+
+
+@dataclass
+class Recorder:
+    """Records what a session's runs ask of the cache, from `with` on: best begun before the first token.
+
+    Raises:
+        FlashError: nothing is cached: all weights are resident, or those on flash are neither experts nor neurons.
+    """
+
+    session: FlashSession
+    _pieces: list[npt.NDArray[Any]] = field(default_factory=list)
+
+    def __enter__(self) -> Recorder:
+        session = self.session
+        if session._handle is None:
+            raise FlashError("there is nothing to trace: all weights are resident, none is read from flash")
+        self._described = self._describe()
+        if not any(n for _, n in self._described):
+            raise FlashError("there is nothing to trace: the weights on flash are neither experts nor neurons")
+        self._before = session.stats().total
+        self._slots_before = self._slots()
+        self._cold = session.stats().total.hits + session.stats().total.misses == 0 and not session._raw().slots_used
+        # each record once in a ubatch: drained after each call, the buffer never overflows
+        params = session._context_params
+        ubatches = -(-max(1, params.n_batch) // max(1, params.n_ubatch))
+        self._capacity = max(1, ubatches * sum(n for _, n in self._described))
+        self._entries = np.empty(self._capacity, _ENTRY)
+        session._call("llama_flash_session_trace", self._capacity)
+        session.recorder = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.session.recorder = None
+        if self.session._handle is not None:
+            self.session._call("llama_flash_session_trace", 0)
+
+    def drain(self) -> None:
+        """Takes what the last call has asked for; the session calls it after each one.
+
+        Raises:
+            FlashError: entries were lost.
+        """
+        lost = ctypes.c_uint64()
+        pointer = self._entries.ctypes.data_as(ctypes.POINTER(_bindings.llama_flash_trace_entry))
+        session = self.session
+        n = session._lib.llama_flash_session_trace_take(session._handle, pointer, self._capacity, ctypes.byref(lost))
+        if lost.value:
+            raise FlashError(f"the trace has lost {lost.value} records: a call asked for more than there was room for")
+        self._pieces.append(self._entries[:n].copy())
+
+    def trace(self) -> Trace:
+        """What was recorded so far."""
+        entries = np.concatenate([np.empty(0, _ENTRY), *self._pieces])
+        number: dict[int, int] = {}  # of a tensor in the file, by its number in the plugin
+        tensors: list[TracedTensor] = []
+        for index, (tensor, n_records) in enumerate(self._described):
+            if n_records:
+                number[index] = len(tensors)
+                tensors.append(tensor)
+        first = np.ones(len(entries), np.bool_)
+        if len(entries):
+            first[1:] = (entries["token"][1:] != entries["token"][:-1]) | (
+                entries["tensor"][1:] != entries["tensor"][:-1]
+            )
+        heads = entries[first]
+        done = self.session.stats().total - self._before
+        raw = self.session._raw()
+        moved = self._slots() != self._slots_before or raw.neurons_expected
+        return Trace(
+            model=os.path.basename(self.session._path),
+            tensors=tuple(tensors),
+            token=heads["token"].astype(np.int64),
+            n_tokens=heads["n_tokens"].astype(np.int64),
+            tensor=np.array([number[int(index)] for index in heads["tensor"]], np.int64),
+            begin=np.append(np.flatnonzero(first), len(entries)).astype(np.int64),
+            record=entries["record"].astype(np.int64),
+            uses=entries["uses"].astype(np.int64),
+            run=Run(self._slots(), done.hits, done.misses, self._cold and not moved and not self._pinned()),
+        )
+
+    def _describe(self) -> list[tuple[TracedTensor, int]]:
+        return [
+            (
+                TracedTensor(
+                    name=raw.name.decode(),
+                    n_records=raw.n_records,
+                    group=raw.group,
+                    size_class=raw.size_class,
+                    neurons=bool(raw.neurons),
+                    record_bytes=raw.record_bytes,
+                ),
+                raw.n_records,
+            )
+            for raw in traced_tensors(self.session)
+        ]
+
+    def _slots(self) -> dict[int, int]:
+        return {raw.size_class: int(raw.n_slots) for raw in traced_tensors(self.session) if raw.n_records}
+
+    def _pinned(self) -> bool:
+        return any(raw.n_pinned for raw in traced_tensors(self.session))
+
+
+def traced_tensors(session: FlashSession) -> list[Any]:
+    """`struct llama_flash_trace_tensor` of each, by number; those without records never occur in traces."""
+    tensors: list[Any] = []
+    while True:
+        raw = _bindings.llama_flash_trace_tensor()
+        if session._lib.llama_flash_session_trace_tensor(session._handle, len(tensors), ctypes.byref(raw)):
+            return tensors
+        tensors.append(raw)

@@ -1,0 +1,186 @@
+"""Traces: recorded is what the cache was asked, and the plugin's policy, replayed, counts what the plugin counted."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ModelFile
+from engines import IO_ENGINES, give_memory, logits_of, open_flash, open_resident, tokens
+from neurons import bundled, open_neurons, write_model
+
+from llama_flash import FlashError, _bindings
+from llama_flash.simulate import as_counted
+from llama_flash.trace import Recorder, Trace, traced_tensors
+
+PROMPT, DECODED = tokens(90, seed=1), tokens(60, seed=2)
+FEW = [tokens(n, seed=n) for n in (2, 1, 2)]  # at once: like drafts that are verified
+
+
+def record(llm: Any, *calls: list[int]) -> Trace:
+    with Recorder(llm.flash) as recorder:
+        for call in calls:
+            llm.eval(call)
+        return recorder.trace()
+
+
+def one_by_one(decoded: list[int]) -> list[list[int]]:
+    return [[token] for token in decoded]
+
+
+@pytest.mark.parametrize(
+    ("form", "share", "io_engine"),
+    [
+        *(("qwen3moe-Q8_0", share, engine) for share in (0.3, 0.5, 0.8) for engine in IO_ENGINES),
+        ("qwen3moe-Q4_K", 0.5, "auto"),
+        ("gpt-oss-Q8_0", 0.5, "auto"),
+    ],
+)
+def test_the_replay_counts_what_the_run_has_counted(
+    form: str, share: float, io_engine: str, model_file: ModelFile
+) -> None:
+    name, _, kind = form.rpartition("-")
+    with open_flash(model_file(name, kind), share=share, io_engine=io_engine, n_ubatch=64) as llm:
+        trace = record(llm, PROMPT, *one_by_one(DECODED), *FEW, tokens(100, seed=3), *one_by_one(DECODED[:20]))
+        counted, simulated = as_counted(trace) or pytest.fail("the run is not comparable")
+        assert counted == simulated
+        assert counted.hits > 0 and counted.misses > 0
+        stats = llm.flash.stats().total
+        assert (counted.hits, counted.misses) == (stats.hits, stats.misses)
+
+
+@pytest.mark.parametrize("form", ["arcee", "llama"])
+@pytest.mark.parametrize("predictor", ["exact"])
+def test_the_replay_counts_what_a_run_on_neurons_has_counted(form: str, predictor: str, model_folder: Path) -> None:
+    path = bundled(write_model(model_folder, form, "F32", "reglu" if form == "llama" else None))
+    with open_neurons(path, predictor=predictor, share=0.6) as llm:
+        trace = record(llm, *one_by_one(DECODED), *FEW)
+        counted, simulated = as_counted(trace) or pytest.fail("the run is not comparable")
+        assert counted == simulated
+        assert counted.hits > 0 and counted.misses > 0
+        assert len(trace.record) == llm.flash.stats().total.neurons_active
+
+
+def test_an_op_that_asks_for_more_than_the_slots_hold_makes_a_run_not_comparable(model_file: ModelFile) -> None:
+    with open_flash(model_file("qwen3moe"), share=0.3) as llm:
+        assert as_counted(record(llm, tokens(16))) is None
+    with open_flash(model_file("qwen3moe"), share=1.0) as llm:
+        counted, simulated = as_counted(record(llm, tokens(16))) or pytest.fail("the run is not comparable")
+        assert counted == simulated
+
+
+def test_what_is_recorded_does_not_depend_on_the_cache(model_file: ModelFile) -> None:
+    traces = []
+    for share in (0.1, 0.9):
+        with open_flash(model_file("qwen3moe"), share=share) as llm:
+            traces.append(record(llm, PROMPT, *one_by_one(DECODED)))
+    small, large = traces
+    assert small.run != large.run
+    for column in ("token", "n_tokens", "tensor", "begin", "record", "uses"):
+        assert (getattr(small, column) == getattr(large, column)).all()
+    assert small.n_decoded == len(DECODED)
+    assert small.n_tokens.max() == len(PROMPT) and set(small.n_tokens.tolist()) == {1, len(PROMPT)}
+    # each op: the experts of a token, and of a prompt every expert's tokens
+    used = np.add.reduceat(small.uses, small.begin[:-1])
+    assert (used % small.n_tokens == 0).all() and len(set((used // small.n_tokens).tolist())) == 1
+
+
+def test_a_file_is_what_was_saved(model_file: ModelFile, tmp_path: Path) -> None:
+    with open_flash(model_file("qwen3moe")) as llm:
+        trace = record(llm, PROMPT, *one_by_one(DECODED[:5]))
+    trace.save(tmp_path / "trace")
+    again = Trace.load(tmp_path / "trace")
+    assert again.tensors == trace.tensors and again.run == trace.run and again.model == trace.model
+    for column in ("token", "n_tokens", "tensor", "begin", "record", "uses"):
+        assert (getattr(again, column) == getattr(trace, column)).all()
+    assert (tmp_path / "trace").stat().st_size < 2048 + len(trace.record)
+
+
+def test_what_is_not_a_trace_is_refused_in_one_line(tmp_path: Path, model_file: ModelFile) -> None:
+    with open_flash(model_file("qwen3moe")) as llm:
+        trace = record(llm, DECODED[:3])
+    whole = tmp_path / "whole.npz"
+    trace.save(whole)
+    with np.load(whole) as file:
+        columns = dict(file)
+    bad = tmp_path / "bad.npz"
+    for damage in (
+        {"record": columns["record"] + 200},
+        {"tensor": columns["tensor"] + 200},
+        {"size": columns["size"] + 1},
+        {"token": columns["token"][:-1]},
+        {"header": np.array("{}")},
+        {"header": np.array('{"format": "llama-flash trace 99"}')},
+    ):
+        np.savez(bad, **{**columns, **damage})
+        with pytest.raises(ValueError, match=f"{bad} is not a trace"):
+            Trace.load(bad)
+    bad.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is not a trace"):
+        Trace.load(bad)
+    bad.write_text("no")
+    with pytest.raises(ValueError, match="is not a trace"):
+        Trace.load(bad)
+
+
+def test_where_nothing_is_cached_there_is_nothing_to_trace(model_file: ModelFile) -> None:
+    with open_flash(model_file("llama")) as llm, pytest.raises(FlashError, match="neither experts nor neurons"):
+        record(llm)
+    with open_resident(model_file("qwen3moe")) as llm:
+        assert llm.flash is None
+
+
+def test_entries_without_room_are_counted_and_a_reader_that_comes_late_is_told(model_file: ModelFile) -> None:
+    with open_flash(model_file("qwen3moe")) as llm:
+        session = llm.flash
+        whole = len(record(llm, DECODED[:1]).record)
+        session._call("llama_flash_session_trace", 10)
+        llm.eval(DECODED[1:2])
+        entries = (_bindings.llama_flash_trace_entry * 100)()
+        lost = ctypes.c_uint64()
+        take = session._lib.llama_flash_session_trace_take
+        assert take(session._handle, entries, 4, lost) == 4 and lost.value == whole - 10
+        assert take(session._handle, entries, 100, lost) == 6 and lost.value == 0
+        session._call("llama_flash_session_trace", 0)
+        llm.eval(DECODED[2:3])
+        assert take(session._handle, entries, 100, lost) == 0 and lost.value == 0
+        with Recorder(session) as recorder:
+            session._call("llama_flash_session_trace", 10)
+            with pytest.raises(FlashError, match=f"has lost {whole - 10} records"):
+                llm.eval(DECODED[3:4])
+            assert recorder.session is session
+        llm.eval(DECODED[4:5])  # goes on
+
+
+def test_a_run_that_began_warm_is_not_compared(model_file: ModelFile) -> None:
+    with open_flash(model_file("qwen3moe")) as llm:
+        llm.eval(DECODED[:10])
+        assert as_counted(record(llm, *one_by_one(DECODED[10:20]))) is None
+        give_memory(llm, 0.3)
+        assert as_counted(record(llm, *one_by_one(DECODED[10:20]))) is None, "counts before the change are in it"
+
+
+def test_answers_do_not_depend_on_being_recorded(model_file: ModelFile) -> None:
+    answers = []
+    for traced in (False, True):
+        with open_flash(model_file("qwen3moe")) as llm:
+            if traced:
+                with Recorder(llm.flash):
+                    answers.append(logits_of(llm, PROMPT, DECODED[:10]))
+            else:
+                answers.append(logits_of(llm, PROMPT, DECODED[:10]))
+    assert (answers[0] == answers[1]).all()
+
+
+def test_tensors_are_described(model_file: ModelFile) -> None:
+    with open_flash(model_file("qwen3moe"), what="all") as llm:
+        tensors = traced_tensors(llm.flash)
+        cached = [t for t in tensors if t.n_records]
+        assert {t.name.decode().split(".")[2] for t in cached} == {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+        assert len(cached) < len(tensors), "panels are numbered, and have no records"
+        for t in cached:
+            assert len({o.group for o in cached if o.name.split(b".")[1] == t.name.split(b".")[1]}) == 1
+            assert t.n_slots > 0 and t.record_bytes % 512 == 0 and not t.neurons
