@@ -239,7 +239,7 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
         if (decode) {
             s.count_reuse(t.tokens - n_tokens, s.records[t.first_record + e].used);
         }
-        s.records[t.first_record + e].used = t.tokens;
+        s.records[t.first_record + e].used = t.tokens + 1;
     }
 
     s.settle_reads(false);

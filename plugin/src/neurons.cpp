@@ -26,7 +26,7 @@ void neuron_store::use(llama_flash_session & s, const flash_bundle & b, uint32_t
     s.stats.neurons_active += b.active.size();
     for (uint32_t i : b.active) {
         const uint32_t n = b.first + i;
-        s.count_reuse(b.tokens - n_tokens, used_by(n));
+        s.count_reuse(b.tokens - n_tokens, last_use[n]);
         if (last_use[n] == 0 || b.tokens - n_tokens - (last_use[n] - 1) >= PAPERS_WINDOW) {
             s.stats.neurons_newly_active++;
         }

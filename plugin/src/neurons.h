@@ -60,8 +60,8 @@ class neuron_store {
         return slot < 0 ? LLAMA_FLASH_IN_FILE : pending[(size_t) slot] > 0 ? LLAMA_FLASH_COMING : LLAMA_FLASH_IN_SLOT;
     }
 
-    // number of the last token that used a neuron of the session's, 0: none
-    uint64_t used_by(uint32_t neuron) const { return last_use[neuron] > 0 ? last_use[neuron] - 1 : 0; }
+    // number of the last token that used a neuron of the session's + 1, 0: none
+    uint64_t used_by(uint32_t neuron) const { return last_use[neuron]; }
 
     // Lets go of what demand() held.
     void release() { cache.end_op(); }

@@ -54,9 +54,9 @@ static llama_flash_place place_of(const flash_record & r) {
     return r.place == record_place::slot ? LLAMA_FLASH_IN_SLOT : r.place == record_place::pinned ? LLAMA_FLASH_PINNED : LLAMA_FLASH_PASSING;
 }
 
-// used: number of the last token that used a record, 0: none; now: of the last token
+// used: number of the last token that used a record + 1, 0: none; now: of the last token
 static uint32_t age_of(uint64_t now, uint64_t used) {
-    return used == 0 ? UINT32_MAX : (uint32_t) std::min<uint64_t>(now - used, UINT32_MAX - 1);
+    return used == 0 ? UINT32_MAX : (uint32_t) std::min<uint64_t>(now + 1 - used, UINT32_MAX - 1);
 }
 
 int32_t llama_flash_session::residency(uint8_t * place, uint32_t * age, uint64_t n_records, llama_flash_error * err) const {
@@ -81,7 +81,7 @@ int32_t llama_flash_session::residency(uint8_t * place, uint32_t * age, uint64_t
     for (const auto & r : records) {
         const flash_tensor & t = tensors[r.tensor];
         // all panels of a tensor are used by each token that it sees
-        tell(place_of(r), t.is_experts ? age_of(tokens, r.used) : age_of(panel_tokens, t.tokens));
+        tell(place_of(r), t.is_experts ? age_of(tokens, r.used) : age_of(panel_tokens, t.tokens > 0 ? t.tokens + 1 : 0));
     }
     for (const auto & b : bundles) {
         for (uint32_t i = 0; i < b.n_neurons; i++) {

@@ -48,7 +48,7 @@ enum class record_place : uint8_t { none, slot, ring, pinned };
 struct flash_record {
     uint64_t     offset;       // in the file
     uint8_t *    data;         // where it is or is being read to; nullptr if absent
-    uint64_t     used;         // experts: number of the last token that used it, 0: none
+    uint64_t     used;         // experts: number of the last token that used it + 1, 0: none
     uint32_t     tensor;       // index in session::tensors
     uint32_t     bytes;
     uint32_t     row;          // first row of the matrix (panels)
@@ -158,9 +158,10 @@ struct llama_flash_session {
 
     uint64_t describe_tensors(llama_flash_tensor * out, uint64_t capacity) const;
     int32_t  residency(uint8_t * place, uint32_t * age, uint64_t n_records, llama_flash_error * err) const;
-    void     count_reuse(uint64_t before, uint64_t last) { // tokens computed before the one that uses a record; number of the last that did, 0: none
-        const uint64_t distance = before - last + 1;
-        reuse[last > 0 && distance < LLAMA_FLASH_REUSE_TOKENS ? distance : 0]++;
+    // `before` tokens were computed before the one that uses a record now; used: number of the last one that did + 1, 0: none
+    void     count_reuse(uint64_t before, uint64_t used) {
+        const uint64_t distance = before + 2 - used;
+        reuse[used > 0 && distance < LLAMA_FLASH_REUSE_TOKENS ? distance : 0]++;
     }
 
     int32_t take_error(llama_flash_error * err);

@@ -69,28 +69,30 @@ def draw(snapshot: Snapshot, what: str | Sequence[str] = "all", path: str | os.P
     names = _chosen(snapshot, what)
     matplotlib = _matplotlib()
     with matplotlib.rc_context(_STYLE):
-        wide = "residency" in names
-        small = [name for name in names if name != "residency"]
-        columns = 1 if len(small) < 2 else 2
-        heights = [_HEIGHT] * -(-len(small) // columns)
-        if wide:
-            heights.append(describe_maps(snapshot).inches)
-            columns = max(columns, 2 if small else 1)
-        width = _WIDTH * (columns if small else 1.5)
-        figure: Figure = _new_figure((width, sum(heights) + 0.5))
-        rows = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-        for i, name in enumerate(small):
-            row, column = divmod(i, columns)
-            alone = i == len(small) - 1 and column == 0  # in its row
-            axes = figure.add_subplot(rows[row, :] if alone else rows[row, column])
-            _SMALL[name][0](axes, snapshot)
-        if wide:
-            draw_maps(figure, rows[-1, :], snapshot)
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, hspace=0.02, wspace=0.02)
-        heading = textwrap.fill(_heading(snapshot), int(12 * width))
-        figure.suptitle(heading, x=0.01, ha="left", fontsize=10, color=_GREY)
+        figure: Figure = _figure_of(snapshot, names)
         if path is not None:
             figure.savefig(path, dpi=_DPI)
+    return figure
+
+
+def _figure_of(snapshot: Snapshot, names: list[str]) -> Any:
+    """Two pictures in a row; one that is alone has the row to itself, and so has the map, below the others."""
+    small = [name for name in names if name != "residency"]
+    with_map = "residency" in names
+    columns = 2 if len(small) > 1 or (small and with_map) else 1
+    heights = [_HEIGHT] * -(-len(small) // columns) + ([describe_maps(snapshot).inches] if with_map else [])
+    width = _WIDTH * (columns if small else 1.5)
+    figure = _new_figure((width, sum(heights) + 0.5))
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, hspace=0.02, wspace=0.02)
+    rows = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    for i, name in enumerate(small):
+        row, column = divmod(i, columns)
+        alone = i == len(small) - 1 and column == 0
+        _SMALL[name][0](figure.add_subplot(rows[row, :] if alone else rows[row, column]), snapshot)
+    if with_map:
+        draw_maps(figure, rows[-1, :], snapshot)
+    heading = textwrap.fill(_heading(snapshot), int(12 * width))
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=10, color=_GREY)
     return figure
 
 
@@ -248,12 +250,14 @@ class _Time:
 
     def finish(self, axes: Any) -> None:
         axes.set_xlim(self.edges[0], self.edges[-1])
-        axes.set_xlabel("generated token" + (f" (each step: mean of {self.size})" if self.size > 1 else ""))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        last = self.edges[-1]
-        shown = [at for at in dict.fromkeys(self.prompts) if at < last]
-        for i, at in enumerate(shown if len(shown) <= _PROMPTS else []):
-            axes.axvline(at, color="black", linewidth=1.0, linestyle=(0, (1, 2)), label="_" if i else "prompt")
+        said = [f"each step: mean of {self.size}"] if self.size > 1 else []
+        prompts = [at for at in dict.fromkeys(self.prompts) if at < self.edges[-1]]
+        if 0 < len(prompts) <= _PROMPTS:
+            said.append("dotted: a prompt before it")
+            for at in prompts:
+                axes.axvline(at, color="black", linewidth=1.0, linestyle=(0, (1, 2)), label="_")
+        axes.set_xlabel("generated token" + (f" ({'; '.join(said)})" if said else ""))
 
 
 def _latency(axes: Any, snapshot: Snapshot) -> None:
@@ -278,7 +282,7 @@ def _latency(axes: Any, snapshot: Snapshot) -> None:
     axes.set_ylabel(f"{unit} per token")
     rate = f", {1 / mean:.{1 if mean > 0.1 else 0}f} tokens/s" if mean else ""
     time.finish(axes)
-    _title(axes, f"Time of a token: {scale * mean:.3g} {unit} on average{rate}", columns=4)
+    _title(axes, f"Time of a token: {scale * mean:.3g} {unit} on average{rate}")
 
 
 def _hits(axes: Any, snapshot: Snapshot) -> None:
@@ -316,7 +320,7 @@ def _hits(axes: Any, snapshot: Snapshot) -> None:
     axes.set_ylim(0, 103)
     axes.set_ylabel("% found in memory")
     time.finish(axes)
-    _title(axes, f"Hit rate: {', '.join(said)}" if said else "Hit rate: nothing was asked for", columns=4)
+    _title(axes, f"Hit rate: {', '.join(said)}" if said else "Hit rate: nothing was asked for")
 
 
 def _bytes(axes: Any, snapshot: Snapshot) -> None:
@@ -351,7 +355,8 @@ def _bounded(axes: Any, values: Floats, unit: str) -> None:
 def _running(values: Floats, window: int) -> Floats:
     """Sums of each value and up to `window` - 1 before it."""
     total = np.concatenate([np.zeros(window), np.cumsum(values)])
-    return total[window:] - total[:-window]
+    sums: Floats = total[window:] - total[:-window]
+    return sums
 
 
 # by window
@@ -447,10 +452,11 @@ def _title(axes: Any, text: str, columns: int = 3) -> None:
     """Above the axes, with the legend between the two, where it hides nothing."""
     handles, _ = axes.get_legend_handles_labels()
     rows = -(-len(handles) // columns)
-    axes.legend(
+    legend = axes.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.1, handlelength=1.6,
         columnspacing=1.2, borderpad=0.2,
     )  # fmt: skip
+    legend.set_in_layout(False)  # the title's distance makes room for it
     axes.set_title(text, loc="left", pad=6 + 14 * rows)
 
 
