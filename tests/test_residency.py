@@ -62,8 +62,12 @@ def test_a_token_misses_exactly_what_is_not_there(model_file: ModelFile) -> None
     with open_flash(path, share=EVERYTHING) as llm:
         for token, routed in zip(text, trace.tolist(), strict=True):
             before = llm.flash.residency()
-            there = [by_expert(before, before.in_dram, il, part) for il in range(len(routed)) for part in ("gate", "up")]
-            missing = sum(not there[2 * il + p][e] for il, experts in enumerate(routed) for e in experts for p in (0, 1))
+            there = [
+                by_expert(before, before.in_dram, il, part) for il in range(len(routed)) for part in ("gate", "up")
+            ]
+            missing = sum(
+                not there[2 * il + p][e] for il, experts in enumerate(routed) for e in experts for p in (0, 1)
+            )
             llm.eval([token])
             # down is as up
             assert llm.flash.stats().last.misses == missing + missing // 2
@@ -131,7 +135,10 @@ def test_numbers_follow_one_another(model_file: ModelFile) -> None:
         assert {t.kind for t in tensors} == {"experts", "panels"}
         first = 0
         for tensor in tensors:
-            assert (tensor.first, tensor.layer) == (first, int(tensor.name.split(".")[1]) if "blk" in tensor.name else -1)
+            assert (tensor.first, tensor.layer) == (
+                first,
+                int(tensor.name.split(".")[1]) if "blk" in tensor.name else -1,
+            )
             first += tensor.count
         assert sum(t.count for t in tensors if t.kind == "experts") == llm.flash._requirements().n_experts
         few = (_bindings.llama_flash_tensor * 2)()
@@ -171,7 +178,9 @@ def test_what_cannot_be_told_is_an_error(model_file: ModelFile) -> None:
 def test_it_can_be_asked_while_a_model_decodes(form: str, model_file: ModelFile, bundles: Path) -> None:
     prompt, decoded = tokens(60, seed=1), tokens(8, seed=2)
     opened = (
-        open_neurons(bundles, predictor="exact") if form == "arcee" else open_flash(model_file(form, "Q4_0"), share=LEAST)
+        open_neurons(bundles, predictor="exact")
+        if form == "arcee"
+        else open_flash(model_file(form, "Q4_0"), share=LEAST)
     )
     with opened as llm:
         expected = logits_of(llm, prompt, decoded)

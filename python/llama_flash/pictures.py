@@ -430,18 +430,17 @@ def _profile(axes: Any, profile: DeviceProfile) -> None:
         colour = scale(0.15 + 0.85 * i / max(1, len(depths) - 1))
         marker = "osD^vPX*"[i % 8]
         axes.plot(
-            *zip(*curve, strict=True), color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=str(depth)
-        )
+            *zip(*curve, strict=True), color=colour, marker=marker, markersize=4.5, linewidth=1.8,
+            label=f"{depth} in flight",
+        )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(chunks, [_short(chunk) for chunk in chunks])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("bytes of a random read")
+    axes.set_xlabel(f"bytes of a random read\n{textwrap.shorten(str(profile.device), 90)}")
     axes.set_ylabel("GB/s")
-    axes.set_title(
-        f"Device {profile.device}: {max(r.bytes_per_second for r in profile.reads) / 1e9:.1f} GB/s at most", loc="left"
-    )
-    axes.legend(title="reads in flight", ncols=2, loc="upper left")
+    best = max(read.bytes_per_second for read in profile.reads)
+    _title(axes, f"Device: up to {best / 1e9:.{1 if best >= 1e9 else 2}f} GB/s by random reads", columns=4)
 
 
 def _short(n_bytes: int) -> str:

@@ -136,11 +136,8 @@ def _draw(figure: Any, axes: Any, m: Map) -> None:
         scale, norm, cells = colors.ListedColormap(_PLACES), colors.BoundaryNorm([-0.5, 0.5, 1.5, 2.5], 3), m.cells
         legend += [patches.Patch(facecolor=_PLACES[1], label="passing, or being read")]
         legend += [patches.Patch(facecolor=_PLACES[2], label="pinned")]
-    scale = scale.copy()
-    scale.set_bad("white", 0.0)
-    if m.by_age:
-        scale.set_under(_ABSENT)
-        scale.set_over(_AHEAD)
+    extremes = {"under": _ABSENT, "over": _AHEAD} if m.by_age else {}
+    scale = scale.with_extremes(bad=(1.0, 1.0, 1.0, 0.0), **extremes)
     image = axes.imshow(
         np.ma.masked_invalid(cells), cmap=scale, norm=norm, aspect="auto", origin="upper",
         interpolation="nearest",
