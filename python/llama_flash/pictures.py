@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ def _figure_of(snapshot: Snapshot, names: list[str]) -> Any:
         _SMALL[name][0](figure.add_subplot(rows[row, :] if alone else rows[row, column]), snapshot)
     if with_map:
         draw_maps(figure, rows[-1, :], snapshot)
-    heading = textwrap.fill(_heading(snapshot), int(12 * width))
+    heading = textwrap.fill(re.sub(r"(\d) ", "\\1\u00a0", _heading(snapshot)), int(12.5 * width))
     figure.suptitle(heading, x=0.01, ha="left", fontsize=10, color=_GREY)
     return figure
 
@@ -147,8 +148,8 @@ def _new_figure(size: tuple[float, float]) -> Any:
 def _heading(snapshot: Snapshot) -> str:
     how = "" if snapshot.predictor == "none" else f", active neurons: {snapshot.predictor}"
     where = {
-        "flash": f"{format_size(snapshot.flash_memory)} for weights from flash, in a budget of "
-        f"{format_size(snapshot.budget)}{how}",
+        "flash": f"{format_size(snapshot.flash_memory)} for weights from flash, "
+        f"budget {format_size(snapshot.budget)}{how}",
         "resident": "all in memory",
         "nothing": "nothing on flash",
     }[snapshot.mode]

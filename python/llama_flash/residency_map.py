@@ -40,7 +40,7 @@ class Map:
 
     @property
     def inches(self) -> float:
-        return 1.15 + min(3.2, max(1.1, 0.2 * len(self.rows)))
+        return 1.15 + min(3.2, max(1.3, 0.2 * len(self.rows)))
 
 
 @dataclass(frozen=True)
