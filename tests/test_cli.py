@@ -128,11 +128,12 @@ def test_plan_names_the_smallest_budget_and_run_works_with_it(model: Path) -> No
 
 def test_profile_is_kept_and_used_by_plans(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_FLASH_CACHE", str(tmp_path))
-    result = flash("profile", model.parent)
+    result = flash("profile", model.parent, "--plot", tmp_path / "device.png")
     assert result.returncode == 0, result.stderr
     for said in ("4.00 KiB", "4.00 MiB", "128 in flight", "DRAM", f"kept in {tmp_path}"):
         assert said in result.stdout
     plan = json.loads(flash("plan", model, "--json").stdout)
+    assert (tmp_path / "device.png").read_bytes().startswith(b"\x89PNG")
     assert plan["profile"]["source"] == "cached"
     assert len(plan["profile"]["reads"]) > 4
 

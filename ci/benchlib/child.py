@@ -227,8 +227,7 @@ def _since(before: Counters, llm: Any, spec: Spec, n_tokens: int, seconds: float
     out: dict[str, Any] = {
         "device_bytes_per_token": delta["device_bytes"] / n_tokens,
         "user_seconds_per_token": delta["user"] / n_tokens,
-        "system_seconds_per_token": delta["system"]
-        / n_tokens,  # nearly all of it the read path's
+        "system_seconds_per_token": delta["system"] / n_tokens,  # nearly all of it the read path's
     }
     if spec.mode in FLASH_MODES:
         uses = delta["hits"] + delta["misses"]

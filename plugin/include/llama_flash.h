@@ -15,7 +15,7 @@
 //     llama_decode() ...                    after each: llama_flash_session_take_error()
 //   llama_flash_session_free()              before or after the model is freed: the model's buffers hold a reference
 //
-// Threads: bind_begin/bind_end belong to one thread. set_memory, resize, stats and take_error may be called from any thread; they
+// Threads: bind_begin/bind_end belong to one thread. set_memory, resize, stats, residency and take_error may be called from any thread; they
 // wait until the op in progress has ended. One thread decodes at a time per session: an error is the session's, and the context
 // that meets it must be the one that caused it.
 //
@@ -37,6 +37,9 @@
 #endif
 
 #define LLAMA_FLASH_API_VERSION 4
+
+// how far llama_flash_session_reuse looks back, in tokens
+#define LLAMA_FLASH_REUSE_TOKENS 256
 
 #ifdef __cplusplus
 extern "C" {
@@ -205,6 +208,31 @@ struct llama_flash_stats {
     uint32_t reserved;
 };
 
+enum llama_flash_kind {
+    LLAMA_FLASH_EXPERTS = 0,
+    LLAMA_FLASH_PANELS  = 1,
+    LLAMA_FLASH_NEURONS = 2,
+};
+
+// records of one tensor, or of one layer's bundle, numbered as llama_flash_session_residency has them
+struct llama_flash_tensor {
+    char     name[128];
+    int32_t  layer;         // N of blk.N., -1: of no layer
+    uint32_t kind;          // enum llama_flash_kind
+    uint64_t first_record;
+    uint64_t n_records;
+    uint64_t record_bytes;  // of the largest
+};
+
+// where a record is
+enum llama_flash_place {
+    LLAMA_FLASH_IN_FILE = 0,  // and nowhere else
+    LLAMA_FLASH_COMING  = 1,  // a read is under way
+    LLAMA_FLASH_PASSING = 2,  // in the ring
+    LLAMA_FLASH_IN_SLOT = 3,
+    LLAMA_FLASH_PINNED  = 4,
+};
+
 // buffers that llama.cpp itself has allocated for a context and its model, flash tensors excluded
 struct llama_flash_context_memory {
     uint64_t model;    // resident weights
@@ -289,6 +317,21 @@ LLAMA_FLASH_API uint64_t llama_flash_session_trace_take(struct llama_flash_sessi
 
 // Tensor number `index` of traces; LLAMA_FLASH_E_INVALID: there are no more.
 LLAMA_FLASH_API int32_t llama_flash_session_trace_tensor(const struct llama_flash_session * session, uint32_t index, struct llama_flash_trace_tensor * out);
+// Tensors and bundles on flash, by the numbers of their records, which follow one another without a gap. Returns how many there are,
+// fills the first `capacity`. They stay the same from bind_end on; before, there are none.
+LLAMA_FLASH_API uint64_t llama_flash_session_tensors(const struct llama_flash_session * session, struct llama_flash_tensor * out, uint64_t capacity);
+
+// Where each of the n_records records of all tensors is, between two ops. place: enum llama_flash_place. age: tokens computed
+// since the last one that used it, 0: the last token did; UINT32_MAX: none did since set_memory. A neuron is used when it is chosen as
+// active; that it passes by with its whole layer (prompts, the mode OFF) is no use, unless it gets a slot on the way. Each array
+// may be NULL. LLAMA_FLASH_E_INVALID if n_records is not what there is, before set_memory, and in a forked child.
+LLAMA_FLASH_API int32_t llama_flash_session_residency(const struct llama_flash_session * session, uint8_t * place, uint32_t * age, uint64_t n_records,
+                                                      struct llama_flash_error * err);
+
+// Reuse by distance, counted over all ops of at most 16 tokens since the session began. counts[d], 0 < d < LLAMA_FLASH_REUSE_TOKENS:
+// uses of experts and active neurons whose last use was d tokens before, 1: by the token before. counts[0]: all other uses. counts has
+// LLAMA_FLASH_REUSE_TOKENS elements. LLAMA_FLASH_E_INVALID in a forked child.
+LLAMA_FLASH_API int32_t llama_flash_session_reuse(const struct llama_flash_session * session, uint64_t * counts, struct llama_flash_error * err);
 
 // ggml_abort_callback: true once a flash op has failed, so that llama_decode stops. data: the session.
 LLAMA_FLASH_API bool llama_flash_abort(void * data);

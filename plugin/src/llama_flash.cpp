@@ -7,6 +7,9 @@
 
 #include "llama-ext.h"
 
+#include <algorithm>
+#include <iterator>
+
 uint32_t llama_flash_api_version(void) {
     return LLAMA_FLASH_API_VERSION;
 }
@@ -113,6 +116,26 @@ int32_t llama_flash_session_warm(llama_flash_session * session, const uint64_t *
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "warm: no session, no records or nowhere to tell how far it has come");
     }
     return guarded(err, [&] { return session->warm(ids, n, *done, err); });
+}
+
+uint64_t llama_flash_session_tensors(const llama_flash_session * session, llama_flash_tensor * out, uint64_t capacity) {
+    return session ? session->describe_tensors(out, out ? capacity : 0) : 0;
+}
+
+int32_t llama_flash_session_residency(const llama_flash_session * session, uint8_t * place, uint32_t * age, uint64_t n_records, llama_flash_error * err) {
+    if (!session) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "residency: no session");
+    }
+    return guarded(err, [&] { return session->residency(place, age, n_records, err); });
+}
+
+int32_t llama_flash_session_reuse(const llama_flash_session * session, uint64_t * counts, llama_flash_error * err) {
+    if (!session || !counts || session->forked()) { // in a child the mutex may be another thread's, that there is only in the parent
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "reuse: no session, nowhere to tell it, or a child of the process that loaded the model");
+    }
+    std::lock_guard<std::mutex> lock(session->mutex);
+    std::copy(std::begin(session->reuse), std::end(session->reuse), counts);
+    return LLAMA_FLASH_OK;
 }
 
 int32_t llama_flash_session_memory(const llama_flash_session * session, llama_flash_memory * out) {

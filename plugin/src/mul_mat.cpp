@@ -243,6 +243,10 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
         if (s.trace.on()) {
             s.trace.note({ t.tokens, (uint32_t) (&t - s.tensors.data()), e, n_tokens, s.op.count[e] });
         }
+        if (decode) {
+            s.count_reuse(t.tokens - n_tokens, s.records[t.first_record + e].used);
+        }
+        s.records[t.first_record + e].used = t.tokens + 1;
     }
 
     s.settle_reads(false);
@@ -580,6 +584,8 @@ void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute
         [&] {
             seek_panels(s, t);
             pump_panels(s);
+            t.tokens       = std::max(t.tokens + (uint64_t) ggml_nrows(op->src[1]), s.panel_tokens);
+            s.panel_tokens = t.tokens;
             if (t.n_pinned == 0) {
                 next_panel(s, t, i++);
                 return;

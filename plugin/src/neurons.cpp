@@ -29,6 +29,7 @@ void neuron_store::use(llama_flash_session & s, const flash_bundle & b, uint32_t
         if (s.trace.on()) {
             s.trace.note({ b.tokens, (uint32_t) s.tensors.size() + b.index, i, n_tokens, 1 });
         }
+        s.count_reuse(b.tokens - n_tokens, last_use[n]);
         if (last_use[n] == 0 || b.tokens - n_tokens - (last_use[n] - 1) >= PAPERS_WINDOW) {
             s.stats.neurons_newly_active++;
         }

@@ -52,6 +52,17 @@ class neuron_store {
         }
     }
 
+    llama_flash_place place_of(const flash_bundle & b, uint32_t neuron) const {
+        if (neuron < b.n_pinned) {
+            return LLAMA_FLASH_PINNED;
+        }
+        const int32_t slot = slot_of[b.first + neuron];
+        return slot < 0 ? LLAMA_FLASH_IN_FILE : pending[(size_t) slot] > 0 ? LLAMA_FLASH_COMING : LLAMA_FLASH_IN_SLOT;
+    }
+
+    // number of the last token that used a neuron of the session's + 1, 0: none
+    uint64_t used_by(uint32_t neuron) const { return last_use[neuron]; }
+
     // Lets go of what demand() held.
     void release() { cache.end_op(); }
 

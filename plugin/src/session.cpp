@@ -713,6 +713,7 @@ void llama_flash_session::drop_all() {
     }
     for (auto & r : records) {
         forget(r);
+        r.used = 0;
     }
     for (auto & t : tensors) {
         t.n_pinned = 0;
@@ -728,7 +729,8 @@ void llama_flash_session::drop_all() {
         t.order  = 0;
         t.tokens = 0;
     }
-    tokens = 0;
+    tokens       = 0;
+    panel_tokens = 0;
     slot_memory.clear();
     slot_data.clear();
     homes.clear();

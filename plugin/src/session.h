@@ -50,6 +50,7 @@ enum class record_place : uint8_t { none, slot, ring, pinned };
 struct flash_record {
     uint64_t     offset;       // in the file
     uint8_t *    data;         // where it is or is being read to; nullptr if absent
+    uint64_t     used;         // experts: number of the last token that used it + 1, 0: none
     uint32_t     tensor;       // index in session::tensors
     uint32_t     bytes;
     uint32_t     row;          // first row of the matrix (panels)
@@ -72,7 +73,7 @@ struct flash_tensor {
     uint32_t           n_pinned;     // panels [0, n_pinned) are pinned, side by side at `home`
     uint32_t           size_class;   // experts: class of slots
     uint32_t           group;        // experts: tensors of one layer that share their ids
-    uint64_t           tokens;       // experts: number of the last token computed
+    uint64_t           tokens;       // number of the last token computed
     uint64_t           order;        // when it was first used, counted over the session's ops; 0: not yet
     uint8_t *          home;         // panels: reserved addresses, congruent with offset
     int32_t            home_memory;  // in session::homes, if there is a home
@@ -156,6 +157,16 @@ struct llama_flash_session {
     uint64_t                 slots_touched() const; // bytes
     bool                     trace_tensor(uint32_t index, llama_flash_trace_tensor & out) const; // trace.cpp
 
+    // residency.cpp
+
+    uint64_t describe_tensors(llama_flash_tensor * out, uint64_t capacity) const;
+    int32_t  residency(uint8_t * place, uint32_t * age, uint64_t n_records, llama_flash_error * err) const;
+    // `before` tokens were computed before the one that uses a record now; used: number of the last one that did + 1, 0: none
+    void     count_reuse(uint64_t before, uint64_t used) {
+        const uint64_t distance = before + 2 - used;
+        reuse[used > 0 && distance < LLAMA_FLASH_REUSE_TOKENS ? distance : 0]++;
+    }
+
     int32_t take_error(llama_flash_error * err);
 
     // ops (mul_mat.cpp, ffn.cpp): thread 0 only, under the mutex
@@ -200,6 +211,8 @@ struct llama_flash_session {
     std::vector<uint32_t>                    class_tensors; // how many tensors share it
     uint32_t                                 n_expert_max = 0;
     uint64_t                                 tokens       = 0; // the most that any tensor has seen
+    uint64_t                                 panel_tokens = 0; // the same of panels, which have a clock of their own
+    uint64_t                                 reuse[LLAMA_FLASH_REUSE_TOKENS] = {};
 
     trace_buffer          trace;
     slot_cache            cache;

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 LLAMA_FLASH_API_VERSION = 4
+LLAMA_FLASH_REUSE_TOKENS = 256
 
 
 class llama_flash_code(IntEnum):
@@ -42,6 +43,20 @@ class llama_flash_neuron_mode(IntEnum):
     LLAMA_FLASH_NEURONS_LOWRANK = 0  # by the predictors; layers without one as in OFF
     LLAMA_FLASH_NEURONS_EXACT = 1  # gate (without gate: up) resident and computed in full
     LLAMA_FLASH_NEURONS_OFF = 2  # not at all: whole layers are read; of experts those that are used
+
+
+class llama_flash_kind(IntEnum):
+    LLAMA_FLASH_EXPERTS = 0
+    LLAMA_FLASH_PANELS = 1
+    LLAMA_FLASH_NEURONS = 2
+
+
+class llama_flash_place(IntEnum):
+    LLAMA_FLASH_IN_FILE = 0  # and nowhere else
+    LLAMA_FLASH_COMING = 1  # a read is under way
+    LLAMA_FLASH_PASSING = 2  # in the ring
+    LLAMA_FLASH_IN_SLOT = 3
+    LLAMA_FLASH_PINNED = 4
 
 
 class llama_flash_params(ctypes.Structure):
@@ -300,6 +315,26 @@ class llama_flash_stats(ctypes.Structure):
     reserved: int
 
 
+class llama_flash_tensor(ctypes.Structure):
+    """Records of one tensor, or of one layer's bundle, numbered as llama_flash_session_residency has them."""
+
+    _fields_: ClassVar = [
+        ("name", ctypes.c_char * 128),
+        ("layer", ctypes.c_int32),
+        ("kind", ctypes.c_uint32),
+        ("first_record", ctypes.c_uint64),
+        ("n_records", ctypes.c_uint64),
+        ("record_bytes", ctypes.c_uint64),
+    ]
+
+    name: bytes
+    layer: int  # N of blk.N., -1: of no layer
+    kind: int  # enum llama_flash_kind
+    first_record: int
+    n_records: int
+    record_bytes: int  # of the largest
+
+
 class llama_flash_context_memory(ctypes.Structure):
     """Buffers that llama.cpp itself has allocated for a context and its model, flash tensors excluded."""
 
@@ -392,6 +427,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_memory,
     llama_flash_resize,
     llama_flash_stats,
+    llama_flash_tensor,
     llama_flash_context_memory,
     llama_flash_trace_entry,
     llama_flash_trace_tensor,
@@ -484,6 +520,32 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.c_void_p,
             ctypes.c_uint32,
             ctypes.POINTER(llama_flash_trace_tensor),
+        ],
+    ),
+    "llama_flash_session_tensors": (
+        ctypes.c_uint64,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(llama_flash_tensor),
+            ctypes.c_uint64,
+        ],
+    ),
+    "llama_flash_session_residency": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(ctypes.c_uint8),
+            ctypes.POINTER(ctypes.c_uint32),
+            ctypes.c_uint64,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_reuse": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(ctypes.c_uint64),
+            ctypes.POINTER(llama_flash_error),
         ],
     ),
     "llama_flash_abort": (ctypes.c_bool, [ctypes.c_void_p]),

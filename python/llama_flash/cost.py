@@ -26,7 +26,9 @@ _ALIGNMENT = 32  # of tensors in a GGUF file, so that a record begins anywhere i
 _MARGIN = _SECTOR - _ALIGNMENT  # bytes of whole sectors beyond a record's own, on average over where it begins
 _PIECE = 1 << 20  # bytes of a read, at most
 _SHARED_TOKENS = 3  # see neuron_misses
-_LIKELY = 1.3  # experts of the next layer that are not there, as its router is expected to choose, for one that is missed
+_LIKELY = (
+    1.3  # experts of the next layer that are not there, as its router is expected to choose, for one that is missed
+)
 _WRONG = 0.2  # share of the experts read ahead that are not used, see docs/performance.md
 _RUN = 256  # neurons read at once where whole layers are
 

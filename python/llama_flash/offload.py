@@ -1,8 +1,8 @@
 """Flash offload of one `llama_cpp.Llama`: the session behind `llm.flash`.
 
 `Llama.__init__` calls, in this order: `open_session` before the model is loaded, `loading` around the load, `attach`
-when the context exists; then `after_call` follows each llama_decode and llama_encode. Everything that must stay in
-memory is there when `attach` divides the rest of the budget, so it is measured and not guessed.
+when the context exists; then `before_call` and `after_call` are around each llama_decode and llama_encode. Everything
+that must stay in memory is there when `attach` divides the rest of the budget, so it is measured and not guessed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,14 +28,29 @@ from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
+from .history import History
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import recall
+from .residency import Residency, Reuse, read_residency, read_reuse
 from .sizes import format_size, parse_size
 from .stats import Counters, FlashStats
 from .trace import Recorder
 
-__all__ = ["BufferTypeOverride", "FlashSession", "experts_ahead", "held_by_all", "io_choice", "neuron_params", "open_session"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .snapshot import Snapshot
+
+__all__ = [
+    "BufferTypeOverride",
+    "FlashSession",
+    "experts_ahead",
+    "held_by_all",
+    "io_choice",
+    "neuron_params",
+    "open_session",
+]
 
 logger = logging.getLogger("llama_flash")
 
@@ -163,6 +178,8 @@ class FlashSession:
         self._lora_path = lora_path
         self._context_params = context_params
         self._progress = _Progress()
+        self.history = History()  # of the last calls
+        self.history.reset(None)
         self._final: FlashStats | None = None
         self._neuron_slots = 0
         self._beside = 0  # bytes of this model beside flash and interpreter
@@ -346,7 +363,9 @@ class FlashSession:
         self._call("llama_flash_session_resize", self._granted, False, ctypes.byref(state))
         self._least = state.least
         self._note_memory()
-        self._progress = _Progress(seen=Counters.from_struct(self._raw()))
+        raw = self._raw()
+        self._progress = _Progress(seen=Counters.from_struct(raw))
+        self.history.reset(raw)
 
     def _note_memory(self) -> None:
         given = _bindings.llama_flash_memory()
@@ -549,6 +568,10 @@ class FlashSession:
         self._call("llama_flash_session_set_neurons", ctypes.byref(params))
         return self._requirements()
 
+    def before_call(self) -> None:
+        """Before each llama_decode or llama_encode."""
+        self.history.begin()
+
     def after_call(self, n_tokens: int) -> None:
         """After each llama_decode or llama_encode of `n_tokens` tokens, whatever it returned.
 
@@ -556,7 +579,9 @@ class FlashSession:
             FlashReadError: a read failed during the call. Its results are void; the model can be used again.
         """
         before = self._progress
-        seen = before.seen if self._handle is None else Counters.from_struct(self._raw())
+        raw = None if self._handle is None else self._raw()
+        self.history.end(n_tokens, raw)
+        seen = before.seen if raw is None else Counters.from_struct(raw)
         last = replace(seen - before.seen, tokens=n_tokens, calls=1)
         if n_tokens == 1:
             self._progress = _Progress(seen, before.prompt, before.decode + last, last)
@@ -591,6 +616,42 @@ class FlashSession:
             decode=progress.decode,
             last=progress.last,
         )
+
+    def residency(self) -> Residency | None:
+        """Which weights are in memory, when they were last used; None where nothing is on flash, or after close()."""
+        with self._using() as handle:
+            return None if handle is None else read_residency(self._lib, handle, self._call)
+
+    def reuse(self) -> Reuse:
+        """How soon experts and active neurons were used again; empty where residency() is None."""
+        with self._using() as handle:
+            return np.zeros(0, np.uint64) if handle is None else read_reuse(self._call)
+
+    def snapshot(self) -> Snapshot:
+        """What pictures are made of, as it is now. It can be saved, and drawn by another process."""
+        from .snapshot import take
+
+        return take(self)
+
+    def plot(self, what: str | Sequence[str] = "all", path: str | os.PathLike[str] | None = None) -> Figure:
+        """Pictures of the last 4096 calls, of what is in memory and of the device: docs/pictures.md.
+
+        Args:
+            what: "latency", "hits", "bytes", "reuse", "residency", "device", or several of these in one figure; "all":
+                those that there is something to show for.
+            path: where to write the figure to, too: .png, .svg or .pdf.
+
+        Returns:
+            A matplotlib Figure; a notebook shows it.
+
+        Raises:
+            FlashError: matplotlib (the extra `plot`) is missing, or there is nothing to show yet.
+            ValueError: no such picture, or another kind of file.
+            OSError: the file cannot be written.
+        """
+        from .pictures import draw
+
+        return draw(self.snapshot(), what, path)
 
     def close(self) -> None:
         """Frees slots and closes files. `stats` keeps answering with the last numbers. May be called twice."""

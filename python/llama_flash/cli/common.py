@@ -19,6 +19,7 @@ __all__ = [
     "Ctx",
     "DramBudget",
     "Model",
+    "Plot",
     "Predictor",
     "Threads",
     "Window",
@@ -48,6 +49,10 @@ Ctx = Annotated[
     int, typer.Option("-c", "--n-ctx", "--ctx", min=0, help="Context in tokens. 0: 2048, or less if trained so.")
 ]
 Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="0: one per core.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw it, too: .png, .svg or .pdf (needs the extra `plot`)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, instead of text.")]
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress
 
 from ..options import FlashOffload
-from .common import AsJson, stderr, stdout
+from .common import AsJson, Plot, stderr, stdout
 
 __all__ = ["EPILOG", "profile"]
 
@@ -23,6 +23,7 @@ EPILOG = (
 def profile(
     path: Annotated[Path, typer.Argument(help="A large file on the device, best the model; or a directory.")],
     io_engine: Annotated[str, typer.Option("--io-engine", help="auto, io_uring or pread.")] = "auto",
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a device and DRAM in at most 15 seconds, and keep the figures for plans.
@@ -31,9 +32,12 @@ def profile(
     program, however that ends.
     """
     from ..device_profile import measure
+    from ..pictures import check_target, draw_profile
     from ..plan_view import print_profile
     from ..profiles import cache_folder, remember
 
+    if plot is not None:
+        check_target(plot)
     engine = FlashOffload(io_engine=io_engine).io_engine  # type: ignore[arg-type]
     with Progress(console=stderr, transient=True) as progress:
         task = progress.add_task("measuring", total=1.0)
@@ -41,6 +45,8 @@ def profile(
             path, io_engine=engine, report=lambda share, what: progress.update(task, completed=share, description=what)
         )
     kept = remember(measured)
+    if plot is not None:
+        draw_profile(measured, plot)
     if as_json:
         print(json.dumps(measured.as_dict()))
         return

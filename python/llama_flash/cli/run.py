@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -27,6 +28,7 @@ from .common import (
     Ctx,
     DramBudget,
     Model,
+    Plot,
     Predictor,
     Threads,
     Window,
@@ -34,6 +36,9 @@ from .common import (
     report_cap,
     stderr,
 )
+
+if TYPE_CHECKING:
+    from ..snapshot import Snapshot
 
 _DEFAULT_PROMPT = "def read_lines(path):\n"
 
@@ -62,8 +67,10 @@ def run(
     window: Window = None,
     n_ctx: Ctx = 0,
     threads: Threads = 0,
+    plot: Plot = None,
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's log.")] = False,
+    snapshot: Annotated[Path | None, typer.Option("--snapshot", hidden=True)] = None,
 ) -> None:
     """Generate text with flash offload, and print the statistics.
 
@@ -73,15 +80,33 @@ def run(
     meta = read_gguf(path)
     ctx = n_ctx or min(meta.number("context_length", DEFAULT_CTX), DEFAULT_CTX)
     options = FlashOffload(dram_budget=dram_budget, predictor=predictor, window=window)  # type: ignore[arg-type]
+    if plot is not None:
+        from ..pictures import check_target
+
+        check_target(plot)
     if cap is not None:
         arguments = ["-p", prompt, "-n", n_tokens, "--temp", temperature, "--seed", seed, "--dram-budget", dram_budget]
         arguments += ["--predictor", predictor, *([] if window is None else ["--window", window])]
         arguments += ["-c", ctx, "-t", threads, *(["--json"] if as_json else []), *(["--verbose"] if verbose else [])]
         command = [sys.executable, "-m", "llama_flash", "run", str(path), *map(str, arguments)]
-        raise typer.Exit(_run_again_capped(_cap_bytes(cap, meta, ctx), command, as_json))
-    result = _generate(path, prompt, n_tokens, temperature, seed, ctx, threads, options, as_json, verbose)
+        # drawn out here: matplotlib takes more memory than a cap may leave
+        with tempfile.TemporaryDirectory(prefix="llama-flash-") as folder:
+            drawn_later = Path(folder, "snapshot") if plot is not None else None
+            command += [] if drawn_later is None else ["--snapshot", str(drawn_later)]
+            code = _run_again_capped(_cap_bytes(cap, meta, ctx), command, as_json)
+            if plot is not None and drawn_later is not None and drawn_later.exists():
+                from ..snapshot import Snapshot
+
+                _draw(Snapshot.load(drawn_later), plot)
+        raise typer.Exit(code)
+    wanted = plot is not None or snapshot is not None
+    result, seen = _generate(path, prompt, n_tokens, temperature, seed, ctx, threads, options, as_json, verbose, wanted)
     if as_json:
         print(json.dumps(result))
+    if seen is not None and snapshot is not None:
+        seen.save(snapshot)
+    if seen is not None and plot is not None:
+        _draw(seen, plot)
     raise typer.Exit(130 if result["interrupted"] else 0)
 
 
@@ -96,7 +121,8 @@ def _generate(
     options: FlashOffload,
     quiet: bool,
     verbose: bool,
-) -> dict[str, Any]:
+    with_snapshot: bool,
+) -> tuple[dict[str, Any], Snapshot | None]:
     """Streams the continuation of `prompt` to stdout; returns what was generated and measured."""
     with stderr.status(f"loading {path.name}"):
         import llama_cpp
@@ -139,6 +165,7 @@ def _generate(
         print(flush=True)
     stats: FlashStats = llm.flash.stats()
     expect = cost_of(llm.flash)
+    seen = llm.flash.snapshot() if with_snapshot else None
     llm.close()
     # when the model's memory is free again: where no profile is kept, the file is read
     rates = profile_for(path, options.io_engine)
@@ -159,7 +186,14 @@ def _generate(
         _report(stats, result)
         if stats.decode.tokens:
             print_comparison(stderr, expected, rates, stats.decode, rate)
-    return result
+    return result, seen
+
+
+def _draw(seen: Snapshot, plot: Path) -> None:
+    from ..pictures import draw
+
+    draw(seen, path=plot)
+    stderr.print(f"picture in {plot}", soft_wrap=True)
 
 
 def _run_again_capped(limit: int, command: list[str], as_json: bool) -> int:
