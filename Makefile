@@ -1,7 +1,7 @@
 # Everything there is to do, from a clean clone: `make` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-full lint sanitize bench reproduce demo bindings patch-apply patch-export clean
+.PHONY: help build wheel test test-full lint sanitize bench reproduce demo bindings patch-apply patch-export clean
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -12,6 +12,9 @@ help:  ## this list
 
 build:  ## .venv with the patched engine, the plugin and the Python packages, from one wheel
 	@$(PYTHON) $(ENGINE)/build.py
+
+wheel:  ## dist/: a wheel for every x86-64 CPU with AVX2, not only for this one
+	@$(PYTHON) $(ENGINE)/wheel.py
 
 # threads that wait for others do not spin: on a machine that is also used otherwise they would be in each other's way
 export OMP_WAIT_POLICY ?= passive
