@@ -1,7 +1,7 @@
 # Everything there is to do, from a clean clone: `make` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test test-full lint sanitize bench reproduce demo bindings patch-apply patch-export clean
+.PHONY: help build wheel test test-full lint sanitize bench reproduce demo bindings reference patch-apply patch-rebase patch-export clean
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -48,8 +48,15 @@ demo: build  ## a model larger than its memory cap: naive, with flash offload, r
 bindings: build  ## python/llama_flash/_bindings.py from the plugin's header
 	$(BIN)/python ci/generate_bindings.py
 
+reference: build  ## docs/api.md from the docstrings
+	$(BIN)/python ci/api_reference.py
+
 patch-apply: build  ## build/engine-work: the engine as a git repository, one commit per patch (FORCE=1: anew)
 	@$(BIN)/python $(ENGINE)/worktree.py apply $(if $(FORCE),--force)
+
+# not after `build`: with another engine the patches may not apply yet
+patch-rebase:  ## build/engine-work onto another engine, after the pin was changed
+	@$(BIN)/python $(ENGINE)/worktree.py rebase
 
 patch-export:  ## patches/ from the commits in build/engine-work
 	@$(BIN)/python $(ENGINE)/worktree.py export
