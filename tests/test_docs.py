@@ -8,6 +8,7 @@ otherwise:
     <!-- not run: WHY -->         counted in NOT_RUN
     <!-- in full: WHY -->         by `make test-full` only
     <!-- stays running: WHY -->   in the background, until the page's end
+    <!-- file: NAME -->           what the block holds, for the blocks that follow
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ SHIPPED = ROOT / "python/llama_flash/models"
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 NOT_RUN = 10  # blocks that no test runs: raise it only with a reason beside the block
 NOT_YET = {"serve"}  # commands that pages name before they are there
-RUN, KINDS = ("sh", "python", "yaml"), ("not run", "in full", "stays running")
-SECONDS = 300.0  # that a block may take
+RUN, KINDS = ("sh", "python", "yaml"), ("not run", "in full", "stays running", "file")
+SECONDS = 600.0  # that a block may take
 PORT = "8080"  # in the pages; replaced by a free one
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- ([a-z ]+): (.+) -->\n\Z")
-COMMAND = re.compile(r"^(?:\$ )?(?:llama-flash|python3?|make|pip|git|curl) ", re.MULTILINE)
+# not: usage, as `llama-flash run [OPTIONS]`
+COMMAND = re.compile(r"^(?:\$ )?(?:llama-flash|python3?|make|pip|git|curl) (?!.*\[OPTIONS\])", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def page_id(page: Path) -> str:
 
 
 def to_run(page: Path, *, in_full: bool) -> list[Block]:
-    marks = ("", "stays running", "in full") if in_full else ("", "stays running")
-    return [block for block in blocks_of(page) if block.language in RUN and block.mark in marks]
+    marks = {"", "stays running", "file"} | ({"in full"} if in_full else set())
+    return [block for block in blocks_of(page) if block.language != "text" and block.mark in marks]
 
 
 # --- what is laid out -------------------------------------------------------------------------------------------------
@@ -120,9 +122,13 @@ class Page:
             if Path(name).name in text:
                 (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
         (folder / "bin").mkdir()
-        command = folder / "bin/COMMAND"
-        command.write_text("#!/bin/sh\necho done\n")
-        command.chmod(0o755)
+        scripts = {"COMMAND": "echo done"}
+        if os.geteuid() == 0 and not shutil.which("sudo"):  # a small container: what sudo would do here
+            scripts["sudo"] = 'exec "$@"'
+        for name, line in scripts.items():
+            script = folder / "bin" / name
+            script.write_text(f"#!/bin/sh\n{line}\n")
+            script.chmod(0o755)
         path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         self.environment = {**os.environ, "PATH": path, "HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
         with socket.socket() as free:
@@ -133,7 +139,9 @@ class Page:
 
     def run(self, block: Block) -> None:
         text = block.text.replace(PORT, str(self.port))
-        if block.mark == "stays running":
+        if block.mark == "file":
+            (self.folder / block.reason).write_text(text)
+        elif block.mark == "stays running":
             self._start(block, text)
         elif block.language == "sh":
             self._shell(block.place, text)
@@ -266,12 +274,13 @@ def test_every_block_is_run_or_says_why_not() -> None:
         text = page.read_text(encoding="utf-8")
         assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(blocks_of(page)), f"{page}: an odd fence"
         for block in blocks_of(page):
-            assert block.language in (*RUN, "text"), f"{block.place}: say what it is: {', '.join(RUN)} or text"
+            if block.mark != "file":
+                assert block.language in (*RUN, "text"), f"{block.place}: say what it is: {', '.join(RUN)} or text"
             if block.language == "text":
                 assert not COMMAND.search(block.text), f"{block.place}: a command in a block of text"
             if block.mark:
                 assert block.mark in KINDS, f"{block.place}: {block.mark!r} is not one of {KINDS}"
-                assert len(block.reason.split()) >= 3, f"{block.place}: a reason"
+                assert block.mark == "file" or len(block.reason.split()) >= 3, f"{block.place}: a reason"
                 not_run += block.mark == "not run"
     assert not_run == NOT_RUN
 
