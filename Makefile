@@ -1,7 +1,7 @@
 # Everything there is to do, from a clean clone: `make` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-full lint sanitize bench reproduce demo bindings patch-apply patch-export clean
+.PHONY: help build wheel test test-full lint sanitize bench reproduce demo bindings reference patch-apply patch-rebase patch-export clean
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -12,6 +12,9 @@ help:  ## this list
 
 build:  ## .venv with the patched engine, the plugin and the Python packages, from one wheel
 	@$(PYTHON) $(ENGINE)/build.py
+
+wheel:  ## dist/: a wheel for every x86-64 CPU with AVX2, not only for this one
+	@$(PYTHON) $(ENGINE)/wheel.py
 
 # threads that wait for others do not spin: on a machine that is also used otherwise they would be in each other's way
 export OMP_WAIT_POLICY ?= passive
@@ -45,8 +48,15 @@ demo: build  ## a model larger than its memory cap: naive, with flash offload, r
 bindings: build  ## python/llama_flash/_bindings.py from the plugin's header
 	$(BIN)/python ci/generate_bindings.py
 
+reference: build  ## docs/api.md from the docstrings
+	$(BIN)/python ci/api_reference.py
+
 patch-apply: build  ## build/engine-work: the engine as a git repository, one commit per patch (FORCE=1: anew)
 	@$(BIN)/python $(ENGINE)/worktree.py apply $(if $(FORCE),--force)
+
+# not after `build`: with another engine the patches may not apply yet
+patch-rebase:  ## build/engine-work onto another engine, after the pin was changed
+	@$(BIN)/python $(ENGINE)/worktree.py rebase
 
 patch-export:  ## patches/ from the commits in build/engine-work
 	@$(BIN)/python $(ENGINE)/worktree.py export

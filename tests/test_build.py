@@ -50,7 +50,9 @@ def clone(tmp_path: Path) -> Path:
     """A copy of the repository without what was built."""
     target = tmp_path / "clone"
     shutil.copytree(
-        ROOT, target, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.gguf", "__pycache__", ".*_cache")
+        ROOT,
+        target,
+        ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.gguf", "__pycache__", ".*_cache"),
     )
     return target
 
@@ -60,16 +62,20 @@ def small(clone: Path) -> Path:
     """A clone whose pinned engine is two files, already taken."""
     shutil.rmtree(clone / "patches")
     (clone / "patches").mkdir()
-    archive = clone / "build/sdist/tiny_engine-1.0.tar.gz"
-    archive.parent.mkdir(parents=True)
+    pin_tiny_engine(clone, "1.0", ORIGINAL)
+    return clone
+
+
+def pin_tiny_engine(clone: Path, version: str, source: str) -> None:
+    archive = clone / f"build/sdist/tiny_engine-{version}.tar.gz"
+    archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:gz") as tar:
-        for name, text in ((SOURCE, ORIGINAL), ("llama_cpp/__init__.py", "x = 1\n"), (".git/HEAD", "ref\n")):
-            member = tarfile.TarInfo(f"tiny_engine-1.0/{name}")
+        for name, text in ((SOURCE, source), ("llama_cpp/__init__.py", "x = 1\n"), (".git/HEAD", "ref\n")):
+            member = tarfile.TarInfo(f"tiny_engine-{version}/{name}")
             member.size = len(text)
             tar.addfile(member, io.BytesIO(text.encode()))
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    (clone / "ci/engine/requirements.txt").write_text(f"tiny-engine==1.0 --hash=sha256:{digest}\n")
-    return clone
+    (clone / "ci/engine/requirements.txt").write_text(f"tiny-engine=={version} --hash=sha256:{digest}\n")
 
 
 def run(folder: Path, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -108,7 +114,8 @@ def test_wheel_holds_all_three_packages_and_each_library_once() -> None:
         "gguf_tools",
     }
     libraries = {Path(name).name for name in names if "/lib/" in name}
-    assert libraries == {f"lib{x}.so" for x in ("llama", "ggml", "ggml-base", "ggml-cpu", "mtmd", "llama_flash")}
+    built = ("llama", "ggml", "ggml-base", "ggml-cpu", "mtmd", "llama_flash", "llama_flash_cpu")
+    assert libraries == {f"lib{x}.so" for x in built}
     for needed in ("llama_cpp/llama.py", "llama_flash/py.typed", "llama_flash/_bindings.py"):
         assert needed in names
 
@@ -252,3 +259,36 @@ def test_patches_survive_a_round_trip_through_the_work_tree(small: Path) -> None
     assert patches() == second
     assert lay_out(small).returncode == 0
     assert (small / "build/engine/llama_cpp/__init__.py").read_text() == "x = 2\n"
+
+
+def test_patches_move_to_another_engine(small: Path) -> None:
+    (small / "patches/0001-weights-change-line-10.patch").write_text(PATCH)
+    assert run(small, sys.executable, "ci/engine/worktree.py", "apply").returncode == 0
+    assert "already" in the_error(run(small, sys.executable, "ci/engine/worktree.py", "rebase"))
+
+    # upstream has changed lines right beside the patch's: as text it applies no more, git can still place it
+    moved = "a new first line\n" + ORIGINAL.replace("line 7\n", "line seven\n")
+    pin_tiny_engine(small, "1.1", moved)
+    assert "does not apply" in the_error(lay_out(small))
+    rebased = run(small, sys.executable, "ci/engine/worktree.py", "rebase")
+    assert rebased.returncode == 0, rebased.stderr
+    assert run(small, sys.executable, "ci/engine/worktree.py", "export").returncode == 0
+    assert lay_out(small).returncode == 0
+    assert (small / "build/engine" / SOURCE).read_text() == moved.replace("line 10\n", "line ten\n")
+
+
+def test_a_conflict_with_another_engine_is_settled_with_git(small: Path) -> None:
+    (small / "patches/0001-weights-change-line-10.patch").write_text(PATCH)
+    assert run(small, sys.executable, "ci/engine/worktree.py", "apply").returncode == 0
+    changed = ORIGINAL.replace("line 10\n", "line X\n")
+    pin_tiny_engine(small, "1.1", changed)
+    assert "conflicts with tiny_engine-1.1" in the_error(run(small, sys.executable, "ci/engine/worktree.py", "rebase"))
+
+    work = small / "build/engine-work"
+    assert "not committed" in the_error(run(small, sys.executable, "ci/engine/worktree.py", "export"))
+    (work / SOURCE).write_text(ORIGINAL.replace("line 10\n", "line ten\n"))
+    assert run(work, "git", "add", "--all").returncode == 0
+    assert run(work, "git", "-c", "core.editor=true", "rebase", "--continue").returncode == 0
+    assert run(small, sys.executable, "ci/engine/worktree.py", "export").returncode == 0
+    assert lay_out(small).returncode == 0
+    assert "line ten" in (small / "build/engine" / SOURCE).read_text()

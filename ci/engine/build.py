@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from report import ERROR_PREFIX, BuildError, run_logged, run_main, say
@@ -146,14 +147,15 @@ def lay_out_engine() -> None:
         sys.exit(1)
 
 
-def build_wheel() -> Path:
-    dist = BUILD / "dist"
+def build_wheel(dist: Path, build_folder: Path, *settings: str) -> Path:
+    """The one wheel in `dist`, which is emptied before. `settings` are scikit-build-core's, as NAME=VALUE."""
     shutil.rmtree(dist, ignore_errors=True)
     pip(
         "compiling the engine and the plugin, packing the wheel",
-        "build.log",
+        f"{build_folder.name}.log",
         *("wheel", "--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", dist),
-        *("--config-settings", f"build-dir={BUILD / 'cmake'}", ROOT),
+        *(f"--config-settings={setting}" for setting in (f"build-dir={build_folder}", *settings)),
+        ROOT,
         progress_pattern=r"\[\d+/\d+\]",
     )
     (wheel,) = dist.glob("*.whl")
@@ -170,8 +172,9 @@ def install(wheel: Path) -> None:
     stamp.write_text(key)
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+@contextmanager
+def alone() -> Iterator[None]:
+    """One build at a time."""
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
         raise BuildError(f"Python {oldest} or newer is needed, this is {sys.version.split()[0]}")
@@ -182,16 +185,27 @@ def main() -> None:
         except BlockingIOError:
             say("another build is running: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def prepare() -> None:
+    """What every build needs: compilers, .venv, the patched engine."""
+    check_compilers()
+    make_venv()
+    install_build_requirements()
+    lay_out_engine()
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    with alone():
         key = fingerprint()
         stamp = VENV / ".built"
         if stamp_matches(stamp, key) and PYTHON.exists():
             say("build: up to date")
             return
-        check_compilers()
-        make_venv()
-        install_build_requirements()
-        lay_out_engine()
-        wheel = build_wheel()
+        prepare()
+        wheel = build_wheel(BUILD / "dist", BUILD / "cmake")
         install(wheel)
         stamp.write_text(key)
         say(f"build: {wheel.relative_to(ROOT)} is installed in .venv")

@@ -1,7 +1,8 @@
 """The tree in which patches are made: build/engine-work, a git repository with one commit per patch.
 
 `apply` lays it out from `patches/`; edit and commit there (amend, rebase: one concern per commit); `export` writes its
-commits back to `patches/`. A round trip leaves `patches/` as it was.
+commits back to `patches/`. A round trip leaves `patches/` as it was. `rebase` moves the commits onto the engine that
+requirements.txt pins by now.
 """
 
 from __future__ import annotations
@@ -53,6 +54,33 @@ def need_git() -> None:
         raise BuildError("git is needed to make patches (not to build)")
 
 
+def base_message(pin: sdist.Pin) -> str:
+    return f"{pin.stem}, as pinned"
+
+
+def commit_base(pin: sdist.Pin) -> None:
+    git("add", "--all", "--force")
+    git("commit", "--quiet", "--message", base_message(pin), env=IDENTITY)
+
+
+def unpack(archive_path: Path) -> None:
+    with tarfile.open(archive_path) as archive:
+        for path, member in members(archive):
+            file = WORK / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content(archive, member))
+            file.chmod(member.mode & 0o777)
+
+
+def need_clean_work() -> None:
+    if not (WORK / ".git").is_dir():
+        raise BuildError(f"{WORK} is not there: run `make patch-apply` first")
+    if git("status", "--porcelain"):
+        raise BuildError(f"{WORK} has changes that are not committed")
+    if (WORK / ".git/rebase-merge").exists():
+        raise BuildError(f"{WORK} is in the middle of a rebase: end it (git rebase --continue, or --abort)")
+
+
 def apply(force: bool) -> None:
     need_git()
     if WORK.exists() and not force:
@@ -62,17 +90,11 @@ def apply(force: bool) -> None:
     pin = sdist.read_pin()
     archive_path = sdist.fetch()
     with step("laying out the pinned engine"):
-        with tarfile.open(archive_path) as archive:
-            for path, member in members(archive):
-                file = WORK / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content(archive, member))
-                file.chmod(member.mode & 0o777)
+        unpack(archive_path)
         git("init", "--quiet", "--initial-branch=flash")
         for key, value in CONFIG.items():
             git("config", key, value)
-        git("add", "--all", "--force")
-        git("commit", "--quiet", "--message", f"{pin.stem}, as pinned", env=IDENTITY)
+        commit_base(pin)
         git("tag", BASE_TAG)
     for patch in patches.find(PATCHES):
         try:
@@ -82,12 +104,36 @@ def apply(force: bool) -> None:
     say(f"{WORK}: {len(patches.find(PATCHES))} patches applied, one commit each")
 
 
+def rebase() -> None:
+    """Puts the pinned engine below the commits, in place of the one that is there."""
+    need_git()
+    need_clean_work()
+    pin = sdist.read_pin()
+    there = git("log", "-1", "--format=%s", BASE_TAG).strip()
+    if there == base_message(pin):
+        raise BuildError(f"{WORK} is on {pin.stem} already: pin another engine in {sdist.REQUIREMENTS.name} first")
+    archive_path = sdist.fetch()
+    with step(f"laying out {pin.stem}"):
+        git("checkout", "--quiet", "--detach", BASE_TAG)
+        git("rm", "-r", "--quiet", ".")
+        unpack(archive_path)
+        commit_base(pin)
+        before, after = git("rev-parse", BASE_TAG).strip(), git("rev-parse", "HEAD").strip()
+        git("checkout", "--quiet", "flash")
+        git("tag", "--force", BASE_TAG, after)
+    try:
+        git("rebase", "--quiet", "--onto", after, before, "flash")
+    except BuildError as e:
+        raise BuildError(
+            f"a patch conflicts with {pin.stem}: settle it in {WORK} (git status, git rebase --continue), then run "
+            "`make patch-export`"
+        ) from e
+    say(f"{WORK}: the patches are on {pin.stem}; `make patch-export` writes them")
+
+
 def export() -> None:
     need_git()
-    if not (WORK / ".git").is_dir():
-        raise BuildError(f"{WORK} is not there: run `make patch-apply` first")
-    if git("status", "--porcelain"):
-        raise BuildError(f"{WORK} has changes that are not committed")
+    need_clean_work()
     with tempfile.TemporaryDirectory() as tmp:
         git(
             *("format-patch", "--quiet", "--zero-commit", "--no-numbered", "--no-signature", "--full-index"),
@@ -115,10 +161,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     apply_parser = commands.add_parser("apply")
     apply_parser.add_argument("--force", action="store_true", help="throw an existing work tree away")
+    commands.add_parser("rebase")
     commands.add_parser("export")
     args = parser.parse_args()
     if args.command == "apply":
         apply(args.force)
+    elif args.command == "rebase":
+        rebase()
     else:
         export()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .capped import CapResult, run_capped
 from .controller import Controller, FlashEvent
-from .errors import FlashBudgetError, FlashCapError, FlashError, FlashFormatError, FlashReadError
+from .errors import FlashBudgetError, FlashCapError, FlashCpuError, FlashError, FlashFormatError, FlashReadError
 from .options import FlashOffload
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "DeviceProfile",
     "FlashBudgetError",
     "FlashCapError",
+    "FlashCpuError",
     "FlashError",
     "FlashEvent",
     "FlashFormatError",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["FlashBudgetError", "FlashCapError", "FlashError", "FlashFormatError", "FlashReadError"]
+__all__ = ["FlashBudgetError", "FlashCapError", "FlashCpuError", "FlashError", "FlashFormatError", "FlashReadError"]
 
 
 class FlashError(RuntimeError):
@@ -58,3 +58,7 @@ class FlashFormatError(FlashError):
 
 class FlashCapError(FlashError):
     """A command could not be run under a memory cap."""
+
+
+class FlashCpuError(FlashError, ImportError):
+    """llama_cpp was compiled for instruction sets that this CPU does not have; raised when it is imported."""

@@ -24,7 +24,7 @@ class FlashOffload:
         dram_budget: bytes that the whole process may take: interpreter, resident weights, KV cache, buffers and the
             slots for weights from flash. "auto": the tightest memory cgroup or the machine's free memory, less what
             others use. Else a size ("2GiB", 2147483648) or a share of the model file ("50%").
-        reserve: bytes of the budget left unused, for what cannot be counted beforehand. None: see budget.RESERVE_MIN.
+        reserve: bytes of the budget left unused, for what cannot be counted beforehand. None: 3 %, at least 32 MiB.
         what: which weights stay on flash. "auto": none if the whole model fits, else as few kinds as the budget
             needs. "experts", "ffn" (experts and dense FFN) or "all" (attention and output too) choose by hand.
         predictor: how the active neurons of a file with neuron bundles are found. "exact": gate (without gate: up)
