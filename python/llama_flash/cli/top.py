@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from .common import AsJson
+from .common import AsJson, print_json
 
 __all__ = ["EPILOG", "top"]
 
@@ -24,6 +23,6 @@ def top(
     from ..top import show
 
     if as_json:
-        print(json.dumps(status.read_all()))
+        print_json({"processes": status.read_all()})
     else:
         show(once, seconds)
