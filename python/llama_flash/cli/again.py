@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,10 +22,13 @@ from .common import print_json, report_cap, stderr
 __all__ = ["cap_bytes", "cap_values", "command_line", "run_again_capped"]
 
 
-def command_line(ctx: typer.Context, command: str | None = None, **changed: Any) -> list[str]:
+def command_line(
+    ctx: typer.Context, command: str | None = None, options: Sequence[str] = (), **changed: Any
+) -> list[str]:
     """The command line of `ctx` with some parameters changed; None leaves one out.
 
-    command: another command than that of `ctx`, which has all of its options that are set.
+    command: another command than that of `ctx`, which has all of its options that are not left out. options: more of
+    them.
     """
     words = [sys.executable, "-m", "llama_flash", command or str(ctx.info_name)]
     arguments = []
@@ -42,6 +46,7 @@ def command_line(ctx: typer.Context, command: str | None = None, **changed: Any)
         else:
             # one word: a value may begin with a dash
             words += [f"{_long(param.opts)}={one}" for one in (value if isinstance(value, (list, tuple)) else [value])]
+    words += options
     return [*words, "--", *arguments] if arguments else words
 
 
