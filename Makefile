@@ -1,7 +1,7 @@
 # Everything there is to do, from a clean clone: `make` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-full lint sanitize bench reproduce demo bindings patch-apply patch-export clean
+.PHONY: help build test test-full lint sanitize bench reproduce demo bindings reference patch-apply patch-export clean
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -44,6 +44,9 @@ demo: build  ## a model larger than its memory cap: naive, with flash offload, r
 
 bindings: build  ## python/llama_flash/_bindings.py from the plugin's header
 	$(BIN)/python ci/generate_bindings.py
+
+reference: build  ## docs/cli.md from the commands of llama-flash
+	$(BIN)/python ci/generate_cli_reference.py
 
 patch-apply: build  ## build/engine-work: the engine as a git repository, one commit per patch (FORCE=1: anew)
 	@$(BIN)/python $(ENGINE)/worktree.py apply $(if $(FORCE),--force)

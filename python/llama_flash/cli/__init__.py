@@ -14,11 +14,16 @@ from .later import Group, Later, own, tool
 
 __all__ = ["app", "main"]
 
-EPILOG = (
-    "Exit codes:  [bold]0[/] done   |   [bold]1[/] an error, said in one line; verify: not the same; doctor: a problem"
-    "   |   [bold]2[/] no such command or option   |   [bold]130[/] Ctrl-C   |   [bold]143[/] ended by SIGTERM"
-    "   |   cap, --cap: the command's own, [bold]137[/] killed for memory"
-)
+# code -> when; docs/cli.md has it, too
+EXIT_CODES = {
+    "0": "done",
+    "1": "an error, in one line on stderr; verify: not the same; doctor: a problem; bench: nothing measured",
+    "2": "no such command or option",
+    "130": "Ctrl-C",
+    "143": "ended by SIGTERM",
+    "137": "killed for memory, below cap or --cap, which else end as the command that they ran",
+}
+EPILOG = "Exit codes:  " + "   |   ".join(f"[bold]{code}[/] {when}" for code, when in EXIT_CODES.items())
 
 _RUN, _MACHINE, _FILES = "Run models", "Memory and devices", "Model files"
 
@@ -29,13 +34,13 @@ _COMMANDS = (
     Later("bench", "Measure how fast a model decodes with flash offload, at several budgets.", _RUN, own("bench")),
     Later(
         "top",
-        "Show running processes with weights on flash: speed, hit rate, memory and what limits it.",
+        "Show running processes with weights on flash: speed, hit rate, bytes per token, memory, what limits it.",
         _RUN,
         own("top"),
     ),
     Later(
         "plan",
-        "Say what loading a model would do: memory, smallest budget, bytes and tokens per second.",
+        "Say what loading a model would do: memory, mode, smallest budget, bytes and tokens per second.",
         _MACHINE,
         own("plan"),
     ),
@@ -58,9 +63,9 @@ _COMMANDS = (
             ("convert", "Make a GGUF file of a Hugging Face checkpoint."),
             ("bundle", "Store the feed-forward weights of a ReLU-like model neuron by neuron."),
             ("calibrate", "Fit predictors of active neurons to a flash file, and measure its sparsity."),
-            ("reorder", "Store neurons that are needed together next to each other: fewer reads."),
+            ("reorder", "Store neurons that are needed together next to each other: the same function, fewer reads."),
             ("inspect", "List types and sizes, bundles and predictors, and check the file."),
-            ("verify", "Say whether two files hold the same model, neurons in any order."),
+            ("verify", "Say whether two files hold the same model, neurons in any order (exit status 0), or not (1)."),
             ("unbundle", "Make an ordinary GGUF file of a flash file; predictors are dropped."),
         )
     ),

@@ -37,7 +37,7 @@ def plan(
     ] = False,
     as_json: c.AsJson = False,
 ) -> None:
-    """Say what loading a model would do: memory, mode, smallest workable budget, bytes and tokens per second.
+    """Say what loading a model would do: memory, mode, smallest budget, bytes and tokens per second.
 
     Nothing is loaded. Rates are of the device's profile (llama-flash profile), else of a quick probe of the file.
     """

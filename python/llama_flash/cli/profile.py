@@ -20,7 +20,9 @@ EPILOG = (
 
 
 def profile(
-    path: Annotated[Path, typer.Argument(help="A large file on the device, best the model; or a directory.")],
+    path: Annotated[
+        Path, typer.Argument(help="A large file on the device, best the model; or a folder.", metavar="FILE_OR_FOLDER")
+    ],
     io_engine: IoEngine = "auto",
     as_json: AsJson = False,
 ) -> None:

@@ -18,7 +18,7 @@ def top(
     seconds: Annotated[float, typer.Option("-d", "--delay", min=0.1, help="Between two looks.")] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show running processes with weights on flash: speed, hit rate, bytes per token, memory and what limits it."""
+    """Show running processes with weights on flash: speed, hit rate, bytes per token, memory, what limits it."""
     from .. import status
     from ..top import show
 
