@@ -19,6 +19,8 @@ from .common import DEFAULT_CTX, stderr
 
 __all__ = ["context_tokens", "flash_options", "kv_type", "open_model", "print_statistics"]
 
+_CTX_STEP = 256  # src/llama-context.cpp
+
 
 def flash_options(params: Mapping[str, Any]) -> FlashOffload:
     """What a command's parameters say of flash offload.
@@ -33,8 +35,9 @@ def flash_options(params: Mapping[str, Any]) -> FlashOffload:
 
 
 def context_tokens(meta: GgufMeta, n_ctx: int) -> int:
-    """Tokens meant by --n-ctx."""
-    return n_ctx or min(meta.number("context_length", DEFAULT_CTX), DEFAULT_CTX)
+    """Tokens meant by --n-ctx, rounded up as the engine does: `Llama` would keep fewer tokens than the engine."""
+    tokens = n_ctx or min(meta.number("context_length", DEFAULT_CTX), DEFAULT_CTX)
+    return -(-tokens // _CTX_STEP) * _CTX_STEP
 
 
 def kv_type(option: str, name: str) -> int:
