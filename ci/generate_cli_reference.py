@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -121,5 +123,16 @@ def _cell(text: str | None) -> str:
     return (text or "").replace("|", "\\|")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 if docs/cli.md is stale; write nothing")
+    args = parser.parse_args()
+    page = reference()
+    if not args.check:
+        TARGET.write_text(page, encoding="utf-8")
+    elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page:
+        sys.exit("error: docs/cli.md is stale: run `make reference`")
+
+
 if __name__ == "__main__":
-    TARGET.write_text(reference(), encoding="utf-8")
+    main()

@@ -35,14 +35,6 @@ def test_version() -> None:
     assert flash("--version").stdout == f"llama-flash {llama_flash.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["cap", "run", "plan", "profile"])
-def test_help_has_examples(command: str) -> None:
-    result = flash(command, "--help")
-    assert result.returncode == 0
-    assert "Examples" in result.stdout
-    assert f"llama-flash {command}" in result.stdout
-
-
 def test_importing_the_package_does_not_load_the_engine() -> None:
     script = "import sys, llama_flash; print([m for m in ('llama_cpp', 'numpy', 'typer') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"
