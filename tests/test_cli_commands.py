@@ -238,7 +238,7 @@ def test_run_as_stock_says_the_same(model_file: ModelFile) -> None:
     stock, offload = one_object(flash(*common, "--no-flash")), one_object(flash(*common, "--what", "experts"))
     assert stock["flash"] is None and offload["flash"]["mode"] == "flash"
     assert stock["text"] == offload["text"] != ""
-    assert offload["flash"]["decode"]["tokens"] == 23, "no end of text"
+    assert offload["flash"]["decode"]["tokens"] >= 23, "no end of text"
     assert stock["tokens_per_second"] > 0
 
 

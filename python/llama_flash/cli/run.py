@@ -83,12 +83,16 @@ def _generate(path: Path, meta: GgufMeta, params: dict[str, Any], options: Flash
     llm = open_model(path, meta, params, options)
     quiet, prompt = params["as_json"], params["prompt"]
     pieces: list[str] = []
+    sampled: list[float] = []  # when each token was: a piece of text may hold several, or none
+
+    def note(*_: Any) -> bool:
+        sampled.append(time.perf_counter())
+        return False
+
     interrupted = False
     if not quiet:
         print(prompt, end="", flush=True)
     started = time.perf_counter()
-    first = finished = started
-    first_tokens = tokens = 0  # a piece may hold several
     try:
         for chunk in llm.create_completion(
             prompt,
@@ -96,32 +100,31 @@ def _generate(path: Path, meta: GgufMeta, params: dict[str, Any], options: Flash
             temperature=params["temperature"],
             seed=params["seed"],
             logit_bias=_never_ending(llm) if params["ignore_eos"] else None,
+            stopping_criteria=note,
             stream=True,
         ):
             pieces.append(chunk["choices"][0]["text"])
-            finished, tokens = time.perf_counter(), llm.n_tokens
-            if len(pieces) == 1:
-                first, first_tokens = finished, tokens
             if not quiet:
                 print(pieces[-1], end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
     if not quiet:
         print(flush=True)
-    seconds = finished - first
+    seconds = sampled[-1] - sampled[0] if sampled else 0.0
+    rate = (len(sampled) - 1) / seconds if seconds > 0 else None
     result = {
         "model": str(path),
         "prompt": prompt,
         "text": "".join(pieces),
         "interrupted": interrupted,
-        "seconds_to_first_token": first - started,
+        "seconds_to_first_token": sampled[0] - started if sampled else None,
+        "tokens_per_second": rate,
     }
     if options is None:
         llm.close()
-        rate = (tokens - first_tokens) / seconds if seconds > 0 else None
         if not quiet:
-            c.stderr.print(_title(result, rate))
-        return {**result, "tokens_per_second": rate, "expected": None, "flash": None}
+            c.stderr.print(_title(result))
+        return {**result, "expected": None, "flash": None}
 
     from ..plan_view import print_comparison
     from ..planner import cost_of
@@ -133,22 +136,22 @@ def _generate(path: Path, meta: GgufMeta, params: dict[str, Any], options: Flash
     # when the model's memory is free again: where no profile is kept, the file is read
     rates = profile_for(path, options.io_engine)
     expected = expect(rates)
-    rate = stats.decode.tokens / seconds if seconds > 0 else None
     if not quiet:
-        print_statistics(stats, _title(result, rate))
+        print_statistics(stats, _title(result))
         if stats.decode.tokens:
             print_comparison(c.stderr, expected, rates, stats.decode, rate)
     return {
         **result,
-        "tokens_per_second": rate,
         "expected": {**expected.as_dict(), "rates": rates.source},
         "flash": stats.as_dict(),
     }
 
 
-def _title(result: dict[str, Any], rate: float | None) -> str:
-    speed = f", {rate:.1f} tokens per second" if rate else ""
-    return f"first token after {result['seconds_to_first_token']:.2f} s{speed}"
+def _title(result: dict[str, Any]) -> str:
+    first, rate = result["seconds_to_first_token"], result["tokens_per_second"]
+    if first is None:
+        return "no token"
+    return f"first token after {first:.2f} s" + (f", {rate:.1f} tokens per second" if rate else "")
 
 
 def _never_ending(llm: Any) -> dict[int, float]:
