@@ -58,6 +58,31 @@ class Terminal:
             left = deadline - time.monotonic()
             assert left > 0 and self._read(left), f"{pattern!r} did not come; after {after}: {self.text[after:]!r}"
 
+    def press(self, key: str, pattern: str, *, after: int = 0) -> int:
+        """Presses a key until the text matches, and returns as `wait_for`.
+
+        A control key that comes in the moment in which a line editor takes the terminal over can be lost.
+        """
+        for _ in range(20):
+            self.type(key)
+            try:
+                return self.wait_for(pattern, after=after, seconds=10)
+            except AssertionError:
+                continue
+        return self.wait_for(pattern, after=after, seconds=10)
+
+    def leave(self, key: str) -> int:
+        """Presses a key until the program ends; its exit code."""
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            try:
+                self.type(key)
+                return self.end(10)
+            except (OSError, subprocess.TimeoutExpired):
+                if self.process.poll() is not None:
+                    break
+        return self.process.wait(timeout=1)
+
     def end(self, seconds: float = 200) -> int:
         """The exit code, when all was read."""
         deadline = time.monotonic() + seconds

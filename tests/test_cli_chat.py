@@ -132,8 +132,7 @@ def test_on_a_terminal_there_is_a_line_of_figures_below_the_answer(templated: Pa
         end = opened.wait_for(r"/budget SIZE.*\n(.*\n)*> $", after=end)
         opened.type("\x1b[A\x1b[A\n")  # arrow up, twice: what was typed before comes again
         opened.wait_for(r"budget 150 MiB .*\n(.*\n)*> $", after=end)
-        opened.type("\x04")
-        assert opened.end() == 0
+        assert opened.leave("\x04") == 0
         assert opened.text.count("waited for reads") == 2
 
 
@@ -143,8 +142,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(templated: Path) -> None:
         end = opened.wait_for(r"[1-9][\d.]* tokens/s")
         opened.type("\x03")
         end = opened.wait_for(r"tokens/s.*\n> $", after=end)
-        opened.type("half a line\x03")
-        end = opened.wait_for("Ctrl-D or /quit ends\n> $", after=end)
+        opened.type("half a line")
+        opened.press("\x03", "Ctrl-D or /quit ends\n> $", after=end)
         opened.type("/quit\n")
         assert opened.end() == 0
         assert "Traceback" not in opened.text
@@ -156,8 +155,7 @@ def test_under_a_cap_the_terminal_is_the_chats(templated: Path) -> None:
         end = opened.wait_for(r"[1-9][\d.]* tokens/s")
         opened.type("\x03")
         end = opened.wait_for(r"tokens/s.*\n> $", after=end)
-        opened.type("\x04")
-        assert opened.end() == 0
+        assert opened.leave("\x04") == 0
         assert "0 OOM kills, exit code 0" in opened.text
 
 
