@@ -48,8 +48,9 @@ demo: build  ## a model larger than its memory cap: naive, with flash offload, r
 bindings: build  ## python/llama_flash/_bindings.py from the plugin's header
 	$(BIN)/python ci/generate_bindings.py
 
-reference: build  ## docs/api.md from the docstrings
+reference: build  ## docs/api.md from the docstrings, docs/cli.md from the commands
 	$(BIN)/python ci/api_reference.py
+	$(BIN)/python ci/generate_cli_reference.py
 
 patch-apply: build  ## build/engine-work: the engine as a git repository, one commit per patch (FORCE=1: anew)
 	@$(BIN)/python $(ENGINE)/worktree.py apply $(if $(FORCE),--force)

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,6 +29,7 @@ import numpy.typing as npt
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.format import Dimensions, read_flash
 from gguf_tools.observe import Floats, Observation, Observer
+from gguf_tools.progress import count_progress
 from gguf_tools.source import Source, open_gguf, row_count
 
 Bits = npt.NDArray[np.uint8]  # packed, the first one in the highest bit
@@ -41,7 +41,6 @@ MIN_SEQUENCES = 8  # fewer cannot be split into those that are fitted, calibrate
 _LONGEST_TEXT = 64 << 20  # bytes: of a longer one, excerpts
 _EXCERPTS = 64
 _RESERVE = 256 << 20  # bytes of disk space left alone
-_SAY_EVERY = 10.0  # seconds
 _VERSION = 1
 _STATE = "recording.json"
 _LARGEST = np.float32(3e38)
@@ -187,18 +186,15 @@ def record(
         state = _State(_VERSION, fingerprint(source), n_ctx, len(sequences), _hash_of(sequences))
         folder.mkdir(parents=True, exist_ok=True)
         _check_state(folder, state)
-        said = time.monotonic()
-        for number, tokens in enumerate(sequences):
-            file = _sequence_file(folder, number)
-            if file.exists():
-                continue
-            seen = observer.run(tokens)
-            if not seen:
-                raise GgufToolsError("has no dense feed-forward blocks", file=path)
-            _save(file, seen, len(sequences) - number)
-            if say and time.monotonic() > said + _SAY_EVERY:
-                say(f"recorded {number + 1} of {len(sequences)} sequences of {n_ctx} tokens")
-                said = time.monotonic()
+        missing = [number for number in range(len(sequences)) if not _sequence_file(folder, number).exists()]
+        what = f"recording {path.name}" if say else None
+        with count_progress(what, len(missing) * n_ctx, "tokens") as advance:
+            for number in missing:
+                seen = observer.run(sequences[number])
+                if not seen:
+                    raise GgufToolsError("has no dense feed-forward blocks", file=path)
+                _save(_sequence_file(folder, number), seen, len(sequences) - number)
+                advance(n_ctx)
     finally:
         observer.close()
     return open_recording(folder)

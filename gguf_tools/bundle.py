@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -67,6 +68,17 @@ class BundlePlan:
     @property
     def tensors(self) -> dict[str, PlannedTensor]:
         return {tensor.name: tensor for tensor in self.planned}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "layout": self.layout.layout,
+            "record_bytes": self.layout.record_bytes,
+            "parts": [{"name": part.name, "type": part.kind.name} for part in self.layout.parts],
+            "layers": [{"layer": il, "neurons": n, "experts": self.n_expert.get(il, 0)} for il, n in self.n_ff.items()],
+            "activation": str(self.activation),
+            "notes": self.notes,
+        }
 
 
 def bundle(

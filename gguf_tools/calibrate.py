@@ -23,6 +23,7 @@ from gguf_tools.errors import GgufToolsError
 from gguf_tools.fitting import Settings, StoredPredictor, fit
 from gguf_tools.format import ALIGNMENT, Dimensions, PredictorInfo, bias_name, weight_name
 from gguf_tools.measure import LayerReport, layer_report
+from gguf_tools.progress import count_progress
 from gguf_tools.source import Bytes, KeyValue
 from gguf_tools.sparse_model import SparseModel
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
@@ -79,7 +80,11 @@ def calibrate(
     folder = target.with_name(f"{target.name}.calibration") if work is None else Path(work)
     recording = record(path, Path(text), folder, n_tokens=n_tokens, n_threads=n_threads, say=say)
     split = _Split.of(recording)
-    done = {il: _done(subject, recording, split, il, settings, say) for il in subject.layers}
+    done = {}
+    with count_progress(f"fitting {path.name}" if say else None, len(subject.layers), "layers") as advance:
+        for il in subject.layers:
+            done[il] = _done(subject, recording, split, il, settings, say)
+            advance(1)
     report = CalibrationReport(
         model=str(path),
         activation=str(subject.activation),

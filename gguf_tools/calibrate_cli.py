@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,18 +15,24 @@ from gguf_tools.calibrate import calibrate as fit_predictors
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.fitting import RECALL, Settings
 from gguf_tools.measure import WINDOW, LayerReport
+from gguf_tools.options import AsJson, Force, Output, Threads, kind_of, print_json, written
 from gguf_tools.order import Reads
 from gguf_tools.reorder import LayerReads
 from gguf_tools.reorder import reorder as write_ordered
-from gguf_tools.types import kind_named
 
 _WINDOWS = (0, 1, 2, 4, 8, 16)  # of the curves in the table; all are in the JSON
 
 Text = Annotated[Path | None, typer.Option(help="Text to run the model on: the kind of text that it is used for.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens to run it on, from all over the text.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine. Default: one per CPU.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+EPILOG = (
+    "Examples:  [bold]llama-flash calibrate flash.gguf --text wiki.txt[/]   |   "
+    "[bold]llama-flash calibrate model.gguf --text wiki.txt --report --json[/]"
+)
+REORDER_EPILOG = (
+    "Examples:  [bold]llama-flash reorder flash.gguf ordered.gguf --text wiki.txt[/]   |   "
+    "[bold]llama-flash reorder flash.gguf ordered.gguf --activations work[/]"
+)
 
 
 def calibrate(
@@ -48,7 +53,7 @@ def calibrate(
         typer.Option(help="Folder for activations and finished layers, kept. Default: beside OUT, removed at the end."),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Write nothing.")] = False,
-    threads: Threads = None,
+    threads: Threads = 0,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,35 +63,34 @@ def calibrate(
     """
     if text is None:
         raise GgufToolsError("--text FILE is needed")
-    try:
-        kind = kind_named(type_name)
-    except ValueError as error:
-        raise GgufToolsError(str(error)) from None
     result = fit_predictors(
         model,
         text,
         out,
         n_tokens=tokens,
-        settings=Settings(recall, max_rank, kind, refine),
+        settings=Settings(recall, max_rank, kind_of(type_name), refine),
         work=work,
         write=not report,
-        n_threads=threads,
+        n_threads=threads or None,
         force=force,
         say=_say,
     )
-    print(json.dumps(asdict(result), indent=2) if as_json else "\n".join(_calibration_lines(result)))
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print("\n".join(_calibration_lines(result)))
 
 
 def reorder(
     model: Annotated[Path, typer.Argument(help="A flash file, or an ordinary GGUF of f16 or f32.", metavar="IN")],
-    out: Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT")],
+    out: Output,
     text: Text = None,
     activations: Annotated[
         Path | None, typer.Option(help="Instead of a text: what calibrate --work DIR has kept.", metavar="DIR")
     ] = None,
     tokens: Tokens = TOKENS,
     window: Annotated[int, typer.Option(min=0, help="Tokens whose neurons are in memory; 0: none.")] = WINDOW,
-    threads: Threads = None,
+    threads: Threads = 0,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -98,12 +102,15 @@ def reorder(
         activations=activations,
         n_tokens=tokens,
         window=window,
-        n_threads=threads,
+        n_threads=threads or None,
         force=force,
         say=_say,
     )
     layers = [asdict(layer) for layer in result]
-    print(json.dumps({"window": window, "layers": layers}, indent=2) if as_json else "\n".join(_reads_lines(result)))
+    if as_json:
+        print_json({**written(out), "window": window, "layers": layers})
+    else:
+        print("\n".join(_reads_lines(result)))
 
 
 def _say(line: str) -> None:

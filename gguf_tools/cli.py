@@ -1,11 +1,10 @@
-"""The command `python -m gguf_tools`.
+"""The command `python -m gguf_tools`, whose commands `llama-flash` has, too.
 
 A command is a function with typer's annotations; `app.command("name")(function)` adds one.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Collection, Sequence
@@ -16,15 +15,13 @@ from typing import Annotated
 import typer
 from gguf import GGMLQuantizationType
 
+from gguf_tools import calibrate_cli, convert_cli
 from gguf_tools.bundle import BundlePlan
 from gguf_tools.bundle import bundle as write_bundle
-from gguf_tools.calibrate_cli import calibrate, reorder
-from gguf_tools.convert_cli import command as convert
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.format import ACTIVATIONS, Activation
 from gguf_tools.listing import FlashListing, Listing, describe
-from gguf_tools.neurons import MEMORY
-from gguf_tools.types import kind_named
+from gguf_tools.options import DEFAULT_MEMORY, AsJson, Force, Memory, Output, kind_of, memory_bytes, print_json, written
 from gguf_tools.unbundle import unbundle as write_ordinary
 from gguf_tools.verify import Verification
 from gguf_tools.verify import verify as compare
@@ -35,18 +32,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("convert")(convert)
-app.command("calibrate")(calibrate)
-app.command("reorder")(reorder)
-
 Input = Annotated[Path, typer.Argument(help="A GGUF file, or the first shard of a model.", metavar="IN")]
-Output = Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Memory = Annotated[int, typer.Option("--memory", min=1, metavar="MIB", help="Memory to work in, in MiB.")]
 TypeName = Annotated[
     str | None, typer.Option("--type", help="Type of all parts: f16, q8_0, q4_K, ... Default: as it is.")
 ]
@@ -65,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-@app.command()
+app.command("convert", epilog=convert_cli.EPILOG)(convert_cli.command)
+
+
+@app.command(
+    epilog="Examples:  [bold]llama-flash bundle opt-6.7b-f16.gguf opt-flash.gguf --type q8_0[/]   |   "
+    "[bold]llama-flash bundle prosparse.gguf flash.gguf --activation fatrelu --threshold 0.01[/]"
+)
 def bundle(
     model: Input,
     out: Output,
@@ -76,8 +72,9 @@ def bundle(
         str | None, typer.Option(help=f"For models relufied by their maker: {', '.join(ACTIVATIONS)}.")
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="Of fatrelu.")] = None,
-    memory: Memory = MEMORY >> 20,
+    memory: Memory = DEFAULT_MEMORY,
     force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Store the feed-forward weights of a ReLU-like model neuron by neuron."""
     plan = write_bundle(
@@ -87,65 +84,81 @@ def bundle(
         down_kind=_kind(down_type),
         layout=layout,
         activation=_activation(activation, threshold),
-        memory=memory << 20,
+        memory=memory_bytes(memory),
         force=force,
         progress=f"bundling {model.name}",
     )
-    print("\n".join(_plan_lines(out, plan)))
+    if as_json:
+        print_json({**written(out), **plan.as_dict()})
+    else:
+        print("\n".join(_plan_lines(out, plan)))
 
 
-@app.command()
+app.command("calibrate", epilog=calibrate_cli.EPILOG)(calibrate_cli.calibrate)
+app.command("reorder", epilog=calibrate_cli.REORDER_EPILOG)(calibrate_cli.reorder)
+
+
+@app.command(epilog="Examples:  [bold]llama-flash unbundle flash.gguf ordinary.gguf --down-type q8_0[/]")
 def unbundle(
     model: Annotated[Path, typer.Argument(help="A flash file.", metavar="IN")],
     out: Output,
     down_type: Annotated[
         str | None, typer.Option(help="Type of down. Default: f32 where it is quantised in the bundles.")
     ] = None,
-    memory: Memory = MEMORY >> 20,
+    memory: Memory = DEFAULT_MEMORY,
     force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an ordinary GGUF file of a flash file; predictors are dropped."""
     write_ordinary(
         model,
         out,
         down_kind=_kind(down_type),
-        memory=memory << 20,
+        memory=memory_bytes(memory),
         force=force,
         progress=f"unbundling {model.name}",
     )
-    print(f"{out}: {_size(out.stat().st_size)}")
+    if as_json:
+        print_json(written(out))
+    else:
+        print(f"{out}: {_size(out.stat().st_size)}")
 
 
-@app.command()
+@app.command(
+    epilog="Examples:  [bold]llama-flash verify model.gguf flash.gguf[/]   |   "
+    "[bold]llama-flash verify model-f16.gguf flash-q8_0.gguf --tolerance 0.01[/]"
+)
 def verify(
     a: Annotated[Path, typer.Argument(help="A GGUF file, bundled or not.", metavar="A")],
     b: Annotated[Path, typer.Argument(help="The file to compare it with.", metavar="B")],
     tolerance: Annotated[float, typer.Option(help="Relative error that a tensor may have, for other types.")] = 0.0,
-    memory: Memory = MEMORY >> 20,
+    memory: Memory = DEFAULT_MEMORY,
     as_json: AsJson = False,
 ) -> None:
     """Say whether two files hold the same model, neurons in any order (exit status 0), or not (1)."""
-    result = compare(a, b, memory=memory << 20)
+    result = compare(a, b, memory=memory_bytes(memory), progress=f"comparing {a.name}")
     same = result.within(tolerance)
     if as_json:
-        print(json.dumps(asdict(result) | {"same": result.same, "within_tolerance": same}, indent=2))
+        print_json(asdict(result) | {"same": result.same, "within_tolerance": same})
     else:
         print("\n".join(_verification_lines(result, tolerance)))
     raise typer.Exit(0 if same else 1)
 
 
-@app.command()
+@app.command(
+    epilog="Examples:  [bold]llama-flash inspect flash.gguf[/]   |   [bold]llama-flash inspect model.gguf --json[/]"
+)
 def inspect(model: Input, as_json: AsJson = False) -> None:
     """List types and sizes, bundles and predictors, and check the file."""
     listing = describe(model)
-    print(json.dumps(asdict(listing), indent=2) if as_json else "\n".join(_listing_lines(listing)))
+    if as_json:
+        print_json(asdict(listing))
+    else:
+        print("\n".join(_listing_lines(listing)))
 
 
 def _kind(name: str | None) -> GGMLQuantizationType | None:
-    try:
-        return None if name is None else kind_named(name)
-    except ValueError as error:
-        raise GgufToolsError(str(error)) from None
+    return None if name is None else kind_of(name)
 
 
 def _activation(name: str | None, threshold: float | None) -> Activation | None:

@@ -1,4 +1,4 @@
-"""The command `python -m gguf_tools convert`."""
+"""The command `python -m gguf_tools convert`, which is also `llama-flash convert`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Annotated
 import typer
 
 from gguf_tools.convert import FILE_TYPES, convert
-from gguf_tools.errors import GgufToolsError
-from gguf_tools.neurons import MEMORY
-from gguf_tools.types import kind_named
+from gguf_tools.options import DEFAULT_MEMORY, AsJson, Force, Memory, Output, kind_of, memory_bytes, print_json, written
+
+EPILOG = (
+    "Examples:  [bold]llama-flash convert ~/models/opt-6.7b opt-flash.gguf --type q8_0[/]   |   "
+    "[bold]llama-flash convert ~/models/llama-2-7b llama.gguf --no-bundle[/]"
+)
 
 _TYPES = "|".join(kind.name.lower().replace("_k", "_K") for kind in FILE_TYPES)
 
@@ -19,21 +22,28 @@ def command(
     directory: Annotated[
         Path, typer.Argument(help="A folder with config.json, weights and tokenizer.", metavar="HF_DIR")
     ],
-    out: Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT")],
+    out: Output,
     type_name: Annotated[str, typer.Option("--type", metavar=_TYPES, help="Type of the matrices.")] = "f16",
     bundle: Annotated[bool, typer.Option("--bundle/--no-bundle", help="Neuron bundles, or an ordinary GGUF.")] = True,
-    memory: Annotated[int, typer.Option("--memory", min=1, metavar="MIB", help="Memory to work in, in MiB.")] = (
-        MEMORY >> 20
-    ),
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    memory: Memory = DEFAULT_MEMORY,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a GGUF file of a Hugging Face checkpoint."""
-    try:
-        kind = kind_named(type_name)
-    except ValueError as error:
-        raise GgufToolsError(str(error)) from None
-    progress = f"converting {directory.resolve().name}"
-    done = convert(directory, out, kind=kind, bundled=bundle, memory=memory << 20, force=force, progress=progress)
+    done = convert(
+        directory,
+        out,
+        kind=kind_of(type_name),
+        bundled=bundle,
+        memory=memory_bytes(memory),
+        force=force,
+        progress=f"converting {directory.resolve().name}",
+    )
+    if as_json:
+        bundles = None if done.bundles is None else done.bundles.as_dict()
+        source = {"tensors": len(done.source.tensors), "left_out": list(done.source.ignored)}
+        print_json({**written(out), **source, "activation": done.source.activation_name, "bundles": bundles})
+        return
     if ignored := done.source.ignored:
         print(f"tensors left out: {len(ignored)}, such as {ignored[0]}")
     size = out.stat().st_size / 1e6

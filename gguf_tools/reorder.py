@@ -21,6 +21,7 @@ from gguf_tools.errors import GgufToolsError
 from gguf_tools.format import ALIGNMENT, weight_name
 from gguf_tools.measure import predict
 from gguf_tools.order import Reads, count_reads, order_by_coactivation
+from gguf_tools.progress import Advance, count_progress
 from gguf_tools.source import Bytes, SourceTensor, raw_row_bytes, row_blocks, row_count
 from gguf_tools.sparse_model import SparseModel
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
@@ -80,7 +81,8 @@ def reorder(
             recording = open_recording(Path(activations))
             if recording.model != fingerprint(subject.source):
                 raise GgufToolsError("holds the activations of another model", file=recording.folder)
-        orders, reports = _orders(subject, recording, window, say)
+        with count_progress(f"ordering {path.name}" if say else None, len(subject.layers), "layers") as advance:
+            orders, reports = _orders(subject, recording, window, say, advance)
     write_reordered(subject, target, orders, force=force, progress=None if say is None else f"writing {target.name}")
     return reports
 
@@ -132,7 +134,7 @@ def _check(model: SparseModel, out: Path, force: bool) -> None:
 
 
 def _orders(
-    model: SparseModel, recording: Recording, window: int, say: Say | None
+    model: SparseModel, recording: Recording, window: int, say: Say | None, advance: Advance
 ) -> tuple[dict[int, Numbers], list[LayerReads]]:
     held_out = recording.sequence_of_token % 8 == 7
     orders, reports = {}, []
@@ -149,6 +151,7 @@ def _orders(
         )
         orders[il] = order
         reports.append(report)
+        advance(1)
         if say:
             before, after = report.new_before, report.new_after
             say(f"layer {il}: {after.reads:.1f} reads for {after.neurons:.1f} new neurons, {before.reads:.1f} before")

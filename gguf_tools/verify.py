@@ -31,10 +31,12 @@ from gguf_tools.neurons import (
     row_runs,
     without_bundles,
 )
+from gguf_tools.progress import byte_progress
 from gguf_tools.source import (
     Floats,
     KeyValue,
     SourceTensor,
+    data_bytes,
     open_gguf,
     row_length,
 )
@@ -86,23 +88,31 @@ def _within(result: TensorResult, tolerance: float) -> bool:
     return bool(tolerance) and result.relative_error is not None and result.relative_error <= tolerance
 
 
-def verify(a: str | os.PathLike[str], b: str | os.PathLike[str], *, memory: int = MEMORY) -> Verification:
+def verify(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], *, memory: int = MEMORY, progress: str | None = None
+) -> Verification:
     """Compares two models tensor by tensor, in about `memory` bytes.
+
+    progress: what to call the work on stderr; None shows none.
 
     Raises GgufToolsError if one of the files is damaged, OSError if one cannot be opened.
     """
     sides = [_Side.open(Path(path)) for path in (a, b)]
     left, right = sides
-    results = [
-        result
-        for il in sorted(left.layers.keys() & right.layers.keys())
-        for result in _Layer(left, right, il, memory).compare()
-    ]
-    done = {result.name for result in results}
-    for name in {**left.model.tensors, **right.model.tensors}:
-        if name not in done:
-            results.append(_compare(name, left.model.tensors.get(name), right.model.tensors.get(name), memory))
-    order = {name: i for i, name in enumerate({**left.model.tensors, **right.model.tensors})}
+    names = list({**left.model.tensors, **right.model.tensors})
+    results: list[TensorResult] = []
+    with byte_progress(progress, sum(map(data_bytes, left.model.tensors.values()))) as advance:
+        for il in sorted(left.layers.keys() & right.layers.keys()):
+            for result in _Layer(left, right, il, memory).compare():
+                results.append(result)
+                advance(left.size(result.name))
+        done = {result.name for result in results}
+        for name in names:
+            if name not in done:
+                pair = left.model.tensors.get(name), right.model.tensors.get(name)
+                results.append(_compare(name, *pair, memory))
+                advance(left.size(name))
+    order = {name: i for i, name in enumerate(names)}
     values, notes = _compare_values(left.model.values, right.model.values)
     return Verification(sorted(results, key=lambda result: order[result.name]), values, notes)
 
@@ -116,6 +126,11 @@ class _Side:
     def open(cls, path: Path) -> _Side:
         source = open_gguf(path)
         return cls(without_bundles(source, path), dense_layers(source, path))
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor; 0 where it is missing."""
+        tensor = self.model.tensors.get(name)
+        return 0 if tensor is None else data_bytes(tensor)
 
 
 class _Difference:

@@ -354,10 +354,13 @@ def test_600_mb_are_bundled_in_the_memory_that_is_given(tmp_path: Path) -> None:
     (tmp_path / "b.gguf").unlink()
 
 
+@pytest.mark.parametrize("module", ["gguf_tools", "llama_flash"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_command_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
+def test_a_command_that_is_stopped_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, status: int, module: str
+) -> None:
     path = zero_model(tmp_path / "a.gguf", n_layer=4, n_embd=2048, n_ff=8192)
-    command = [sys.executable, "-m", "gguf_tools", "bundle", str(path), str(tmp_path / "b.gguf"), "--memory", "1"]
+    command = [sys.executable, "-m", module, "bundle", str(path), str(tmp_path / "b.gguf"), "--memory", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob(".*.partial")):
             assert process.poll() is None, process.communicate()

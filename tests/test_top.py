@@ -64,7 +64,7 @@ def test_a_running_process_is_shown_and_gone_when_it_ends(place: Path, model_fil
         run = subprocess.run(
             [sys.executable, "-m", "llama_flash", "top", "--json"], capture_output=True, text=True, check=True
         )
-        assert json.loads(run.stdout)[0]["pid"] == child.pid
+        assert json.loads(run.stdout)["processes"][0]["pid"] == child.pid
         run = subprocess.run([sys.executable, "-m", "llama_flash", "top"], capture_output=True, text=True, check=True)
         assert path.name in run.stdout, "not on a terminal: once"
         assert stat.S_IMODE(place.stat().st_mode) == 0o700

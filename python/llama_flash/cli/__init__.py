@@ -9,27 +9,91 @@ import typer
 
 from .. import __version__
 from ..errors import FlashError
-from . import cap, plan, profile, run, simulate, top, trace
 from .common import fail
+from .later import Group, Later, own, tool
 
 __all__ = ["app", "main"]
 
+# code -> when; docs/cli.md has it, too
+EXIT_CODES = {
+    "0": "done",
+    "1": "an error, in one line on stderr; verify: not the same; doctor: a problem; bench: nothing measured",
+    "2": "no such command or option",
+    "130": "Ctrl-C",
+    "143": "ended by SIGTERM",
+    "137": "killed for memory, below cap or --cap, which else end as the command that they ran",
+}
+EPILOG = "Exit codes:  " + "   |   ".join(f"[bold]{code}[/] {when}" for code, when in EXIT_CODES.items())
+
+_RUN, _MACHINE, _FILES = "Run models", "Memory and devices", "Model files"
+
+# the first line of a command's help stands here too, so that the list needs none of them
+_COMMANDS = (
+    Later("run", "Generate text with flash offload, and print the statistics.", _RUN, own("run")),
+    Later("chat", "Talk with a model.", _RUN, own("chat")),
+    Later("bench", "Measure how fast a model decodes with flash offload, at several budgets.", _RUN, own("bench")),
+    Later(
+        "top",
+        "Show running processes with weights on flash: speed, hit rate, bytes per token, memory, what limits it.",
+        _RUN,
+        own("top"),
+    ),
+    Later(
+        "trace",
+        "Record which experts, or neurons of bundles, each token of a run asked of the cache, for `llama-flash simulate`.",
+        _MACHINE,
+        own("trace"),
+    ),
+    Later(
+        "simulate",
+        "Replay a trace against cache policies: hit rates, and misses beside the optimum's.",
+        _MACHINE,
+        own("simulate"),
+    ),
+    Later(
+        "plan",
+        "Say what loading a model would do: memory, mode, smallest budget, bytes and tokens per second.",
+        _MACHINE,
+        own("plan"),
+    ),
+    Later(
+        "profile",
+        "Measure a device and DRAM in at most 15 seconds, and keep the figures for plans.",
+        _MACHINE,
+        own("profile"),
+    ),
+    Later("doctor", "Check whether this machine can do what flash offload needs.", _MACHINE, own("doctor")),
+    Later(
+        "cap",
+        "Run a command in a fresh memory cgroup of LIMIT bytes, page cache counted, and report the peak.",
+        _MACHINE,
+        own("cap"),
+    ),
+    *(
+        Later(name, help, _FILES, tool(name), killed_cleanly=True)
+        for name, help in (
+            ("convert", "Make a GGUF file of a Hugging Face checkpoint."),
+            ("bundle", "Store the feed-forward weights of a ReLU-like model neuron by neuron."),
+            ("calibrate", "Fit predictors of active neurons to a flash file, and measure its sparsity."),
+            ("reorder", "Store neurons that are needed together next to each other: the same function, fewer reads."),
+            ("inspect", "List types and sizes, bundles and predictors, and check the file."),
+            ("verify", "Say whether two files hold the same model, neurons in any order (exit status 0), or not (1)."),
+            ("unbundle", "Make an ordinary GGUF file of a flash file; predictors are dropped."),
+        )
+    ),
+)
+Group.later = {str(command.name): command for command in _COMMANDS}
+
 app = typer.Typer(
     name="llama-flash",
+    cls=Group,
     help="Run GGUF models that are larger than memory: weights stay on flash, answers stay the same.",
+    epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-app.command(epilog=run.EPILOG)(run.run)
-app.command(epilog=plan.EPILOG)(plan.plan)
-app.command(epilog=profile.EPILOG)(profile.profile)
-app.command(epilog=cap.EPILOG)(cap.cap)
-app.command(epilog=top.EPILOG)(top.top)
-app.command(epilog=trace.EPILOG)(trace.trace)
-app.command(epilog=simulate.EPILOG)(simulate.simulate)
 
 
 def main() -> None:

@@ -1,30 +1,55 @@
-"""What the commands share: consoles, options, and how errors are told."""
+"""What the commands share: consoles, options, and how results and errors are told.
+
+Where two commands mean the same thing, they take it from here: the same name, the same help.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
 from ..capped import CapResult
+from ..options import IoEngine as IoEngines
+from ..options import Predictor as Predictors
+from ..options import What as Whats
 from ..sizes import format_size
 
 __all__ = [
     "DEFAULT_CTX",
     "AsJson",
+    "Cap",
     "Ctx",
     "DramBudget",
+    "FlashAttn",
+    "Follow",
+    "IoEngine",
+    "Lookahead",
     "Model",
+    "NBatch",
+    "NUbatch",
     "Plot",
     "Predictor",
+    "Reserve",
+    "Seed",
+    "Temperature",
     "Threads",
+    "Tokens",
+    "TypeK",
+    "TypeV",
+    "Verbose",
+    "WarmStart",
+    "What",
     "Window",
     "fail",
     "model_path",
+    "print_json",
     "report_cap",
     "share",
     "stderr",
@@ -33,30 +58,100 @@ __all__ = [
 
 SHIPPED_MODEL = "stdlib-moe-q8_0.gguf"
 DEFAULT_CTX = 2048
+# as in placement.KV_TYPES, which needs numpy: too much for a help page
+_KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
 
+
+def _flash(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Flash offload", **settings)
+
+
+def _context(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Context", **settings)
+
+
+def _text(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel="Text", **settings)
+
+
+def _words(words: tuple[str, ...]) -> Callable[[], list[str]]:
+    """For the shell's completion."""
+    return lambda: list(words)
+
+
 Model = Annotated[Path | None, typer.Argument(help="GGUF file, or its first shard.", metavar="MODEL.gguf")]
-DramBudget = Annotated[str, typer.Option("--dram-budget", help='"auto", a size, or a share of the model file.')]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, instead of text.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the engine's log.")]
+
+Cap = Annotated[str | None, _flash("--cap", help="Run in a memory cgroup: a size, or a share of the model file (50%).")]
+DramBudget = Annotated[
+    str, _flash("--dram-budget", metavar="SIZE", help='"auto", a size, or a share of the model file.')
+]
+Reserve = Annotated[
+    str | None,
+    _flash("--reserve", metavar="SIZE", help="Left alone within the budget.", show_default="3 %, at least 32 MiB"),
+]
+What = Annotated[
+    str,
+    _flash(
+        "--what", help="Weights that go to flash: auto, experts, ffn or all.", autocompletion=_words(get_args(Whats))
+    ),
+]
 Predictor = Annotated[
-    str, typer.Option("--predictor", help="Active neurons of a bundle file: auto, exact, lowrank (lossy) or off.")
+    str,
+    _flash(
+        "--predictor",
+        help="Active neurons of a bundle file: auto, exact, lowrank (lossy) or off.",
+        autocompletion=_words(get_args(Predictors)),
+    ),
 ]
 Window = Annotated[
-    int | None, typer.Option("--window", help="Tokens whose neurons stay in memory. Default: as many as have room.")
+    int | None,
+    _flash("--window", help="Tokens whose neurons stay in memory.", show_default="as many as have room"),
 ]
+Lookahead = Annotated[
+    bool, _flash("--lookahead/--no-lookahead", help="Read ahead what the next layer will probably use.")
+]
+Follow = Annotated[
+    bool, _flash("--follow/--no-follow", help="Give memory back and take it again as limits and neighbours move.")
+]
+WarmStart = Annotated[
+    bool, _flash("--warm-start/--no-warm-start", help="Read first what was hot when the model was last used.")
+]
+IoEngine = Annotated[
+    str, _flash("--io-engine", help="auto, io_uring or pread.", autocompletion=_words(get_args(IoEngines)))
+]
+
 Ctx = Annotated[
-    int, typer.Option("-c", "--n-ctx", "--ctx", min=0, help="Context in tokens. 0: 2048, or less if trained so.")
+    int, _context("-c", "--n-ctx", "--ctx", min=0, help="Context in tokens. 0: 2048, or less if trained so.")
 ]
-Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="0: one per core.")]
+NBatch = Annotated[int, _context("--n-batch", min=1, help="Tokens of a prompt computed in one call.")]
+NUbatch = Annotated[int, _context("--n-ubatch", min=1, help="Of these, computed at once.")]
+TypeK = Annotated[
+    str, _context("--type-k", help=f"Of the KV cache: {', '.join(_KV_TYPES)}.", autocompletion=_words(_KV_TYPES))
+]
+TypeV = Annotated[str, _context("--type-v", help="The same, for V.", autocompletion=_words(_KV_TYPES))]
+FlashAttn = Annotated[bool, _context("--flash-attn", help="As Llama(flash_attn=True).")]
+Threads = Annotated[int, _context("-t", "--threads", min=0, help="0: one per core.")]
+
+Tokens = Annotated[int, _text("-n", "--tokens", min=1, help="Tokens to generate.")]
+Temperature = Annotated[float, _text("--temp", min=0.0, help="0: always the likeliest token.")]
+Seed = Annotated[int, _text("--seed", help="Of the sampler.")]
 Plot = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE", help="Draw it, too: .png, .svg or .pdf (needs the extra `plot`)."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, instead of text.")]
 
 
 def model_path(model: Path | None) -> Path:
+    """The model that is meant; the shipped one where none is named.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     if model is not None:
         if not model.is_file():
             raise FileNotFoundError(f"no such model: {model}")
@@ -65,6 +160,11 @@ def model_path(model: Path | None) -> Path:
     if not shipped.is_file():
         raise FileNotFoundError(f"the shipped model is missing ({shipped}); name a GGUF file")
     return shipped
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One object, on one line."""
+    print(json.dumps(values), flush=True)
 
 
 def report_cap(result: CapResult) -> None:
@@ -93,5 +193,7 @@ def share(option: str, text: str) -> float:
 
 
 def fail(message: str) -> None:
-    stderr.print(f"llama-flash: {message}", style="red", markup=False, soft_wrap=True)
+    """Ends the program with one line, whatever a damaged file's names hold."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    stderr.print(f"llama-flash: {line}", style="red", markup=False, soft_wrap=True)
     sys.exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 from rich.progress import Progress
 
 from ..options import FlashOffload
-from .common import AsJson, Plot, stderr, stdout
+from .common import AsJson, IoEngine, Plot, print_json, stderr, stdout
 
 __all__ = ["EPILOG", "profile"]
 
@@ -21,8 +20,10 @@ EPILOG = (
 
 
 def profile(
-    path: Annotated[Path, typer.Argument(help="A large file on the device, best the model; or a directory.")],
-    io_engine: Annotated[str, typer.Option("--io-engine", help="auto, io_uring or pread.")] = "auto",
+    path: Annotated[
+        Path, typer.Argument(help="A large file on the device, best the model; or a folder.", metavar="FILE_OR_FOLDER")
+    ],
+    io_engine: IoEngine = "auto",
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +49,7 @@ def profile(
     if plot is not None:
         draw_profile(measured, plot)
     if as_json:
-        print(json.dumps(measured.as_dict()))
+        print_json(measured.as_dict())
         return
     print_profile(stdout, measured)
     stdout.print(f"kept in {kept}" if kept else f"not kept: {cache_folder()} cannot be written", soft_wrap=True)

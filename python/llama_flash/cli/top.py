@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from .common import AsJson
+from .common import AsJson, print_json
 
 __all__ = ["EPILOG", "top"]
 
@@ -19,11 +18,11 @@ def top(
     seconds: Annotated[float, typer.Option("-d", "--delay", min=0.1, help="Between two looks.")] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Show running processes with weights on flash: speed, hit rate, bytes per token, memory and what limits it."""
+    """Show running processes with weights on flash: speed, hit rate, bytes per token, memory, what limits it."""
     from .. import status
     from ..top import show
 
     if as_json:
-        print(json.dumps(status.read_all()))
+        print_json({"processes": status.read_all()})
     else:
         show(once, seconds)

@@ -1,0 +1,96 @@
+"""Options of the command line as those of a load, and the statistics of what was generated: `run`, `chat`, `bench`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..gguf_meta import GgufMeta
+from ..options import FlashOffload
+from ..placement import KV_TYPES
+from ..sizes import format_size
+from ..stats import Counters, FlashStats
+from .common import DEFAULT_CTX, stderr
+
+__all__ = ["context_tokens", "flash_options", "kv_type", "open_model", "print_statistics"]
+
+_CTX_STEP = 256  # src/llama-context.cpp
+
+
+def flash_options(params: Mapping[str, Any]) -> FlashOffload:
+    """What a command's parameters say of flash offload.
+
+    Raises:
+        ValueError: a value that makes no sense.
+    """
+    chosen = {field.name: params[field.name] for field in fields(FlashOffload) if field.name in params}
+    if chosen.get("reserve") == "0":
+        chosen["reserve"] = 0
+    return FlashOffload(**chosen)
+
+
+def context_tokens(meta: GgufMeta, n_ctx: int) -> int:
+    """Tokens meant by --n-ctx, rounded up as the engine does: `Llama` would keep fewer tokens than the engine."""
+    tokens = n_ctx or min(meta.number("context_length", DEFAULT_CTX), DEFAULT_CTX)
+    return -(-tokens // _CTX_STEP) * _CTX_STEP
+
+
+def kv_type(option: str, name: str) -> int:
+    """The number of a type of KV caches (enum ggml_type).
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if name not in KV_TYPES:
+        raise ValueError(f"{option}: {name!r} is not one of {', '.join(KV_TYPES)}")
+    return KV_TYPES[name]
+
+
+def open_model(path: Path, meta: GgufMeta, params: Mapping[str, Any], flash: FlashOffload | None) -> Any:
+    """The `llama_cpp.Llama` that a command's parameters ask for. flash: None loads it as stock llama.cpp does."""
+    n_threads = params["threads"] or len(os.sched_getaffinity(0))
+    settings = {
+        "n_ctx": context_tokens(meta, params["n_ctx"]),
+        "n_batch": params["n_batch"],
+        "n_ubatch": params["n_ubatch"],
+        "type_k": kv_type("--type-k", params["type_k"]),
+        "type_v": kv_type("--type-v", params["type_v"]),
+        "flash_attn": params["flash_attn"],
+        "n_threads": n_threads,
+        "n_threads_batch": n_threads,
+        "seed": params["seed"],
+        "verbose": params["verbose"],
+    }
+    with stderr.status(f"loading {path.name}"):
+        import llama_cpp
+
+        llm = llama_cpp.Llama(str(path), flash_offload=flash, **settings)
+    if llm.flash is not None and not params["verbose"]:
+        stderr.print(llm.flash.summary, style="dim", soft_wrap=True)
+    return llm
+
+
+def print_statistics(stats: FlashStats, title: str) -> None:
+    """As a table, on stderr."""
+    table = Table(title=title, title_justify="left", min_width=60)
+    table.add_column("flash offload")
+    columns: list[Counters] = [stats.prompt, stats.decode, stats.total]
+    for name in ("prompt", "generation", "total"):
+        table.add_column(name, justify="right")
+    table.add_row("tokens", *(str(c.tokens) for c in columns))
+    table.add_row("read from flash", *(format_size(c.bytes_read) for c in columns))
+    table.add_row("reads", *(str(c.reads) for c in columns))
+    table.add_row("read per token", *(format_size(int(c.bytes_per_token)) for c in columns))
+    if stats.n_neurons:
+        table.add_row("neurons per token", *(stats.active_neurons(c) or "-" for c in columns))
+    table.add_row("hit rate", *("-" if c.hit_rate is None else f"{c.hit_rate:.1%}" for c in columns))
+    table.add_row("waited for reads", *(f"{c.wait_seconds:.2f} s" for c in columns))
+    stderr.print(table)
+    if stats.predictor != "none":
+        stderr.print(f"predictor {stats.predictor}; neurons are of all layers")
+    stderr.print(f"budget {format_size(stats.budget.total)} ({stats.budget.reason}): {stats.memory}", soft_wrap=True)
