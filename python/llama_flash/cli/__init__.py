@@ -40,7 +40,7 @@ _COMMANDS = (
     ),
     Later(
         "trace",
-        "Record which experts, or neurons of bundles, each token of a run asked of the cache, for `llama-flash simulate`.",
+        "Record which experts, or neurons of bundles, each token asked of the cache, for `llama-flash simulate`.",
         _MACHINE,
         own("trace"),
     ),

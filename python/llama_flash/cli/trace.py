@@ -45,7 +45,7 @@ def trace(
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Record which experts, or neurons of bundles, each token of a run asked of the cache, for `llama-flash simulate`.
+    """Record which experts, or neurons of bundles, each token asked of the cache, for `llama-flash simulate`.
 
     Without MODEL.gguf the small mixture of experts that comes with the package is used. What is recorded does not
     depend on the cache; what the run itself hits and misses is kept with it.
