@@ -33,7 +33,7 @@ def test_the_experts_that_were_used_are_there_and_their_ages_are_those_of_the_ro
     path, text = model_file("qwen3moe", "Q4_0"), tokens(6, seed=5)
     trace = trace_routing(path, text, n_batch=1)  # [token, layer, experts used]
     n_layers, n_used = trace.shape[1:]
-    with open_flash(path, share=EVERYTHING) as llm:
+    with open_flash(path, share=EVERYTHING, lookahead=False) as llm:
         assert (llm.flash.residency().age == NEVER).all()
         for token in text:
             llm.eval([token])
@@ -59,7 +59,7 @@ def test_the_experts_that_were_used_are_there_and_their_ages_are_those_of_the_ro
 def test_a_token_misses_exactly_what_is_not_there(model_file: ModelFile) -> None:
     path, text = model_file("qwen3moe", "Q4_0"), tokens(10, seed=6)
     trace = trace_routing(path, text, n_batch=1)
-    with open_flash(path, share=EVERYTHING) as llm:
+    with open_flash(path, share=EVERYTHING, lookahead=False) as llm:
         for token, routed in zip(text, trace.tolist(), strict=True):
             before = llm.flash.residency()
             there = [

@@ -43,7 +43,7 @@ def test_the_replay_counts_what_the_run_has_counted(
     form: str, share: float, io_engine: str, model_file: ModelFile
 ) -> None:
     name, _, kind = form.rpartition("-")
-    with open_flash(model_file(name, kind), share=share, io_engine=io_engine, n_ubatch=64) as llm:
+    with open_flash(model_file(name, kind), share=share, io_engine=io_engine, lookahead=False, n_ubatch=64) as llm:
         trace = record(llm, PROMPT, *one_by_one(DECODED), *FEW, tokens(100, seed=3), *one_by_one(DECODED[:20]))
         counted, simulated = as_counted(trace) or pytest.fail("the run is not comparable")
         assert counted == simulated

@@ -214,7 +214,7 @@ class Recorder:
         heads = entries[first]
         done = self.session.stats().total - self._before
         raw = self.session._raw()
-        moved = self._slots() != self._slots_before or raw.neurons_expected
+        moved = self._slots() != self._slots_before or raw.neurons_expected or raw.experts_expected
         return Trace(
             model=os.path.basename(self.session._path),
             tensors=tuple(tensors),
