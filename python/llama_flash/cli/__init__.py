@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import FlashError
-from . import cap, plan, profile, run, top
+from . import cap, plan, profile, run, serve, top
 from .common import fail
 
 __all__ = ["app", "main"]
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 app.command(epilog=run.EPILOG)(run.run)
+app.command(epilog=serve.EPILOG)(serve.serve)
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=profile.EPILOG)(profile.profile)
 app.command(epilog=cap.EPILOG)(cap.cap)
