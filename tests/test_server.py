@@ -266,7 +266,15 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(model: Path, tmp_path: Path
             extra_body={"min_tokens": ENDLESS},
         )
         next(stream)
-        assert server.stop() == 143
+        with ThreadPoolExecutor(2) as pool:
+            options = {"extra_body": {"min_tokens": ENDLESS}}
+            whole = [pool.submit(chat, server.client(), PROMPTS[0], ENDLESS, **options) for _ in range(2)]
+            assert eventually(lambda: server.metrics()["llama_flash_requests_in_flight"] == 3)
+            assert server.stop() == 143
+            with pytest.raises(openai.APIError, match="the server is shutting down"):
+                list(stream)
+            with pytest.raises(openai.InternalServerError, match="503"):
+                [one.result(PATIENCE) for one in whole]
         assert "Traceback" not in server.text
     assert list(cache.glob("hot/*")), "the model was not closed"
 

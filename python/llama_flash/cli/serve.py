@@ -74,10 +74,9 @@ def serve(
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's log and the requests.")] = False,
 ) -> None:
-    """Serve a model to OpenAI's clients: /v1/chat/completions and the others of llama-cpp-python's server.
+    """Serve a model to OpenAI's clients: llama-cpp-python's server, with /health and /metrics (Prometheus).
 
-    Also /health and /metrics (Prometheus). Without MODEL.gguf the small mixture of experts that comes with the package
-    is served.
+    Without MODEL.gguf the small mixture of experts that comes with the package is served.
     """
     from ..server import check_installed
 

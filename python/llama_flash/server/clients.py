@@ -19,18 +19,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import FlashBudgetError, FlashReadError
 
-__all__ = ["ClientGone", "Clients", "stop_if_gone"]
+__all__ = ["Clients", "Stopped", "stop_if_gone"]
 
 logger = logging.getLogger("llama_flash")
 
 _GONE: Message = {"type": "http.disconnect"}
 
 
-class ClientGone(HTTPException):
-    """Nobody waits for the answer any more. As an HTTPException it passes upstream's handlers without a traceback."""
+class Stopped(HTTPException):
+    """The answer is given up. As an HTTPException it passes upstream's handlers without a traceback."""
 
-    def __init__(self) -> None:
-        super().__init__(status_code=499, detail="the client closed the connection")
+    def __str__(self) -> str:
+        return self.detail
+
+
+def _client_gone() -> Stopped:
+    return Stopped(status_code=499, detail="the client closed the connection")
+
+
+def _shutting_down() -> Stopped:
+    return Stopped(status_code=503, detail="the server is shutting down")
 
 
 class Clients:
@@ -45,6 +53,12 @@ class Clients:
         self._app = app
         self.in_flight = 0
         self.answered: Counter[tuple[str, int]] = Counter()
+        self._requests: set[_Request] = set()
+
+    def stop(self) -> None:
+        """Gives up what is being answered: the server shuts down."""
+        for request in self._requests:
+            request.stopped = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,11 +67,13 @@ class Clients:
         request = _Request(receive, send)
         generates = scope["method"] == "POST"
         self.in_flight += generates
+        self._requests.add(request)
         mark = _current.set(request)
         try:
             await request.answer(self._app, scope)
         finally:
             _current.reset(mark)
+            self._requests.discard(request)
             self.in_flight -= generates
             # only paths that exist: others could be made up without end
             path = getattr(scope.get("route"), "path", "other")
@@ -70,6 +86,7 @@ class _Request:
     def __init__(self, receive: Receive, send: Send) -> None:
         self.status = 500
         self.gone = False  # nobody waits for the answer, or it has come to its end
+        self.stopped = False
         self._ended = False
         self._receive, self._send = receive, send
         self._queue, self._messages = anyio.create_memory_object_stream[Message]()
@@ -102,7 +119,7 @@ class _Request:
         try:
             while (message := await self._receive())["type"] != "http.disconnect":
                 await self._queue.send(message)
-        finally:  # also when the server shuts down and waits no longer
+        finally:
             self.gone = True
             self._queue.close()
 
@@ -130,6 +147,8 @@ class _Request:
         """Ends a stream: with an event that says what went wrong, if something did. Returns what is not yet told."""
         if not self._streams:
             return failure
+        if failure is None and self._end is None:  # the event stream ends itself when the server shuts down
+            failure = _shutting_down()
         if failure is not None:
             logger.error("a stream ended early: %s", failure)
             event = f"data: {json.dumps({'error': _described(failure)})}\n\n"
@@ -142,14 +161,21 @@ _current: ContextVar[_Request | None] = ContextVar("llama_flash_request", defaul
 
 
 def stop_if_gone() -> None:
-    """Raises ClientGone in a thread that works for a request whose client has left."""
+    """Raises Stopped in a thread that works for a request whose answer nobody waits for, or will get."""
     request = _current.get()
     if request is not None and request.gone:
-        raise ClientGone
+        raise _client_gone()
+    if request is not None and request.stopped:
+        raise _shutting_down()
 
 
 def _described(error: Exception) -> dict[str, Any]:
     """As OpenAI's interface has it."""
-    kinds = {FlashReadError: "flash_read_error", FlashBudgetError: "flash_budget_error", ValueError: "invalid_request"}
+    kinds = {
+        FlashReadError: "flash_read_error",
+        FlashBudgetError: "flash_budget_error",
+        Stopped: "server_shutdown",
+        ValueError: "invalid_request_error",
+    }
     kind = next((name for cls, name in kinds.items() if isinstance(error, cls)), "internal_server_error")
     return {"message": str(error), "type": kind, "param": None, "code": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import uvicorn
 
 from .app import create_app
+from .clients import Clients
 from .settings import ServedModel, Service
 
 __all__ = ["listen"]
@@ -46,11 +48,22 @@ def listen(service: Service, models: list[ServedModel], say: Callable[[str], Non
                 log_level="info" if models[0].verbose else "warning",
                 ssl_keyfile=service.ssl_keyfile,
                 ssl_certfile=service.ssl_certfile,
-                timeout_graceful_shutdown=_PATIENCE,
             )
-            uvicorn.Server(config).run(sockets=[listener])
+            _Server(config, app).run(sockets=[listener])
         finally:
             loaded.free()
+
+
+class _Server(uvicorn.Server):
+    """Gives up, after a while, the answers that are under way when a signal comes."""
+
+    def __init__(self, config: uvicorn.Config, clients: Clients) -> None:
+        super().__init__(config)
+        self._clients = clients
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(_PATIENCE, self._clients.stop)
+        await super().shutdown(sockets)
 
 
 def _bound(host: str, port: int) -> socket.socket:
