@@ -100,9 +100,9 @@ def refusal(*arguments: str | Path, **environment: str) -> str:
     return lines[0]
 
 
-def smallest_budget(model: Path, *arguments: str) -> int:
+def smallest_budget(model: Path, *arguments: str, **environment: str) -> int:
     """Bytes, as a refusal names them."""
-    line = refusal(model, *arguments, "--dram-budget", "32MiB")
+    line = refusal(model, *arguments, "--dram-budget", "32MiB", **environment)
     found = re.search(r"smallest that works is (\d+) MiB", line)
     assert found, line
     return int(found[1]) << 20
