@@ -18,6 +18,7 @@ from .settings import ServedModel, Service
 __all__ = ["listen"]
 
 _PATIENCE = 5  # seconds at the end for answers under way
+_KEEP_ALIVE = 75  # seconds: longer than clients keep a connection, so that they do not use one that is being closed
 
 
 def listen(service: Service, models: list[ServedModel], say: Callable[[str], None]) -> None:
@@ -48,6 +49,7 @@ def listen(service: Service, models: list[ServedModel], say: Callable[[str], Non
                 log_level="info" if models[0].verbose else "warning",
                 ssl_keyfile=service.ssl_keyfile,
                 ssl_certfile=service.ssl_certfile,
+                timeout_keep_alive=_KEEP_ALIVE,
             )
             _Server(config, app).run(sockets=[listener])
         finally:
