@@ -88,6 +88,7 @@ def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:
     client = server.client()
     for prompt in PROMPTS[:2]:
         assert streamed(client, prompt) == chat(client, prompt)
+    assert not any("status=499" in name for name in server.metrics())
 
 
 def test_four_clients_at_once_get_the_answers_of_one_after_the_other(server: Server) -> None:
@@ -204,6 +205,7 @@ def test_a_read_that_fails_is_an_error_for_that_client_only(server: Server, mode
             streamed(client, PROMPTS[3])
         assert told.value.type == "flash_read_error"
     assert chat(client, PROMPTS[2]) == want
+    assert server.metrics()["llama_flash_requests_total path=/v1/chat/completions status=500"] == 2
 
 
 def test_a_question_longer_than_the_context_is_an_error(server: Server) -> None:

@@ -85,18 +85,14 @@ class _Request:
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self.status = 500
-        self.gone = False  # nobody waits for the answer, or it has come to its end
-        self.stopped = False
-        self._ended = False
+        self.gone = False  # the connection is closed, or the answer has come to its end
+        self.left = False  # the client left before the answer's end
+        self.stopped = False  # the server does not wait for it
+        self._complete = False
         self._receive, self._send = receive, send
         self._queue, self._messages = anyio.create_memory_object_stream[Message]()
         self._streams = False
         self._end: Message | None = None
-
-    @property
-    def left(self) -> bool:
-        """The client left before the answer's end."""
-        return self.gone and not self._ended
 
     async def answer(self, app: ASGIApp, scope: Scope) -> None:
         failure: Exception | None = None
@@ -106,9 +102,9 @@ class _Request:
                 await app(scope, self._next, self._pass_on)
             except Exception as error:
                 failure = error
+            self.left = self.gone and not (self._complete and failure is None)
             if not self.left:
                 failure = await self._finish(failure)
-                self._ended = True
             group.cancel_scope.cancel()
         self._messages.close()
         if failure is not None and not self.left:
@@ -137,10 +133,10 @@ class _Request:
             kind = dict(message.get("headers", ())).get(b"content-type", b"")
             self._streams = kind.startswith(b"text/event-stream")
         elif not message.get("more_body", False):
+            self._complete = True
             if self._streams:
                 self._end = message  # kept until it is known that nothing went wrong
                 return
-            self._ended = True
         await self._send(message)
 
     async def _finish(self, failure: Exception | None) -> Exception | None:
@@ -151,6 +147,7 @@ class _Request:
             failure = _shutting_down()
         if failure is not None:
             logger.error("a stream ended early: %s", failure)
+            self.status = failure.status_code if isinstance(failure, HTTPException) else 500
             event = f"data: {json.dumps({'error': _described(failure)})}\n\n"
             await self._send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         await self._send(self._end or {"type": "http.response.body", "body": b"", "more_body": False})
