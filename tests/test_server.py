@@ -286,7 +286,8 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(model: Path, tmp_path: Path
             assert server.stop() == 143
             with pytest.raises(openai.APIError, match="the server is shutting down"):
                 list(stream)
-            with pytest.raises(openai.InternalServerError, match="503"):
+            # 503; or the connection is gone with the process before it is read
+            with pytest.raises((openai.InternalServerError, openai.APIConnectionError), match=r"503|Connection"):
                 [one.result(PATIENCE) for one in whole]
         assert "Traceback" not in server.text
     assert list(cache.glob("hot/*")), "the model was not closed"
