@@ -22,8 +22,13 @@ export OMP_WAIT_POLICY ?= passive
 test: build lint  ## what is checked before every change (15 minutes at most with a built engine)
 	$(BIN)/pytest -m "not full" $(ARGS)
 
-test-full: build lint  ## the whole matrix
+test-full: build lint integrations  ## the whole matrix
 	$(BIN)/pytest $(ARGS)
+
+.PHONY: integrations
+integrations: build
+	@$(BIN)/python -c "import langchain_community, llama_index.llms.llama_cpp" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet "llama_cpp_python[integrations]"
 
 lint: build  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -181,3 +181,26 @@ def test_a_pickled_model_stays_on_flash(model_file: ModelFile) -> None:
         assert_read_from_flash(copy, moe=True)
     finally:
         copy.close()
+
+
+def test_a_generation_that_was_ended_leaves_nothing_behind(model_file: ModelFile) -> None:
+    class Ended(Exception):
+        pass
+
+    path, calls = model_file("qwen3moe", "Q4_0"), 0
+
+    def end() -> None:
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            raise Ended
+
+    with open_flash(path, logits_all=False) as llm:
+        expected = text_of(llm, temperature=0.0)
+        llm.flash.on_call(end)
+        for n in (2, 1, 4):
+            llm.reset()
+            calls = n
+            with pytest.raises(Ended):
+                text_of(llm, temperature=0.0)
+            assert text_of(llm, temperature=0.0) == expected, n

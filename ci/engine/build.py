@@ -27,7 +27,7 @@ BUILD = ROOT / "build"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin/python"
 OLDEST_PYTHON = (3, 10)
-EXTRAS = "test,dev,plot"
+EXTRAS = "server,test,dev,plot"
 
 # what the wheel is made of: a build with the same contents is up to date
 INPUTS = ("pyproject.toml", "README.md", "LICENSE", "ci/engine", "patches", "plugin", "python", "gguf_tools")

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +188,7 @@ class FlashSession:
         self._hot: hot.Ids | None = None  # to be read in the background; None: not yet looked for
         self._hot_mark = ""
         self._callbacks: list[Callback] = []
+        self._after_calls: list[Callable[[], None]] = []
         self._short = False
         self._urgent = False
         self._in_use = 0  # calls of the controller's under way
@@ -530,6 +531,13 @@ class FlashSession:
         """Calls `callback(event)`, a FlashEvent, whenever flash memory is given back or taken. From another thread."""
         self._callbacks.append(callback)
 
+    def on_call(self, callback: Callable[[], None]) -> None:
+        """Calls `callback()` after each llama_decode or llama_encode, in the thread that made it.
+
+        What it raises ends the generation that the call belongs to; the model can be used again.
+        """
+        self._after_calls.append(callback)
+
     def _kept(self) -> int:
         """Bytes of resident parts that count as weights and are part of the flash memory."""
         return self.memory.weights + self.memory.kv + self.memory.compute + self.memory.outputs - self._beside
@@ -590,6 +598,8 @@ class FlashSession:
         self._raise_pending()
         if self.recorder is not None:
             self.recorder.drain()
+        for callback in self._after_calls:
+            callback()
 
     def stats(self) -> FlashStats:
         """Budget, memory by part, and what was read: in total, for prompts, for generation and by the last call."""

@@ -31,6 +31,12 @@ _RUN, _MACHINE, _FILES = "Run models", "Memory and devices", "Model files"
 _COMMANDS = (
     Later("run", "Generate text with flash offload, and print the statistics.", _RUN, own("run")),
     Later("chat", "Talk with a model.", _RUN, own("chat")),
+    Later(
+        "serve",
+        "Serve a model to OpenAI's clients: llama-cpp-python's server, with /health and /metrics (Prometheus).",
+        _RUN,
+        own("serve"),
+    ),
     Later("bench", "Measure how fast a model decodes with flash offload, at several budgets.", _RUN, own("bench")),
     Later(
         "top",

@@ -61,6 +61,7 @@ def trace(
         what=what,
         dram_budget=dram_budget,
         predictor=predictor,  # type: ignore[arg-type]
+        lookahead=False,
         follow=False,
         warm_start=False,
     )

@@ -1,0 +1,84 @@
+"""Listening: the port first, then the model, then clients until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+
+from .app import create_app
+from .clients import Clients
+from .settings import ServedModel, Service
+
+__all__ = ["listen"]
+
+_PATIENCE = 5  # seconds at the end for answers under way
+_KEEP_ALIVE = 75  # seconds: longer than clients keep a connection, so that they do not use one that is being closed
+
+
+def listen(service: Service, models: list[ServedModel], say: Callable[[str], None]) -> None:
+    """Serves until SIGTERM (then SystemExit is raised) or SIGINT (KeyboardInterrupt).
+
+    Args:
+        say: is told what the user should know, a line at a time.
+
+    Raises:
+        OSError: the address cannot be listened at.
+        FlashError, ValueError: see llama_cpp.Llama.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with _bound(service.host, service.port) as listener:
+        host, port = listener.getsockname()[:2]
+        if not ipaddress.ip_address(host).is_loopback and service.api_key is None:
+            say(f"warning: whoever reaches {host} can use this server; set an API key (--api-key)")
+        say(f"loading {models[0].model_alias}")
+        app, loaded = create_app(service, models)
+        try:
+            llama = loaded()
+            if llama.flash is not None and not llama.verbose:
+                say(llama.flash.summary)
+            scheme = "https" if service.ssl_certfile else "http"
+            say(f"serving {scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)")
+            config = uvicorn.Config(
+                app,
+                log_level="info" if models[0].verbose else "warning",
+                ssl_keyfile=service.ssl_keyfile,
+                ssl_certfile=service.ssl_certfile,
+                timeout_keep_alive=_KEEP_ALIVE,
+            )
+            _Server(config, app).run(sockets=[listener])
+        finally:
+            loaded.free()
+
+
+class _Server(uvicorn.Server):
+    """Gives up, after a while, the answers that are under way when a signal comes."""
+
+    def __init__(self, config: uvicorn.Config, clients: Clients) -> None:
+        super().__init__(config)
+        self._clients = clients
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(_PATIENCE, self._clients.stop)
+        await super().shutdown(sockets)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that owns the port; connections are refused until somebody listens."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}:{port}: {error.strerror or error}; see --host and --port") from None
+    return listener

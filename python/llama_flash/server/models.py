@@ -1,0 +1,80 @@
+"""The models that are served: upstream's LlamaProxy, which has one of them loaded at a time, and what each has done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import llama_cpp
+from llama_cpp.server.model import LlamaProxy
+
+from ..gguf_meta import read_gguf
+from ..offload import FlashSession
+from .clients import stop_if_gone
+from .settings import ServedModel
+
+__all__ = ["EVENTS", "Models", "Tally"]
+
+EVENTS = ("shrink", "grow", "pressure", "short")  # FlashEvent.kind
+_COUNTED = ("total", "prompt", "decode")
+
+
+@dataclass
+class Tally:
+    """What a model did before it was last loaded, and its events. A model's counters begin anew with each load."""
+
+    loads: int = 0
+    events: Counter[str] = field(default_factory=Counter)
+    counters: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in _COUNTED})
+
+    def add(self, stats: dict[str, Any]) -> None:
+        for part in _COUNTED:
+            self.counters[part].update({name: value for name, value in stats[part].items() if value is not None})
+
+    def count(self, part: str, name: str, now: dict[str, Any] | None) -> float:
+        """Of all its loads; now: statistics of the present one."""
+        before: float = self.counters[part][name]
+        return before + (now[part][name] if now else 0)
+
+
+class Models(LlamaProxy):  # type: ignore[misc]
+    """Used in the event loop's thread only, as upstream uses its own."""
+
+    def __init__(self, models: list[ServedModel]) -> None:
+        self.tallies = {str(model.model_alias): Tally() for model in models}
+        self._session: tuple[str, FlashSession] | None = None
+        super().__init__(models)
+
+    @property
+    def loaded(self) -> str | None:
+        """Name of the model that is loaded."""
+        return self._current_model_alias if getattr(self, "_current_model", None) is not None else None
+
+    def stats(self, name: str) -> dict[str, Any] | None:
+        """FlashSession.describe of a model that is loaded and has flash_offload."""
+        if self._session is None or self._session[0] != name or self.loaded != name:
+            return None
+        return self._session[1].describe()
+
+    def load_llama_from_model_settings(self, settings: ServedModel) -> llama_cpp.Llama:
+        """Upstream's, with the context that the model was trained with if none is set.
+
+        Raises:
+            FlashError: see llama_cpp.Llama.
+        """
+        if self._session is not None:  # of the model that makes room for this one
+            name, session = self._session
+            self._session = None
+            self.tallies[name].add(session.describe())
+        if "n_ctx" not in settings.model_fields_set and settings.hf_model_repo_id is None:
+            trained = read_gguf(settings.model).number("context_length", settings.n_ctx)
+            settings = settings.model_copy(update={"n_ctx": min(trained, settings.n_ctx)})
+        llama = super().load_llama_from_model_settings(settings)
+        tally = self.tallies[str(settings.model_alias)]
+        tally.loads += 1
+        if llama.flash is not None:
+            self._session = str(settings.model_alias), llama.flash
+            llama.flash.on_call(stop_if_gone)
+            llama.flash.on_event(lambda event: tally.events.update([event.kind]))
+        return llama
