@@ -40,6 +40,9 @@ HEAD = """\
 
 _SHARED_PANELS = ("Flash offload", "Context")
 
+# for tests/test_docs.py, which runs the commands of the other pages
+NOT_RUN = "<!-- not run: examples of its help, of large files; the tests of the commands run them on small ones -->"
+
 
 def reference() -> str:
     """The page."""
@@ -76,7 +79,7 @@ def _loads(command: Any, shared: dict[str, str]) -> bool:
 def _command(name: str, command: Any, shared: dict[str, str]) -> str:
     arguments = [param for param in command.params if param.param_type_name == "argument"]
     words = [str(a.metavar) if a.required else f"[{a.metavar.strip('[]')}]" for a in arguments]
-    parts = [f"## {name}", f"```\nllama-flash {' '.join([name, '[OPTIONS]', *words])}\n```", _flat(command.help)]
+    parts = [f"## {name}", f"```text\nllama-flash {' '.join([name, '[OPTIONS]', *words])}\n```", _flat(command.help)]
     rows = [f"| `{word}` | | {_cell(argument.help)} |" for word, argument in zip(words, arguments, strict=True)]
     own = [option for option in _options(command) if shared.get(_name(option)) != _row(option)]
     parts.append("\n".join([_TABLE, *rows, *map(_row, own)]))
@@ -84,7 +87,7 @@ def _command(name: str, command: Any, shared: dict[str, str]) -> str:
         parts.append(f"And of the [options of a load](#options-of-a-load): {', '.join(rest)}.")
     if command.epilog:
         examples = re.findall(r"\[bold\](.*?)\[/\]", command.epilog)
-        parts.append("\n".join(["```", *examples, "```"]))
+        parts.append("\n".join([NOT_RUN, "```sh", *examples, "```"]))
     return "\n\n".join(parts)
 
 

@@ -52,7 +52,7 @@ _COMMANDS = (
     ),
     Later(
         "simulate",
-        "Replay a trace against cache policies: hit rates, and misses beside the optimum's.",
+        "Replay a trace against cache policies: hit rates, and misses in those of Belady's optimum.",
         _MACHINE,
         own("simulate"),
     ),
