@@ -133,6 +133,27 @@ def eio_in_any_read_of_a_token_is_forgotten_by_the_next(path: Path, io_engine: s
         assert_same_logits(np.array(llm.scores[: llm.n_tokens]), expected, len(PROMPT) + 4 * len(DECODED))
 
 
+def a_wrong_guess_that_fails_is_nobodys_error(path: Path, io_engine: str) -> None:
+    """An expert read ahead of the router, which then chooses others: more reads fail than decodes."""
+    with opened(path, QUARTER, io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED * 4)
+        llm.reset()
+        llm.eval(PROMPT)
+        before, raised = llm.flash.stats().total.errors, 0
+        for k, token in enumerate(DECODED * 4):
+            with faults(EIO, 1, k % 13):
+                try:
+                    llm.eval([token])
+                except FlashReadError:
+                    raised += 1
+                else:
+                    continue
+            llm.eval([token])
+        failed = llm.flash.stats().total.errors - before
+        assert failed > raised > 0, (failed, raised)
+        assert_same_logits(np.array(llm.scores[: llm.n_tokens]), expected, len(PROMPT) + 4 * len(DECODED))
+
+
 def a_warm_start_that_fails_is_nobodys_error(path: Path, io_engine: str) -> None:
     with opened(path, QUARTER, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)

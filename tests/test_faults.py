@@ -92,6 +92,10 @@ def test_disturbed_reads_of_neurons(scenario: str, predictor: str, bundles: Path
     run_disturbed(scenario, bundles, shim, tmp_path, predictor)
 
 
+def test_an_expert_that_was_expected_in_vain(model_file: ModelFile, shim: Path, tmp_path: Path) -> None:
+    run_disturbed("a_wrong_guess_that_fails_is_nobodys_error", model_file("qwen3moe", "Q4_0"), shim, tmp_path)
+
+
 def test_a_warm_start_that_fails(model_file: ModelFile, bundles: Path, shim: Path, tmp_path: Path) -> None:
     scenario = "a_warm_start_that_fails_is_nobodys_error"
     run_disturbed(scenario, model_file("qwen3moe", "Q4_0"), shim, tmp_path)

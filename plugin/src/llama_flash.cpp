@@ -148,8 +148,8 @@ int32_t llama_flash_session_memory(const llama_flash_session * session, llama_fl
 }
 
 int32_t llama_flash_session_trace(llama_flash_session * session, uint64_t capacity, llama_flash_error * err) {
-    if (!session) {
-        return flash_fail(err, LLAMA_FLASH_E_INVALID, "trace: no session");
+    if (!session || session->forked()) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "trace: no session, or a child of the process that loaded the model");
     }
     return guarded(err, [&] {
         std::lock_guard<std::mutex> lock(session->mutex);
@@ -159,7 +159,7 @@ int32_t llama_flash_session_trace(llama_flash_session * session, uint64_t capaci
 }
 
 uint64_t llama_flash_session_trace_take(llama_flash_session * session, llama_flash_trace_entry * entries, uint64_t capacity, uint64_t * lost) {
-    if (!session || !entries || !lost) {
+    if (!session || !entries || !lost || session->forked()) {
         return 0;
     }
     std::lock_guard<std::mutex> lock(session->mutex);
@@ -167,7 +167,7 @@ uint64_t llama_flash_session_trace_take(llama_flash_session * session, llama_fla
 }
 
 int32_t llama_flash_session_trace_tensor(const llama_flash_session * session, uint32_t index, llama_flash_trace_tensor * out) {
-    if (!session || !out) {
+    if (!session || !out || session->forked()) {
         return LLAMA_FLASH_E_INVALID;
     }
     std::lock_guard<std::mutex> lock(session->mutex);

@@ -10,7 +10,9 @@
 #include "ggml-cpu-impl.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <vector>
 
 // a prompt's wave is at least so many experts (each wave quantises the activations again)
@@ -277,6 +279,21 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
             s.op.missing.push_back(index);
         }
     }
+    // the layer's other tensors will ask for the same experts: their reads overlap this op's computing
+    auto comes_later = [&](const flash_tensor & other) {
+        // false: already computed in this pass, or not yet known to come
+        return other.order > t.order && other.n_records == t.n_records;
+    };
+    // and what they have of them is not to make room for this one's
+    for (uint32_t sibling : s.groups[t.group]) {
+        const flash_tensor & other = s.tensors[sibling];
+        for (size_t i = 0; decode && comes_later(other) && i < s.op.distinct.size(); i++) {
+            const flash_record & r = s.records[other.first_record + s.op.distinct[i]];
+            if (r.place == record_place::slot) {
+                s.cache.hold(r.index);
+            }
+        }
+    }
     // a prompt fills empty slots only, with the experts that it uses most, and leaves the other tensors their share
     auto to_slot = [&](const flash_tensor & tensor, uint32_t index) {
         if (decode) {
@@ -298,20 +315,6 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
     }
     const bool streaming = !s.op.plan.empty();
 
-    // the layer's other tensors will ask for the same experts: their reads overlap this op's computing
-    auto comes_later = [&](const flash_tensor & other) {
-        // false: already computed in this pass, or not yet known to come
-        return other.order > t.order && other.n_records == t.n_records;
-    };
-    for (uint32_t sibling : s.groups[t.group]) {
-        const flash_tensor & other = s.tensors[sibling];
-        for (size_t i = 0; decode && comes_later(other) && i < s.op.distinct.size(); i++) {
-            const flash_record & r = s.records[other.first_record + s.op.distinct[i]];
-            if (r.place == record_place::slot) {
-                s.cache.hold(r.index);
-            }
-        }
-    }
     for (uint32_t sibling : s.groups[t.group]) {
         const flash_tensor & other = s.tensors[sibling];
         if (!comes_later(other)) {
@@ -426,31 +429,46 @@ static void look_ahead(llama_flash_session & s, const flash_tensor & t, const gg
 // Starts reads of the experts that the next layer will probably use. After those that this layer needs.
 static void fetch_expected(llama_flash_session & s) {
     auto & look = s.look;
-    if (look.group < 0 || !look.scored) {
-        return;
+    if (look.group < 0 || !look.scored || s.failed() || s.op.planned < s.op.plan.size()) {
+        return; // nothing is expected, or this layer's own reads wait for room
     }
     const auto &   group = s.groups[(size_t) look.group];
     const uint32_t n     = std::min<uint32_t>(look.n_used, (uint32_t) look.scores.size());
     look.group           = -1;
     look.best.resize(look.scores.size());
     for (uint32_t e = 0; e < look.best.size(); e++) {
-        look.best[e] = e;
+        look.best[e]   = e;
+        look.scores[e] = std::isnan(look.scores[e]) ? -std::numeric_limits<float>::infinity() : look.scores[e];
     }
     std::partial_sort(look.best.begin(), look.best.begin() + n, look.best.end(),
                       [&](uint32_t a, uint32_t b) { return look.scores[a] > look.scores[b]; });
+    // tensors that use the router's experts by its numbers, and are used at all
+    auto uses_them = [&](const flash_tensor & t) { return t.n_records == look.scores.size() && t.order != 0; };
+    for (uint32_t i = 0; i < n; i++) { // what is there already is not to make room
+        for (uint32_t sibling : group) {
+            const flash_tensor & t = s.tensors[sibling];
+            if (uses_them(t) && s.records[t.first_record + look.best[i]].place == record_place::slot) {
+                s.cache.hold(s.records[t.first_record + look.best[i]].index);
+            }
+        }
+    }
     uint32_t started = 0;
     for (uint32_t i = 0; i < n && started < s.params.lookahead; i++) {
         bool any = false;
         for (uint32_t sibling : group) {
             const flash_tensor & t     = s.tensors[sibling];
             const uint32_t       index = t.first_record + look.best[i];
-            if (look.best[i] >= t.n_records || s.records[index].state != record_state::absent) {
+            if (!uses_them(t) || s.records[index].state != record_state::absent) {
                 continue;
             }
-            if (!s.check_file(s.records[index]) || !fetch_to_slot(s, index, true)) {
+            if (!s.check_file(s.records[index])) {
+                return;
+            }
+            if (!fetch_to_slot(s, index, true)) {
                 break;
             }
             s.records[index].fetched = true;
+            s.records[index].warmed  = true; // if the read fails, nobody may miss it
             s.stats.experts_expected++;
             any = true;
         }

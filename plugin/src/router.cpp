@@ -8,9 +8,10 @@
 static constexpr int   LONGEST_PATH = 24;    // nodes between ids and router
 static constexpr float LEAST_WEIGHT = 1e-3f; // of a norm, to be divided by
 
+// a weight, which lives as long as the model, and whose values we can read
 static bool readable(const ggml_tensor * t) {
     return t && t->data && t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && t->op == GGML_OP_NONE && !t->extra &&
-           (!t->buffer || ggml_backend_buffer_is_host(t->buffer));
+           t->buffer && ggml_backend_buffer_is_host(t->buffer) && ggml_backend_buffer_get_usage(t->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
 }
 
 // the tensor whose values, in the same order, `t` shows

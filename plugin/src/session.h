@@ -59,7 +59,7 @@ struct flash_record {
     record_place place;
     record_state state;
     bool         fetched;      // read for an op that has not asked for it yet
-    bool         warmed;       // read by warm(), and no op has asked for it yet
+    bool         warmed;       // read by warm() or ahead of a router, and no op has asked for it yet
 };
 
 struct flash_tensor {

@@ -15,6 +15,7 @@ class trace_buffer {
 
     // 0: off. What was not taken is forgotten.
     void start(size_t most) {
+        capacity = 0; // if there is no memory for the new one, there is none
         entries.clear();
         entries.shrink_to_fit();
         entries.reserve(most);

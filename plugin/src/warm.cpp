@@ -4,6 +4,7 @@
 #include "status.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 constexpr uint64_t NEURON     = 1ull << 63; // ids of neurons; else of records
@@ -16,7 +17,7 @@ uint64_t llama_flash_session::hot(uint64_t * ids, uint64_t capacity) const {
     std::lock_guard<std::mutex>              lock(mutex);
     std::vector<std::pair<double, uint64_t>> found;
     for (uint32_t i = 0; i < records.size(); i++) {
-        if (records[i].place == record_place::slot) {
+        if (records[i].place == record_place::slot && std::isfinite(cache.score(i))) { // else read ahead for nobody
             found.emplace_back(cache.score(i), i);
         }
     }

@@ -458,6 +458,7 @@ class Controller:
         told = self._pressure is not None and (self._pressure.events or not self._tight_groups)
         return (
             not self._news
+            and self._ceiling is None
             and self._grouped
             and bool(told)
             and all(abs(gauge.left - gauge.looked) < self._near // 8 for gauge in self._gauges)

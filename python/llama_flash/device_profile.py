@@ -141,7 +141,7 @@ class DeviceProfile:
             ValueError, TypeError, KeyError: that is something else.
         """
         if values["version"] != VERSION:
-            raise ValueError(f"version {values['version']}, not {VERSION}")
+            raise ValueError(f"it is of version {values['version']}; `llama-flash profile` makes a new one")
         reads = tuple(ReadRate(**read) for read in values["reads"])
         profile = cls(**{**values, "device": Device(**values["device"]), "reads": reads, "source": source})
         numbers = [profile.dram, *(number for r in reads for number in (r.bytes_per_second, r.chunk, r.depth))]

@@ -503,11 +503,6 @@ def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, admit: bool, hits:
             share = cache.n_slots[c] // in_class[c]
             return cache.empty[c] > 0 and count >= _count_of_rank(counts, share) and cache.take(record, False)
 
-        streaming = False
-        for record, count in zip(records, counts, strict=True):
-            if not cache.cached[record]:
-                streaming = (not to_slot(record, count) and not admit) or streaming
-
         # the layer's other tensors will ask for the same experts
         order = asked_before[number]
         later = [
@@ -519,6 +514,10 @@ def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, admit: bool, hits:
             for k in ids:
                 if cache.cached[first[other] + k]:
                     cache.hold(first[other] + k)
+        streaming = False
+        for record, count in zip(records, counts, strict=True):
+            if not cache.cached[record]:
+                streaming = (not to_slot(record, count) and not admit) or streaming
         for other in later:
             for k, count in zip(ids, counts, strict=True):
                 record = first[other] + k

@@ -58,7 +58,7 @@ class StatusFile:
             text = json.dumps(
                 {
                     "pid": os.getpid(),
-                    "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+                    "command": _command(),
                     "started": self._started,
                     "written": time.time(),
                     "held": held_by_process(),
@@ -78,6 +78,12 @@ class StatusFile:
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
             self._path = None
+
+
+def _command() -> str:
+    """The program, not its arguments: there may be a secret among them."""
+    name = Path(sys.argv[0]).name
+    return " ".join([name, *sys.argv[1:2]]) if name == "llama-flash" else name
 
 
 def _ours(place: Path) -> bool:
