@@ -18,7 +18,7 @@ class slot_cache {
     static constexpr int32_t NONE      = -1;
     // tokens; chosen on recorded traces, see docs/performance.md
     static constexpr double  EXPERTS_HALF_LIFE = 34.0;
-    static constexpr double  NEURONS_HALF_LIFE = 16.0;
+    static constexpr double  NEURONS_HALF_LIFE = 4.0;
 
     // slots_per_class: slot numbers run through the classes in order; scores start at nothing
     void configure(const std::vector<uint32_t> & slots_per_class, size_t n_records, double half_life = EXPERTS_HALF_LIFE);

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.random import default_rng  # numpy would load it when first used, and a Ctrl-C in the middle of that is lost
 
 from . import _bindings
 from .budget import held_by_process, resolve_budget
@@ -323,16 +322,18 @@ def _file_to_read(path: Path, report: Callable[[float], None]) -> Iterator[tuple
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{path} is neither a file nor a directory")
     folder = path if stat.S_ISDIR(status.st_mode) else path.absolute().parent
+    # some MB that nobody else needs; and before there is a file, for a Ctrl-C in the middle of this import is lost
+    from numpy.random import default_rng
+
     # without a name: gone with the process, whatever ends it
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        _fill(file.fileno(), folder, report)
+        _fill(file.fileno(), folder, default_rng(), report)
         yield f"/proc/self/fd/{file.fileno()}", os.fstat(file.fileno()).st_size
 
 
-def _fill(fd: int, folder: Path, report: Callable[[float], None]) -> None:
+def _fill(fd: int, folder: Path, rng: np.random.Generator, report: Callable[[float], None]) -> None:
     """Writes what no device can compress, as much as there is time and space for."""
     size = min(_TEMPORARY, shutil.disk_usage(folder).free // _FREE_SHARE)
-    rng = default_rng()
     deadline = time.monotonic() + _WRITE_SECONDS
     done, failure = 0, None
     try:

@@ -29,7 +29,7 @@ Hits = npt.NDArray[np.bool_]
 Slots = Mapping[int, int]  # by size class
 
 EXPERTS_HALF_LIFE = 34.0  # tokens; as in plugin/src/cache.h
-NEURONS_HALF_LIFE = 16.0
+NEURONS_HALF_LIFE = 4.0
 LEARNT = 1 / 3  # of the decoded tokens: what policies may learn from, and what is not counted
 
 
