@@ -46,6 +46,7 @@ class CapResult:
     method: str  # "cgroup v1", "cgroup v2" or "systemd"
     stdout: str | None = None  # with capture_output
     stderr: str | None = None
+    interrupted: bool = False  # there was a SIGINT, which was passed on; a command that is just starting may lose it
 
     @property
     def exit_code(self) -> int:
@@ -92,7 +93,7 @@ def run_capped(
             group.wrap(command), env=env, cwd=cwd, stdout=pipe, stderr=pipe, text=True, errors="replace"
         )
         try:
-            with _signals_passed_to(process), _sampled(group, process.pid):
+            with _signals_passed_to(process) as passed, _sampled(group, process.pid):
                 stdout, stderr = process.communicate(timeout=timeout)
         except BaseException:
             group.kill()
@@ -101,7 +102,15 @@ def run_capped(
             raise
         seconds = time.monotonic() - started
         return CapResult(
-            process.returncode, group.limit, group.peak(), group.oom_kills(), seconds, group.method, stdout, stderr
+            process.returncode,
+            group.limit,
+            group.peak(),
+            group.oom_kills(),
+            seconds,
+            group.method,
+            stdout,
+            stderr,
+            signal.SIGINT in passed,
         )
 
 
@@ -359,13 +368,15 @@ def _systemd_problem(user: bool) -> str | None:
 
 
 @contextlib.contextmanager
-def _signals_passed_to(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Passes SIGTERM, SIGHUP and SIGINT on, so that we live to remove the group."""
+def _signals_passed_to(process: subprocess.Popen[Any]) -> Iterator[set[int]]:
+    """Passes SIGTERM, SIGHUP and SIGINT on, so that we live to remove the group. Yields those that there were."""
+    passed: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield passed
         return
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        passed.add(number)
         if number == signal.SIGINT and _typed_at_terminal():
             return  # the terminal has sent it to the command as well
         with contextlib.suppress(ProcessLookupError):
@@ -375,7 +386,7 @@ def _signals_passed_to(process: subprocess.Popen[Any]) -> Iterator[None]:
         number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -147,6 +147,8 @@ class _Row:
             assert self.n_bytes is not None
             result = run_capped(self.n_bytes, self.command, capture_output=True)
             code, output, log, cap = result.exit_code, result.stdout or "", result.stderr or "", cap_values(result)
+            if result.interrupted:
+                raise KeyboardInterrupt
             if result.oom_kills:
                 self.error = "killed for memory"
                 return
