@@ -14,6 +14,7 @@ HALF = 0.5  # with less, shared experts leave no slots to the others
 WITHOUT = {"smallthinker"}
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("form", MOE_FORMS)
 def test_the_next_layers_experts_are_read_ahead_and_answers_stay_the_same(form: str, model_file: ModelFile) -> None:
     path, prompt, decoded = model_file(form), tokens(20, seed=1), tokens(24, seed=2)
