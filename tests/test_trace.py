@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from engines import IO_ENGINES, give_memory, logits_of, open_flash, open_residen
 from neurons import bundled, open_neurons, write_model
 
 from llama_flash import FlashError, _bindings
+from llama_flash.archives import write_archive
 from llama_flash.simulate import as_counted
 from llama_flash.snapshot import Snapshot
 from llama_flash.trace import Recorder, Trace, traced_tensors
@@ -132,13 +132,20 @@ def test_what_is_not_a_trace_is_refused_in_one_line(tmp_path: Path, model_file: 
         Snapshot.load(whole)
 
 
+class _Full:
+    """Fails when it is written."""
+
+    def __array__(self, *_: object, **__: object) -> Any:
+        raise OSError("no room")
+
+
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, model_file: ModelFile) -> None:
     with open_flash(model_file("qwen3moe")) as llm:
         trace = record(llm, DECODED[:3])
     there = tmp_path / "there.npz"
     there.write_text("before")
-    with pytest.raises(AttributeError):
-        replace(trace, record=None).save(there)
+    with pytest.raises(OSError, match="no room"):
+        write_archive(there, token=trace.token, record=_Full())
     assert there.read_text() == "before" and list(tmp_path.iterdir()) == [there]
     trace.save(there)
     assert Trace.load(there).model == trace.model and list(tmp_path.iterdir()) == [there]
