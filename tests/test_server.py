@@ -254,6 +254,8 @@ def test_what_a_client_asks_wrongly_is_said_to_it_and_ends_nothing(server: Serve
     with pytest.raises(openai.APIError, match="the grammar cannot be parsed") as told:
         list(client.completions.create(model="x", prompt="a", stream=True, extra_body={"grammar": "root ::= ("}))
     assert told.value.type == "invalid_request_error"
+    more_than_it_allows = {"prompt": "a", "grammar": 'root ::= "a"', "min_tokens": 10, "max_tokens": 20}
+    assert post(server, "/v1/completions", more_than_it_allows)[1]["choices"][0]["text"] == "a"
     assert chat(client, PROMPTS[0]) == want
     tokens = post(server, "/extras/tokenize", {"input": PROMPTS[1]})[1]["tokens"]
     assert post(server, "/extras/detokenize", {"tokens": tokens})[1]["text"].strip() == PROMPTS[1].strip()

@@ -44,6 +44,7 @@ def listen(service: Service, models: list[ServedModel], say: Callable[[str], Non
             llama = loaded()
             if llama.flash is not None and not llama.verbose:
                 say(llama.flash.summary)
+            listener.listen()  # who comes as soon as it is said waits, and is not refused
             scheme = "https" if service.ssl_certfile else "http"
             say(f"serving {scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)")
             config = uvicorn.Config(
