@@ -79,7 +79,7 @@ def _shown(
     elif not console.is_terminal:
         yield _Lines(what, total, line)
     else:
-        every = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+        every = (TextColumn("{task.description}", markup=False), BarColumn(), *columns, TimeRemainingColumn())
         with Progress(*every, console=console, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda n: progress.advance(task, n)

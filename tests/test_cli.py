@@ -205,7 +205,8 @@ def test_lowrank_without_predictors_is_one_line(bundles: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_ends_a_run_cleanly_with_its_statistics(model: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_cleanly(number: signal.Signals, model: Path) -> None:
     prompt = "hello " * 4000  # a synthetic model may end its text at any time, but not its prompt
     command = [sys.executable, "-m", "llama_flash", "run", str(model), "-p", prompt, "-c", "30000"]
     process = subprocess.Popen(
@@ -213,8 +214,8 @@ def test_ctrl_c_ends_a_run_cleanly_with_its_statistics(model: Path) -> None:
     )
     assert process.stdout is not None
     process.stdout.read(1)  # the model is loaded
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     assert "read per token" in stderr

@@ -65,7 +65,8 @@ def test_what_does_not_work_is_said_and_the_rest_is_measured(model: Path) -> Non
     assert nothing.returncode == 1
 
 
-def test_ctrl_c_ends_it_and_leaves_no_group(model: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_leaves_no_group(number: signal.Signals, model: Path) -> None:
     controller = memory_controller()
     assert controller is not None
     command = [*BENCH, str(model), "--cap", "50%", "--repeats", "50", "-n", "100"]
@@ -81,8 +82,8 @@ def test_ctrl_c_ends_it_and_leaves_no_group(model: Path) -> None:
     while not groups() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert groups()
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     assert groups() == []

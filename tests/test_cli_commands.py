@@ -193,6 +193,8 @@ def test_predictors_and_orders_say_what_they_found_as_one_object(
         (("run", "MODEL", "--reserve", "some"), "reserve: not a size: 'some'"),
         (("chat", "MODEL", "--type-v", "q9"), "--type-v: 'q9' is not one of"),
         (("bench", "MODEL", "--dram-budget", "much"), "not a size: 'much'"),
+        (("trace", "MODEL", "-p", "x", "-o", "/no/where/trace"), "/no/where/trace cannot be written: No such file"),
+        (("trace", "MODEL", "-o", "OUT", "--text", "/no/text"), "/no/text"),
         (("doctor", "/no/where"), "no such file or folder: /no/where"),
     ],
 )
@@ -240,6 +242,15 @@ def test_run_as_stock_says_the_same(model_file: ModelFile) -> None:
     assert stock["text"] == offload["text"] != ""
     assert offload["flash"]["decode"]["tokens"] >= 23, "no end of text"
     assert stock["tokens_per_second"] > 0
+
+
+def test_names_with_brackets_are_told_as_they_are(here: Flash, model_file: ModelFile, tmp_path: Path) -> None:
+    model = tmp_path / "m[bold]o[1].gguf"
+    model.symlink_to(model_file("qwen3moe"))
+    assert f"{model.name}:" in here("plan", model).stdout
+    trace = tmp_path / "t[red].npz"
+    assert f"{trace}: " in flash("trace", model, "-p", "a", "-n", 2, "-o", trace).stdout
+    assert f"{model.name}: " in flash("simulate", trace).stdout
 
 
 def test_options_of_a_load_reach_it(model_file: ModelFile) -> None:

@@ -123,6 +123,14 @@ def test_a_file_system_without_direct_reads_is_a_warning() -> None:
     assert found.level == "warning" and "has no O_DIRECT" in found.found
 
 
+def test_a_folder_that_cannot_be_written_is_a_warning_with_what_to_name_instead() -> None:
+    code, found = examine("/proc/self")
+    assert code == 0
+    for check in ("direct reads", "reads"):
+        assert found[check]["level"] == "warning" and found[check]["mend"] == "name a model file in it"
+    assert "cache folder" in found
+
+
 @pytest.mark.parametrize(
     ("system", "level", "said"),
     [

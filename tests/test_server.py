@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -75,6 +77,17 @@ def streamed(client: openai.OpenAI, prompt: str, n: int = 48) -> str:
         reason = chunk.choices[0].finish_reason
     assert reason in ("length", "stop") and len(pieces) > 2
     return "".join(pieces)
+
+
+def post(server: Server, path: str, body: dict[str, Any] | bytes) -> tuple[int, dict[str, Any]]:
+    """Status and answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers), timeout=PATIENCE) as done:
+            return done.status, json.load(done)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
 
 
 def eventually(what: Callable[[], bool]) -> bool:
@@ -216,6 +229,51 @@ def test_a_question_longer_than_the_context_is_an_error(server: Server) -> None:
         streamed(client, "x = 1\n" * N_CTX)
 
 
+def test_what_a_client_asks_wrongly_is_said_to_it_and_ends_nothing(server: Server) -> None:
+    client = server.client()
+    want = chat(client, PROMPTS[0])
+    quoted = {"name": "f", "parameters": {"type": "object", "properties": {'a"b': {"type": "string"}}}}
+    forced = {
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [{"type": "function", "function": quoted}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+    }
+    for path, body, said in (
+        ("/v1/completions", {"prompt": "a", "grammar": "root ::= ("}, "the grammar cannot be parsed"),
+        ("/v1/chat/completions", forced, "the grammar cannot be parsed"),
+        ("/extras/detokenize", {"tokens": [99999999]}, "token 99999999 is not one of the model's"),
+        ("/extras/detokenize", {"tokens": [-1]}, "token -1 is not one of the model's"),
+        ("/v1/completions", {"prompt": ["a", "b"]}, "a list of several prompts"),
+        ("/v1/completions", {"prompt": "a", "temperature": "hot"}, "body.temperature"),
+        ("/v1/completions", {"prompt": "a", "logprobs": 1}, "logits_all"),
+        ("/v1/completions", b"{", "body"),
+    ):
+        status, answer = post(server, path, body)
+        assert status == 400 and answer["error"]["type"] == "invalid_request_error", (body, answer)
+        assert said in answer["error"]["message"], answer
+    with pytest.raises(openai.APIError, match="the grammar cannot be parsed") as told:
+        list(client.completions.create(model="x", prompt="a", stream=True, extra_body={"grammar": "root ::= ("}))
+    assert told.value.type == "invalid_request_error"
+    more_than_it_allows = {"prompt": "a", "grammar": 'root ::= "a"', "min_tokens": 10, "max_tokens": 20}
+    assert post(server, "/v1/completions", more_than_it_allows)[1]["choices"][0]["text"] == "a"
+    assert chat(client, PROMPTS[0]) == want
+    tokens = post(server, "/extras/tokenize", {"input": PROMPTS[1]})[1]["tokens"]
+    assert post(server, "/extras/detokenize", {"tokens": tokens})[1]["text"].strip() == PROMPTS[1].strip()
+
+
+def test_an_answer_names_the_model_and_not_its_file(server: Server) -> None:
+    assert post(server, "/v1/completions", {"prompt": "import", "max_tokens": 1})[1]["model"] == SHIPPED.stem
+
+
+def test_metrics_are_told_whatever_format_is_asked_for(server: Server) -> None:
+    for accept in ("application/openmetrics-text; version=foo", "text/plain; version=x", "text/html", "application/*"):
+        request = urllib.request.Request(f"{server.url}/metrics")
+        request.add_header("Authorization", f"Bearer {KEY}")
+        request.add_header("Accept", accept)
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+            assert b"llama_flash_loads_total" in response.read(), accept
+
+
 def test_memory_does_not_grow(server: Server) -> None:
     client, clients = server.client(), [server.client() for _ in range(4)]
 
@@ -265,7 +323,10 @@ def test_models_of_a_settings_file_take_turns(model: Path, tmp_path: Path) -> No
         assert values["llama_flash_model_loaded model=two"] == 0
 
 
-def test_a_signal_ends_it_in_the_middle_of_an_answer(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
+def test_a_signal_ends_it_in_the_middle_of_an_answer(
+    signals: tuple[signal.Signals, ...], model: Path, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     environment = {"LLAMA_FLASH_CACHE": str(cache), "LLAMA_FLASH_WARM_START": "1"}
     context = ["-c", str(N_CTX)]
@@ -283,7 +344,10 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(model: Path, tmp_path: Path
             options = {"extra_body": {"min_tokens": ENDLESS}}
             whole = [pool.submit(chat, server.client(), PROMPTS[0], ENDLESS, **options) for _ in range(2)]
             assert eventually(lambda: server.metrics()["llama_flash_requests_in_flight"] == 3)
-            assert server.stop() == 143
+            for one in signals:
+                server.process.send_signal(one)
+                time.sleep(0.5)
+            assert server.process.wait(PATIENCE) == 128 + signals[0]
             with pytest.raises(openai.APIError, match="the server is shutting down"):
                 list(stream)
             # 503; or the connection is gone with the process before it is read
@@ -305,6 +369,21 @@ def test_what_cannot_be_served_is_refused_in_one_line(model: Path, tmp_path: Pat
     assert re.search(
         r"settings\.yaml: models\.0\.flash_offload: there is no option budget", refusal("--config-file", file)
     )
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("flash_offload: {dram_budget: }", "models.0.flash_offload: dram_budget: .*None"),
+        ("7: 8", "there is no setting 7"),
+        ("flash_offload: {7: 8}", "there is no option 7"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(entry: str, said: str, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"models: [{{model: {model}, {entry}}}]")
+    with pytest.raises(ValueError, match=rf"settings\.yaml: .*{said}"):
+        read_settings(file, {}, {}, {})
 
 
 def test_flags_come_before_the_file_and_the_file_before_the_environment(

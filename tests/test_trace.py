@@ -13,7 +13,9 @@ from engines import IO_ENGINES, give_memory, logits_of, open_flash, open_residen
 from neurons import bundled, open_neurons, write_model
 
 from llama_flash import FlashError, _bindings
+from llama_flash.archives import write_archive
 from llama_flash.simulate import as_counted
+from llama_flash.snapshot import Snapshot
 from llama_flash.trace import Recorder, Trace, traced_tensors
 
 PROMPT, DECODED = tokens(90, seed=1), tokens(60, seed=2)
@@ -121,9 +123,32 @@ def test_what_is_not_a_trace_is_refused_in_one_line(tmp_path: Path, model_file: 
     bad.write_bytes(whole.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is not a trace"):
         Trace.load(bad)
-    bad.write_text("no")
-    with pytest.raises(ValueError, match="is not a trace"):
-        Trace.load(bad)
+    for content in (b"no", b"", b"PK\x03\x04 no archive", whole.read_bytes()[:200]):
+        bad.write_bytes(content)
+        for cls, what in ((Trace, "a trace"), (Snapshot, "a snapshot")):
+            with pytest.raises(ValueError, match=f"^{bad} is not {what} of llama-flash: .+$"):
+                cls.load(bad)
+    with pytest.raises(ValueError, match="is not a snapshot"):
+        Snapshot.load(whole)
+
+
+class _Full:
+    """Fails when it is written."""
+
+    def __array__(self, *_: object, **__: object) -> Any:
+        raise OSError("no room")
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, model_file: ModelFile) -> None:
+    with open_flash(model_file("qwen3moe")) as llm:
+        trace = record(llm, DECODED[:3])
+    there = tmp_path / "there.npz"
+    there.write_text("before")
+    with pytest.raises(OSError, match="no room"):
+        write_archive(there, token=trace.token, record=_Full())
+    assert there.read_text() == "before" and list(tmp_path.iterdir()) == [there]
+    trace.save(there)
+    assert Trace.load(there).model == trace.model and list(tmp_path.iterdir()) == [there]
 
 
 def test_where_nothing_is_cached_there_is_nothing_to_trace(model_file: ModelFile) -> None:

@@ -310,6 +310,8 @@ def _direct(path: Path) -> Finding:
                 f"the file system of {path} has no O_DIRECT",
                 "reads go through the page cache: slower, and the cache counts as memory. ext4, xfs and btrfs have it",
             )
+        if path.is_dir():
+            return _no_file(path, "direct reads", error)
         return Finding("direct reads", "problem", f"{path}: {error.strerror or error}", "the file must be readable")
     return Finding("direct reads", "ok", f"{done} bytes read past the page cache")
 
@@ -337,6 +339,8 @@ def _io_uring(path: Path, engine_works: bool) -> Finding:
         return Finding("io_uring", "ok", "allowed; whether it is built in cannot be told without the engine")
     try:
         _probe(path, "io_uring")
+    except OSError as error:
+        return _no_file(path, "io_uring", error)
     except FlashError as error:
         return Finding(
             "io_uring", "warning", str(error), f"{slower}; install liburing (Debian: liburing-dev) and build again"
@@ -349,11 +353,13 @@ def _pread(path: Path, engine_works: bool) -> Finding:
         return Finding("reads", "problem", "cannot be tried without the engine", "see engine")
     try:
         probe = _probe(path, "auto")
+        for _ in range(2):
+            if probe.latency_ns > _SLOW:  # or the process was stopped meanwhile
+                probe = min(probe, _probe(path, "auto"), key=lambda one: int(one.latency_ns))
+    except OSError as error:
+        return _no_file(path, "reads", error)
     except FlashError as error:
         return Finding("reads", "problem", str(error), "the plugin cannot read from this device")
-    for _ in range(2):
-        if probe.latency_ns > _SLOW:  # or the process was stopped meanwhile
-            probe = min(probe, _probe(path, "auto"), key=lambda one: int(one.latency_ns))
     said = f"the plugin reads, {'past' if probe.direct else 'through'} the page cache; 4 KiB take "
     if probe.latency_ns > _SLOW:
         # measured: what virtual disks say of themselves (queue/rotational) is often wrong
@@ -413,6 +419,13 @@ def _model(path: Path, engine_works: bool) -> Finding:
         )
     flash = f"{format_size(made.flash_weights)} on flash, smallest budget {made.smallest >> 20} MiB"
     return Finding("model", "ok", f"{said}: {flash}")
+
+
+def _no_file(path: Path, check: str, error: OSError) -> Finding:
+    """Nothing could be tried: `path` is a folder in which no file can be made."""
+    return Finding(
+        check, "warning", f"no file can be written to {path}: {error.strerror or error}", "name a model file in it"
+    )
 
 
 @contextlib.contextmanager

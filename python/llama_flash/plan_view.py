@@ -66,7 +66,7 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
     memory.add_row("all of it", format_size(plan.memory.total))
     memory.add_row(f"budget ({plan.budget.reason})", format_size(plan.budget.total))
     if plan.smallest:
-        memory.add_row("[bold]smallest workable budget[/]", f"[bold]{plan.smallest >> 20} MiB[/]")
+        memory.add_row("smallest workable budget", f"{plan.smallest >> 20} MiB", style="bold")
     console.print(memory)
 
     cost = plan.cost
@@ -81,7 +81,7 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
     if cost.traffic:
         token.add_row(f"reading, {plan.io_engine}, up to {plan.io_depth} in flight", _duration(cost.io_seconds))
     token.add_row(f"computing, {format_size(int(cost.touched))} of weights, at least", _duration(cost.compute_seconds))
-    token.add_row("[bold]tokens per second[/]", f"[bold]{format_rate(cost.tokens_per_second)}[/]")
+    token.add_row("tokens per second", format_rate(cost.tokens_per_second), style="bold")
     console.print(token)
 
     others = Table(title="other budgets", title_justify="left", min_width=60)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .archives import open_archive, write_archive
 from .device_profile import DeviceProfile
 from .history import Call
 from .profiles import recall
@@ -40,25 +40,24 @@ class Snapshot:
     profile: DeviceProfile | None  # as kept for the model's device; None if none is
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a file for `load`. Raises OSError."""
+        """Writes a file for `load`, as a whole or not at all. Raises OSError."""
         head = {name: getattr(self, name) for name in _PLAIN}
         head["profile"] = None if self.profile is None else self.profile.as_dict()
         head["tensors"] = None if self.residency is None else [asdict(tensor) for tensor in self.residency.tensors]
         nothing = np.zeros(0, np.uint8)
-        with Path(path).open("wb") as file:
-            np.savez_compressed(
-                file,
-                head=np.frombuffer(json.dumps(head).encode(), np.uint8),
-                calls=np.array([_row(call) for call in self.calls], np.float64).reshape(len(self.calls), _COLUMNS),
-                reuse=self.reuse,
-                place=nothing if self.residency is None else self.residency.place,
-                age=nothing if self.residency is None else self.residency.age,
-            )
+        write_archive(
+            path,
+            head=np.frombuffer(json.dumps(head).encode(), np.uint8),
+            calls=np.array([_row(call) for call in self.calls], np.float64).reshape(len(self.calls), _COLUMNS),
+            reuse=self.reuse,
+            place=nothing if self.residency is None else self.residency.place,
+            age=nothing if self.residency is None else self.residency.age,
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Snapshot:
-        """What `save` wrote. Raises OSError, or ValueError or KeyError if it is something else."""
-        with np.load(path, allow_pickle=False) as file:
+        """What `save` wrote. Raises OSError, or ValueError if it is something else."""
+        with open_archive(path, "a snapshot") as file:
             head = json.loads(file["head"].tobytes())
             tensors = head.pop("tensors")
             profile = head.pop("profile")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _bindings
+from .archives import open_archive, write_archive
 from .errors import FlashError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Trace:
         return int(counts[counts > 0].min()) if counts.any() else 0
 
     def save(self, path: Path | str) -> None:
-        """Writes the file; a compressed .npz without pickled objects."""
+        """Writes the file, as a whole or not at all; a compressed .npz without pickled objects. Raises OSError."""
         header = {
             "format": FORMAT,
             "model": self.model,
@@ -96,8 +96,7 @@ class Trace:
             "record": _small(self.record),
             "uses": _small(self.uses),
         }
-        with open(path, "wb") as file:  # savez would add a suffix of its own
-            np.savez_compressed(file, header=np.array(json.dumps(header)), **columns)  # type: ignore[arg-type]
+        write_archive(path, header=np.array(json.dumps(header)), **columns)
 
     @classmethod
     def load(cls, path: Path | str) -> Trace:
@@ -107,13 +106,11 @@ class Trace:
             OSError: the file cannot be read.
             ValueError: it is not a trace, or contradicts itself.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
-                columns = {
-                    name: file[name].astype(np.int64)
-                    for name in ("token", "n_tokens", "tensor", "size", "record", "uses")
-                }
+        with open_archive(path, "a trace") as file:
+            header = json.loads(str(file["header"]))
+            columns = {
+                name: file[name].astype(np.int64) for name in ("token", "n_tokens", "tensor", "size", "record", "uses")
+            }
             if header["format"] != FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
             tensors = tuple(TracedTensor(**tensor) for tensor in header["tensors"])
@@ -123,8 +120,6 @@ class Trace:
             begin = np.concatenate([[0], np.cumsum(columns.pop("size"))])
             trace = cls(model=header["model"], tensors=tensors, begin=begin, run=run, **columns)
             trace._check()
-        except (KeyError, TypeError, AttributeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not a trace of llama-flash: {error}") from None
         return trace
 
     def _check(self) -> None:

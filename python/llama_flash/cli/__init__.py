@@ -29,15 +29,21 @@ _RUN, _MACHINE, _FILES = "Run models", "Memory and devices", "Model files"
 
 # the first line of a command's help stands here too, so that the list needs none of them
 _COMMANDS = (
-    Later("run", "Generate text with flash offload, and print the statistics.", _RUN, own("run")),
-    Later("chat", "Talk with a model.", _RUN, own("chat")),
+    Later("run", "Generate text with flash offload, and print the statistics.", _RUN, own("run"), killed_cleanly=True),
+    Later("chat", "Talk with a model.", _RUN, own("chat"), killed_cleanly=True),
     Later(
         "serve",
         "Serve a model to OpenAI's clients: llama-cpp-python's server, with /health and /metrics (Prometheus).",
         _RUN,
         own("serve"),
     ),
-    Later("bench", "Measure how fast a model decodes with flash offload, at several budgets.", _RUN, own("bench")),
+    Later(
+        "bench",
+        "Measure how fast a model decodes with flash offload, at several budgets.",
+        _RUN,
+        own("bench"),
+        killed_cleanly=True,
+    ),
     Later(
         "top",
         "Show running processes with weights on flash: speed, hit rate, bytes per token, memory, what limits it.",
@@ -49,6 +55,7 @@ _COMMANDS = (
         "Record which experts, or neurons of bundles, each token asked of the cache, for `llama-flash simulate`.",
         _MACHINE,
         own("trace"),
+        killed_cleanly=True,
     ),
     Later(
         "simulate",

@@ -35,7 +35,7 @@ EPILOG = (
 )
 
 _PROMPT = "The quick brown fox jumps over the lazy dog. In the meantime,"
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 
 
 def bench(
@@ -141,6 +141,7 @@ class _Row:
 
         Raises:
             KeyboardInterrupt: the run was interrupted.
+            SystemExit: it was ended by SIGTERM, which is passed on to a capped one.
         """
         cap = None
         if self.limit == "cap":
@@ -156,6 +157,8 @@ class _Row:
             code, output, log = _run(self.command)
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
+        if code == _TERMINATED:
+            raise SystemExit(code)
         if code != 0:
             self.error = (log.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("llama-flash: ")
             return
@@ -264,7 +267,7 @@ def _progress(total: int) -> Iterator[Callable[[_Row, int], None]]:
     if not c.stderr.is_terminal:
         yield lambda row, number: print(f"run {number + 1}, {said(row)}", file=sys.stderr, flush=True)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=c.stderr, transient=True) as progress:
         task = progress.add_task("measuring", total=total)
         yield lambda row, _number: progress.update(task, advance=1, description=said(row)[:60])

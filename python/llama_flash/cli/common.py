@@ -61,8 +61,9 @@ DEFAULT_CTX = 2048
 # as in placement.KV_TYPES, which needs numpy: too much for a help page
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+# without markup: names of files may hold brackets
+stderr = Console(stderr=True, highlight=False, markup=False)
+stdout = Console(highlight=False, markup=False)
 
 
 def _flash(*names: str, **settings: Any) -> Any:

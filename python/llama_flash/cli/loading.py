@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..gguf_meta import GgufMeta
 from ..options import FlashOffload
@@ -66,7 +67,7 @@ def open_model(path: Path, meta: GgufMeta, params: Mapping[str, Any], flash: Fla
         "seed": params["seed"],
         "verbose": params["verbose"],
     }
-    with stderr.status(f"loading {path.name}"):
+    with stderr.status(Text(f"loading {path.name}")):
         import llama_cpp
 
         llm = llama_cpp.Llama(str(path), flash_offload=flash, **settings)

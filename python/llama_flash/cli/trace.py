@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
+from ..archives import check_target
 from ..gguf_meta import read_gguf
 from ..options import FlashOffload
 from ..sizes import format_size
@@ -52,6 +54,8 @@ def trace(
     """
     if prompt is None and text is None:
         raise ValueError("nothing to run: give -p PROMPT, --text FILE, or both")
+    check_target(output)
+    book = b"" if text is None else text.read_bytes()
     path = model_path(model)
     meta = read_gguf(path)
     ctx = n_ctx or min(meta.number("context_length", DEFAULT_CTX), DEFAULT_CTX)
@@ -65,7 +69,7 @@ def trace(
         follow=False,
         warm_start=False,
     )
-    with stderr.status(f"loading {path.name}"):
+    with stderr.status(Text(f"loading {path.name}")):
         import llama_cpp
 
         n_threads = threads or len(os.sched_getaffinity(0))
@@ -82,11 +86,11 @@ def trace(
         if slots is not None:
             _give_slots(llm.flash, slots)
         prompt_tokens = llm.tokenize((prompt or "").encode()) if prompt is not None or text is None else []
-        text_tokens = [] if text is None else llm.tokenize(text.read_bytes(), add_bos=not prompt_tokens)[:n_tokens]
+        text_tokens = [] if text is None else llm.tokenize(book, add_bos=not prompt_tokens)[:n_tokens]
         wanted = len(prompt_tokens) + (n_tokens if text is None else len(text_tokens))
         if wanted > ctx:
             raise ValueError(f"{wanted} tokens do not fit into a context of {ctx}: see --n-ctx")
-        with Recorder(llm.flash) as recorder, stderr.status(f"running {path.name}"):
+        with Recorder(llm.flash) as recorder, stderr.status(Text(f"running {path.name}")):
             if prompt_tokens:
                 llm.eval(prompt_tokens)
             for token in text_tokens:

@@ -147,7 +147,7 @@ class _Request:
             failure = _shutting_down()
         if failure is not None:
             logger.error("a stream ended early: %s", failure)
-            self.status = failure.status_code if isinstance(failure, HTTPException) else 500
+            self.status = _status(failure)
             event = f"data: {json.dumps({'error': _described(failure)})}\n\n"
             await self._send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         await self._send(self._end or {"type": "http.response.body", "body": b"", "more_body": False})
@@ -164,6 +164,12 @@ def stop_if_gone() -> None:
         raise _client_gone()
     if request is not None and request.stopped:
         raise _shutting_down()
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, HTTPException):
+        return error.status_code
+    return 400 if isinstance(error, ValueError) else 500
 
 
 def _described(error: Exception) -> dict[str, Any]:

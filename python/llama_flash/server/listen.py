@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -42,6 +44,7 @@ def listen(service: Service, models: list[ServedModel], say: Callable[[str], Non
             llama = loaded()
             if llama.flash is not None and not llama.verbose:
                 say(llama.flash.summary)
+            listener.listen()  # who comes as soon as it is said waits, and is not refused
             scheme = "https" if service.ssl_certfile else "http"
             say(f"serving {scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)")
             config = uvicorn.Config(
@@ -57,11 +60,25 @@ def listen(service: Service, models: list[ServedModel], say: Callable[[str], Non
 
 
 class _Server(uvicorn.Server):
-    """Gives up, after a while, the answers that are under way when a signal comes."""
+    """Gives up, after a while, the answers that are under way when a signal comes; at once when another one comes.
+
+    Nothing is freed below a call that still runs, so uvicorn's own way to hurry (`force_exit`) is not taken. Who does
+    not want to wait for that call to end sends a third signal, which ends the process as it is.
+    """
 
     def __init__(self, config: uvicorn.Config, clients: Clients) -> None:
         super().__init__(config)
         self._clients = clients
+        self._signals = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            super().handle_exit(sig, frame)
+        elif self._signals == 2:
+            self._clients.stop()
+        else:
+            os._exit(128 + sig)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(_PATIENCE, self._clients.stop)

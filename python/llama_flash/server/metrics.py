@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,8 +47,12 @@ class Metrics(Collector):
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """Text and content type, in the format that a client accepts."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        for acceptable in (accept, ""):
+            # a version that is none is compared with numbers
+            with contextlib.suppress(TypeError, ValueError):
+                encode, content_type = choose_encoder(acceptable)
+                return encode(self._registry), content_type
+        raise AssertionError("there is always a format")
 
     def collect(self) -> Iterator[Metric]:
         models = self._models

@@ -9,6 +9,7 @@ from typing import Any
 import llama_cpp
 from llama_cpp.server.model import LlamaProxy
 
+from ..errors import FlashError
 from ..gguf_meta import read_gguf
 from ..offload import FlashSession
 from .clients import stop_if_gone
@@ -46,6 +47,17 @@ class Models(LlamaProxy):  # type: ignore[misc]
         self._session: tuple[str, FlashSession] | None = None
         super().__init__(models)
 
+    def __call__(self, model: str | None = None) -> llama_cpp.Llama:
+        """The model of that name; the first one if there is none.
+
+        Raises:
+            FlashError: it cannot be loaded.
+        """
+        try:
+            return super().__call__(model)
+        except ValueError as error:  # would be told as the client's mistake
+            raise FlashError(str(error)) from error
+
     @property
     def loaded(self) -> str | None:
         """Name of the model that is loaded."""
@@ -71,6 +83,7 @@ class Models(LlamaProxy):  # type: ignore[misc]
             trained = read_gguf(settings.model).number("context_length", settings.n_ctx)
             settings = settings.model_copy(update={"n_ctx": min(trained, settings.n_ctx)})
         llama = super().load_llama_from_model_settings(settings)
+        llama.model_path = settings.model_alias  # what answers call it where the question has no name
         tally = self.tallies[str(settings.model_alias)]
         tally.loads += 1
         if llama.flash is not None:

@@ -46,7 +46,10 @@ class ServedModel(ModelSettings):  # type: ignore[misc]
             if unknown := sorted(map(str, value.keys() - set(options))):
                 raise ValueError(f"there is no option {', '.join(unknown)}; there are {', '.join(options)}")
             value = {name: _plain(option) for name, option in value.items()}
-            FlashOffload(**value)
+            try:
+                FlashOffload(**value)
+            except TypeError as error:  # which pydantic would let through
+                raise ValueError(str(error)) from None
         elif not isinstance(value, bool):
             raise ValueError(f"{value!r} is neither true nor false, nor options by name")
         return value
@@ -127,8 +130,8 @@ def _check_file(model: ServedModel) -> None:
 def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     import yaml
 
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         data = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
@@ -137,6 +140,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     models = data.pop("models", None)
     if not isinstance(models, list) or not models or not all(isinstance(model, dict) for model in models):
         raise ValueError(f"{path}: expected a list `models`, each with its settings")
+    for settings in (data, *models):
+        for name in settings:
+            if not isinstance(name, str):
+                raise ValueError(f"{path}: there is no setting {name!r}")
     for i, model in enumerate(models):
         if "model" not in model:
             raise ValueError(f"{path}: models.{i}.model: the path of the GGUF file is missing")
