@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llama_flash
-from llama_flash import DeviceProfile, FlashError, FlashReadError, device_profile, profiles
+from llama_flash import DeviceProfile, FlashError, FlashOffload, FlashReadError, device_profile, profiles
 from llama_flash.device import Device, device_of
 from llama_flash.device_profile import (
     CHUNKS,
@@ -34,6 +34,7 @@ from llama_flash.device_profile import (
     probe_reads,
     quick_profile,
 )
+from llama_flash.offload import io_choice
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -420,3 +421,18 @@ def test_a_partition_is_known_by_its_disk(tmp_path: Path, tmp_path_factory: pyte
 def test_without_a_block_device_it_is_what_is_mounted(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     device = tree(tmp_path, tmp_path_factory.mktemp("root"), "nfs4 server:/a\\040b", {})
     assert (device.name, device.model, device.file_system) == ("server:/a b", "", "nfs4")
+
+
+def test_a_profile_decides_what_the_options_leave_open(file: Path) -> None:
+    """Reads in flight and I/O engine of a load; what is no measurement decides nothing."""
+    guessed = default_profile(file)
+    reads = tuple(
+        ReadRate(chunk, depth, 1e9 * min(depth, 16), 1e-4, 1e-4)
+        for chunk in (4 * KIB, 1024 * KIB)
+        for depth in (1, 16, 128)
+    )
+    known = replace(guessed, source="cached", faster="pread", reads=reads)
+    assert io_choice(FlashOffload(), None, known) == ("pread", 16)
+    assert io_choice(FlashOffload(io_engine="io_uring", io_depth=5), None, known) == ("io_uring", 5)
+    for profile in (None, guessed, replace(known, source="quick probe")):
+        assert io_choice(FlashOffload(), None, profile) == ("auto", 32)

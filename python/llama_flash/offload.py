@@ -108,9 +108,8 @@ def io_choice(options: FlashOffload, bundles: Bundles | None, profile: DevicePro
     Args:
         profile: of the device, if one was measured; it decides what the options leave open.
     """
-    measured = profile is not None and profile.source in ("measured", "cached")
     io_engine, depth = options.io_engine, options.io_depth or (128 if bundles else 32)
-    if profile is not None and measured:
+    if profile is not None and profile.source in ("measured", "cached"):
         if io_engine == "auto" and profile.faster == "pread":
             io_engine = "pread"
         depth = options.io_depth or profile.depth_for(bundles.format.record_bytes if bundles else _PIECE)
