@@ -38,8 +38,6 @@ lint: build  ## ruff and mypy
 sanitize: build  ## engine and plugin under ASan, UBSan and TSan
 	@$(BIN)/python $(ENGINE)/sanitize.py
 
-bench reproduce demo: export OMP_WAIT_POLICY = active
-
 bench: build  ## the speed table, as JSON and text (ARGS="--help" for its options)
 	$(BIN)/python ci/bench.py $(ARGS)
 

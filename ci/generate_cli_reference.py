@@ -30,8 +30,8 @@ HEAD = """\
   error there is none.
 - **Progress** is shown on stderr: a bar on a terminal, else a line every ten seconds.
 - **Completion**: `llama-flash --install-completion` sets it up for the shell it runs in (bash, zsh, fish, PowerShell).
-- **Environment**: `LLAMA_FLASH_CACHE` is the folder of profiles and warm starts, `LLAMA_FLASH_RUNTIME` that of what
-  `top` shows, `LLAMA_FLASH_WARM_START=0` switches warm starts off.
+- **Environment**: `LLAMA_FLASH_CACHE` is the folder of profiles, warm starts and what plans learn of runs,
+  `LLAMA_FLASH_RUNTIME` that of what `top` shows, `LLAMA_FLASH_WARM_START=0` switches warm starts and that learning off.
 
 | exit code | when |
 |---|---|

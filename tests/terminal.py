@@ -61,7 +61,9 @@ class Terminal:
     def press(self, key: str, pattern: str, *, after: int = 0) -> int:
         """Presses a key until the text matches, and returns as `wait_for`.
 
-        A control key that comes in the moment in which a line editor takes the terminal over can be lost.
+        A control key that comes in the moment in which a line editor takes the terminal over can be lost. What was
+        typed before must have been echoed: a Ctrl-C also drops what the program has not read yet, and a line editor
+        that was just told of it then waits for the next key, whatever signals come.
         """
         for _ in range(20):
             self.type(key)

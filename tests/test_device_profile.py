@@ -34,6 +34,7 @@ from llama_flash.device_profile import (
     probe_reads,
     quick_profile,
 )
+from llama_flash.kept_files import cache_folder
 from llama_flash.offload import io_choice
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -373,13 +374,13 @@ def test_a_write_that_fails_leaves_the_old_profile_and_no_other_file(
 def test_the_folder_is_the_named_one_or_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_FLASH_CACHE", "/named")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert profiles.cache_folder() == Path("/named")
+    assert cache_folder() == Path("/named")
     monkeypatch.delenv("LLAMA_FLASH_CACHE")
-    assert profiles.cache_folder() == Path("/xdg/llama-flash")
+    assert cache_folder() == Path("/xdg/llama-flash")
     monkeypatch.setenv("HOME", "/home/user")
     for unusable in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", unusable)
-        assert profiles.cache_folder() == Path("/home/user/.cache/llama-flash")
+        assert cache_folder() == Path("/home/user/.cache/llama-flash")
 
 
 # devices

@@ -249,6 +249,7 @@ def test_never_more_than_given(form: str, files: dict[str, Path]) -> None:
             assert used <= memory.total == out.total
 
 
+@pytest.mark.weighs
 def test_memory_of_pinned_panels_is_counted(model_folder: Path) -> None:
     """To the page: what is pinned is less than the homes' addresses, which would be given huge pages."""
     path = write(tiny("llama", "Q4_0", n_ff=32768), model_folder / "homes.gguf")[0]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import platform
-import random
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from llama_flash.device_profile import probe_reads
 
 RECORD = 864 << 10  # one expert's slice of one matrix of Qwen3-30B-A3B in Q4_0, and the unit of the raw read rates
 LINUX_READAHEAD_KB = 128
@@ -86,39 +85,12 @@ def wait_until_idle(limit: float, patience: float = 60.0) -> float:
 
 
 def raw_read_rates(path: Path, seconds: float = 2.0) -> dict[str, float]:
-    """Bytes per second of O_DIRECT reads: random records one and eight at a time, and one sequential stream."""
-    return {
-        "random_864k_depth_1": read_rate(path, RECORD, 1, seconds),
-        "random_864k_depth_8": read_rate(path, RECORD, 8, seconds),
-        "sequential_8m_depth_1": read_rate(path, 8 << 20, 1, seconds, sequential=True),
-    }
-
-
-def read_rate(path: Path, size: int, depth: int, seconds: float, *, sequential: bool = False) -> float:
-    """Bytes per second of O_DIRECT reads of `size` bytes, `depth` at a time: a thread for each read in flight."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    try:
-        n_chunks = os.fstat(fd).st_size // size
-        if n_chunks == 0:
-            raise ValueError(f"{path} is smaller than one read of {size} bytes")
-
-        def worker(number: int) -> int:
-            buffer = [mmap.mmap(-1, size)]  # page-aligned, as O_DIRECT wants it
-            rng = random.Random(number)
-            at, done = number, 0
-            while time.perf_counter() < deadline:
-                chunk = at % n_chunks if sequential else int(rng.random() * n_chunks)
-                at += depth
-                done += os.preadv(fd, buffer, chunk * size)
-            return done
-
-        started = time.perf_counter()
-        deadline = started + seconds
-        with ThreadPoolExecutor(depth) as pool:
-            total = sum(pool.map(worker, range(depth)))
-        return total / (time.perf_counter() - started)
-    finally:
-        os.close(fd)
+    """Bytes per second of random reads past the page cache, of some sizes and numbers in flight."""
+    rates = {}
+    for name, size, depth in (("864 KiB, 1", RECORD, 1), ("864 KiB, 8", RECORD, 8), ("1 MiB, 32", 1 << 20, 32)):
+        probe = probe_reads(path, size, depth, seconds)
+        rates[f"reads of {name} in flight"] = probe.bytes / (probe.ns / 1e9)
+    return rates
 
 
 def description(path: Path) -> dict[str, object]:

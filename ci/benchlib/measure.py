@@ -73,8 +73,12 @@ class Outcome:
         if not values or not self.rates:
             return None
         rate = max(rate.bytes_per_second for rate in self.rates)
-        seconds = statistics.median(value[0] for value in values)
+        seconds = self.first_token_of(FLASH)
         return seconds, seconds / (statistics.median(value[1] for value in values) / rate)
+
+    def first_token_of(self, setting: Setting) -> float:
+        """Seconds from the load's begin to the first token."""
+        return statistics.median(_first_token(run)[0] for run in self.of(setting) if run.ok)
 
     def ratio(self, setting: Setting | None) -> float | None:
         """Flash's speed over that of `setting`."""

@@ -44,7 +44,9 @@ def _cells(outcome: Outcome, setting: Setting, base: float | None) -> list[str]:
     hits = outcome.median(setting, "hit_rate")
     peak = max(run.peak for run in runs)
     uncapped = " (no cap)" if setting.mode in ("cached", "resident") else ""
-    if speed is None:
+    if speed is None and outcome.case.work == "first" and any(run.ok for run in runs):
+        speed_cell = f"first token after {outcome.first_token_of(setting):.2f} s"
+    elif speed is None:
         speed_cell = "OOM-killed" if any(run.oom_killed for run in runs) else "failed"
     else:
         speed_cell = f"{speed:.2f}"

@@ -106,7 +106,15 @@ def run(kind: Kind, folder: Path, pytest_arguments: list[str]) -> bool:
         "PYTHONMALLOC": "malloc",
     }
     # capture=sys: pytest's default would keep a sanitizer's report to itself when the report ends the process
-    pytest = [str(VENV / "bin/python"), "-m", "pytest", "-m", "sanitize", "--capture=sys", *pytest_arguments]
+    pytest = [
+        str(VENV / "bin/python"),
+        "-m",
+        "pytest",
+        "-m",
+        "sanitize and not weighs",
+        "--capture=sys",
+        *pytest_arguments,
+    ]
     code = subprocess.run([*prefix, *pytest], env=python)
     no_tests = 5
     if code.returncode == no_tests:

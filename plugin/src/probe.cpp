@@ -1,16 +1,15 @@
 // What the device gives to reads like those of decoding: same reader, same engines, any chunk size and depth.
 #include "llama_flash.h"
 
+#include "mapping.h"
 #include "reader.h"
 #include "status.h"
 
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
-#include <memory>
 #include <random>
 #include <unistd.h>
 #include <vector>
@@ -29,10 +28,6 @@ struct descriptor {
             close(fd);
         }
     }
-};
-
-struct free_memory {
-    void operator()(uint8_t * data) const { free(data); }
 };
 
 uint64_t ns_since(steady::time_point start) {
@@ -72,11 +67,12 @@ int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_fla
     const uint32_t depth    = params.io_depth;
     const uint64_t n_places = std::min<uint64_t>(depth, std::max<uint64_t>(1, MOST_MEMORY / chunk));
 
-    std::unique_ptr<uint8_t, free_memory> memory((uint8_t *) aligned_alloc(FLASH_SECTOR, n_places * chunk));
-    if (!memory) {
+    // as slots and rings are: a large read into small pages would be split by what a request may list
+    const mapping memory = mapping::allocate(n_places * chunk);
+    if (!memory.data) {
         return flash_fail(err, LLAMA_FLASH_E_MEMORY, "probe_reads: no memory for %llu chunks", (unsigned long long) n_places);
     }
-    memset(memory.get(), 0, n_places * chunk); // page faults are not the device's
+    memset(memory.data, 0, n_places * chunk); // page faults are not the device's
     auto reads = reader::create(params, err); // destroyed before the memory it reads to
     if (!reads) {
         return LLAMA_FLASH_E_INVALID;
@@ -88,7 +84,7 @@ int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_fla
     uint32_t under_way = 0;
     auto     ask       = [&](uint32_t tag) {
         begun[tag] = steady::now();
-        reads->read(*file, random() % n_chunks * chunk, chunk, memory.get() + tag % n_places * chunk, tag);
+        reads->read(*file, random() % n_chunks * chunk, chunk, memory.data + tag % n_places * chunk, tag);
         out.in_flight = std::max(out.in_flight, ++under_way);
     };
     const auto     start    = steady::now();

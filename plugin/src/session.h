@@ -8,6 +8,7 @@
 #include "cache.h"
 #include "ffn.h"
 #include "llama_flash.h"
+#include "mapping.h"
 #include "neurons.h"
 #include "reader.h"
 #include "ring.h"
@@ -78,33 +79,6 @@ struct flash_tensor {
     uint8_t *          home;         // panels: reserved addresses, congruent with offset
     int32_t            home_memory;  // in session::homes, if there is a home
     bool               is_experts;
-};
-
-constexpr size_t HUGE_PAGE = 2u << 20;
-
-// A range of reserved or committed addresses.
-class mapping {
-  public:
-    mapping() = default;
-    ~mapping();
-    mapping(mapping && other) noexcept;
-    mapping & operator=(mapping && other) noexcept;
-
-    static mapping reserve(size_t bytes);  // address space only
-    static mapping allocate(size_t bytes); // memory on first touch, in huge pages where the kernel gives them
-
-    // allocate(most): addresses for all that may ever be wanted; where the kernel refuses so many, allocate(least)
-    static mapping allocate(size_t most, size_t least);
-
-    // The same in small pages: of memory that ends anywhere in the addresses, no byte more is there than was written.
-    static mapping home(size_t most, size_t least);
-
-    // What is beyond the first `used` bytes goes back to the kernel, in whole pages.
-    void keep(size_t used);
-
-    uint8_t * data  = nullptr;
-    size_t    bytes = 0;
-    size_t    page  = HUGE_PAGE; // that the kernel may give at once
 };
 
 struct llama_flash_session {

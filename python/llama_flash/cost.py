@@ -6,17 +6,32 @@ they assume are written down in docs/budget.md.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .budget import Breakdown
 from .device_profile import DeviceProfile
 from .gguf_meta import GgufMeta
 from .placement import Plan, select
 
-__all__ = ["ASSUMED_ACTIVE", "Cost", "Traffic", "expect", "expert_slots", "neuron_misses"]
+if TYPE_CHECKING:
+    from .usage import Usage
+
+__all__ = [
+    "ASSUMED_ACTIVE",
+    "Cost",
+    "Traffic",
+    "expect",
+    "expert_misses",
+    "expert_slots",
+    "neuron_misses",
+    "neurons_held",
+    "shared_of",
+    "skew_of",
+]
 
 ASSUMED_OPEN = 0.4  # share of the gates of a routed expert
 ASSUMED_ACTIVE = 0.10  # share of the neurons, where the file does not say
@@ -31,6 +46,8 @@ _LIKELY = (
 )
 _WRONG = 0.2  # share of the experts read ahead that are not used, see docs/performance.md
 _RUN = 256  # neurons read at once where whole layers are
+_MOST_SKEW = 20.0
+_SHARED_RANGE = (0.1, 100.0)
 
 
 @dataclass(frozen=True)
@@ -47,12 +64,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a token. Reading and computing overlap: a token takes as long as the slower of the two."""
+    """Of a token. Reading and computing overlap: a token takes as long as the slower of the two, or longer if known."""
 
     traffic: tuple[Traffic, ...]
     touched: float  # bytes of weights that a token computes with
-    compute_seconds: float  # at least: to read those from DRAM
+    compute_seconds: float  # at least to read those from DRAM; if a run was measured, as it was
     assumptions: tuple[str, ...]
+    waited_seconds: float = 0.0  # of io_seconds, that computing did not hide in a run that was measured
 
     @property
     def bytes_per_token(self) -> float:
@@ -68,7 +86,7 @@ class Cost:
 
     @property
     def tokens_per_second(self) -> float:
-        return 1 / max(self.io_seconds, self.compute_seconds, 1e-9)
+        return 1 / max(self.io_seconds, self.compute_seconds + self.waited_seconds, 1e-9)
 
     @property
     def bound_by(self) -> Literal["flash", "DRAM"]:
@@ -91,6 +109,7 @@ def expect(
     window: int | None = None,
     io_depth: int = 32,
     lookahead: int = 0,
+    usage: Usage | None = None,
 ) -> Cost:
     """Expected cost of a token.
 
@@ -100,6 +119,7 @@ def expect(
         predictor: how active neurons are found.
         window: as in FlashOffload.
         lookahead: most experts of the next layer that are read ahead.
+        usage: of the model's last run, in place of assumptions.
     """
     assumptions = ["one token at a time, slots warm, an empty KV cache"]
     touched = _resident_touched(meta, plan)
@@ -107,7 +127,8 @@ def expect(
     if plan.mode == "flash":
         n_used, n_expert = meta.number("expert_used_count"), max(1, meta.number("expert_count"))
         if plan.bundles:
-            parts += _neurons(meta, plan, memory, needs, profile, predictor, window, io_depth, assumptions)
+            seen = usage if usage and usage.predictor == predictor else None
+            parts += _neurons(meta, plan, memory, needs, profile, predictor, window, io_depth, assumptions, seen)
             touched += _neurons_touched(meta, plan, needs, predictor)
         if plan.panel_bytes and needs.n_panels:
             pinned = min(plan.panel_bytes, memory.pinned)
@@ -122,14 +143,49 @@ def expect(
             held = min(1.0, memory.slots / expert_slots(needs))
             used = needs.n_experts * n_used / n_expert
             layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
-            together = used * (1 - held) / max(1, layers) * max(1.0, size / _PIECE)
-            missed = n_used * (1 - held)
-            in_vain = needs.n_experts / n_expert * min(lookahead, missed * _LIKELY) * _WRONG
-            parts.append(_records("experts", used * (1 - held) + in_vain, size, together, io_depth, profile, held))
+            skew = usage.skew if usage else None
+            missed = expert_misses(held, skew or 0.0)
+            together = used * missed / max(1, layers) * max(1.0, size / _PIECE)
+            in_vain = needs.n_experts / n_expert * min(lookahead, n_used * missed * _LIKELY) * _WRONG
+            parts.append(_records("experts", used * missed + in_vain, size, together, io_depth, profile, 1 - missed))
             touched += plan.expert_bytes * n_used / n_expert
-            if held < 1:
+            if held < 1 and skew is None:
                 assumptions.append("experts are used evenly: most models read less")
-    return Cost(tuple(part for part in parts if part.reads > 0), touched, touched / profile.dram, tuple(assumptions))
+            elif held < 1:
+                assumptions.append("experts are used as in the last run")
+    parts = [part for part in parts if part.reads > 0]
+    compute, waited = touched / profile.dram, 0.0
+    if usage and plan.mode == "flash":
+        compute = max(compute, usage.computing)
+        waited = _waited([part for part in parts if part.kind != "panels"], usage)
+        assumptions.append(f"computing and waiting as in the last run, of {usage.tokens} tokens")
+    return Cost(tuple(parts), touched, compute, tuple(assumptions), waited)
+
+
+def _waited(parts: list[Traffic], usage: Usage) -> float:
+    """Seconds in which experts and neurons are waited for: computing hides as much of their reading as before."""
+    n_bytes, seconds = sum(part.bytes for part in parts), sum(part.seconds for part in parts)
+    if not usage.read or not n_bytes:
+        return 0.0
+    hidden = max(0.0, usage.read * seconds / n_bytes - usage.waited)
+    return max(0.0, seconds - hidden)
+
+
+def expert_misses(held: float, skew: float = 0.0) -> float:
+    """Share of a token's experts that is not in slots, which hold the share `held` of all.
+
+    Used evenly, 1 - held of them are missed; models that prefer some miss exp(-skew x held) of that, as measured on
+    recorded traces (docs/budget.md).
+    """
+    held = min(1.0, held)
+    return (1 - held) * math.exp(-skew * held)
+
+
+def skew_of(held: float, missed: float) -> float | None:
+    """The skew with which expert_misses(held) is `missed`; None where that cannot be told."""
+    if not (0 < held < 1 and missed > 0):
+        return None
+    return min(_MOST_SKEW, max(0.0, -math.log(missed / (1 - held)) / held))
 
 
 def expert_slots(needs: Any) -> int:
@@ -137,21 +193,38 @@ def expert_slots(needs: Any) -> int:
     return int(needs.expert_bytes + _SECTOR * needs.n_experts)
 
 
-def neuron_misses(active: float, held: float, window: int | None = None) -> float:
+def neurons_held(plan: Plan, memory: Breakdown, needs: Any) -> float:
+    """Share of all neurons that slots hold. Those of experts' bundles have what the experts leave: nothing."""
+    slots = 0 if plan.expert_bytes else memory.slots
+    return float(min(1.0, slots / needs.neuron_record / plan.n_neurons))
+
+
+def neuron_misses(
+    active: float, held: float, window: int | None = None, shared: float = float(_SHARED_TOKENS)
+) -> float:
     """Share of a token's active neurons that is not in slots.
 
     Args:
         active: share of the neurons that a token activates.
         held: share of the neurons that slots hold.
         window: tokens whose neurons stay, None: as many as have room.
+        shared: after so many tokens in slots the misses are half of what they would be if all neurons were alike.
 
     Slots hold the neurons of held/active tokens. If all neurons were alike, (1 - held) would be missed. Tokens share
-    neurons, and some neurons are used more than others: that divides the misses by 1 + held/active/3, as measured with
+    neurons, and some neurons are used more than others: that divides the misses by 1 + held/active/shared, 3 as with
     the shipped OPT model at five sizes of the cache, exact and by predictors. The paper's OPT 6.7B misses half as many.
     """
     if window is not None:
         held = min(held, active * window)
-    return (1 - min(1.0, held)) / (1 + held / active / _SHARED_TOKENS) if active > 0 else 0.0
+    return (1 - min(1.0, held)) / (1 + held / active / shared) if active > 0 else 0.0
+
+
+def shared_of(active: float, held: float, missed: float) -> float | None:
+    """The `shared` with which neuron_misses(active, held) is `missed`; None where that cannot be told."""
+    if not (active > 0 and 0 < held < 1 and 0 < missed < 1 - held):
+        return None
+    least, most = _SHARED_RANGE
+    return min(most, max(least, held / active / ((1 - held) / missed - 1)))
 
 
 def _records(
@@ -180,6 +253,7 @@ def _neurons(
     window: int | None,
     io_depth: int,
     assumptions: list[str],
+    seen: Usage | None,
 ) -> Iterator[Traffic]:
     assert plan.bundles is not None
     n_layers = len(plan.bundles.layers)
@@ -192,12 +266,15 @@ def _neurons(
     if memory.pinned >= plan.neuron_bytes:
         return  # everything fits
     active, said = _active_share(meta, plan, predictor)
-    if not said:
-        assumptions.append(f"{active:.0%} of the neurons are active: the file does not say")
-    slots = 0 if plan.expert_bytes else memory.slots
-    held = min(1.0, slots / needs.neuron_record / plan.n_neurons)
-    missed = neuron_misses(active, held, window)
-    assumptions.append("tokens share neurons as in the shipped OPT model; those read ahead in vain are not counted")
+    shared = float(_SHARED_TOKENS)
+    if seen and seen.active and seen.shared:
+        active, shared = seen.active, seen.shared
+        assumptions.append("neurons are used as in the last run; those read ahead in vain are not counted")
+    else:
+        if not said:
+            assumptions.append(f"{active:.0%} of the neurons are active: the file does not say")
+        assumptions.append("tokens share neurons as in the shipped OPT model; those read ahead in vain are not counted")
+    missed = neuron_misses(active, neurons_held(plan, memory, needs), window, shared)
     # neurons to read, and reads of them: a read goes on over one record that is not wanted to reach one that is
     share = active * missed
     wanted = plan.n_neurons * share

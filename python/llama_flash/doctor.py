@@ -32,7 +32,7 @@ from .cgroup import memory_controller
 from .device import device_of
 from .errors import FlashBudgetError, FlashCapError, FlashError
 from .gguf_meta import read_gguf
-from .profiles import cache_folder
+from .kept_files import cache_folder
 from .sizes import format_size
 
 __all__ = ["Finding", "Level", "examine"]

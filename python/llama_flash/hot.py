@@ -9,7 +9,6 @@ integers, the hottest first.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -21,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .profiles import cache_folder
+from .kept_files import cache_folder, write_whole
 
-__all__ = ["Ids", "fingerprint", "load", "save", "wanted"]
+__all__ = ["Ids", "file_name", "fingerprint", "load", "save", "wanted"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -58,15 +57,10 @@ def save(model: Path, mark: str, ids: Ids) -> Path | None:
         "count": len(data) // 8,
         "crc32": zlib.crc32(data),
     }
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(json.dumps(header).encode() + b"\n" + data)
-        part.replace(path)
+        write_whole(path, json.dumps(header).encode() + b"\n" + data)
     except OSError as error:
         logger.debug("the list of hot weights is not kept: %s", error)
-        with contextlib.suppress(OSError):
-            part.unlink()
         return None
     return path
 
@@ -94,6 +88,10 @@ def load(model: Path, mark: str) -> Ids:
     return np.frombuffer(data, "<u8").astype(np.uint64)
 
 
+def file_name(model: Path, ending: str) -> str:
+    """Of what is kept for the model: to be told apart, and to be recognised."""
+    return f"{model.stem[:60]}-{hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:16]}.{ending}"
+
+
 def _path(model: Path) -> Path:
-    name = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:16]
-    return cache_folder() / "hot" / f"{model.stem[:60]}-{name}.hot"
+    return cache_folder() / "hot" / file_name(model, "hot")

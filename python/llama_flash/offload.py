@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _bindings, engine, hot
+from . import _bindings, engine, hot, usage
 from .adapters import predictor_with
 from .budget import Breakdown, Budget, held_by_process, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, holds_bundles
@@ -61,6 +62,7 @@ _MODES = {
 }
 _PIECE = 1 << 20  # bytes of a read, at most
 _NO_WINDOW = 0xFFFFFFFF
+_MOVED = 0.05  # share of the memory that must have moved, for what was seen before not to count
 _EXPERTS_AHEAD = 2  # of the next layer, most; see docs/performance.md
 _MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
 _IO_NAMES = {int(number): name for name, number in engine.IO_ENGINES.items()}
@@ -184,6 +186,7 @@ class FlashSession:
         self._beside = 0  # bytes of this model beside flash and interpreter
         self._granted = self._least = self._most = 0  # flash memory: on the way to, at least, at most
         self._moving = False
+        self._settled = (0.0, 0)  # when memory was moved last, by time.monotonic(), and bytes of slots and pinned since
         self._hot: hot.Ids | None = None  # to be read in the background; None: not yet looked for
         self._hot_mark = ""
         self._callbacks: list[Callback] = []
@@ -380,6 +383,9 @@ class FlashSession:
             weights=self._beside - before.kv - before.compute - before.outputs + given.resident,
         )
         self._neuron_slots = given.n_neuron_slots
+        held = given.slots + given.pinned
+        if abs(held - self._settled[1]) > _MOVED * held:
+            self._settled = (time.monotonic(), held)
 
     # what the controller knows of it
 
@@ -557,6 +563,16 @@ class FlashSession:
             mark = self._hot_mark or hot.fingerprint(self.meta.files, self._layout())
             hot.save(self.meta.files[0], mark, ids[:n])
 
+    def _keep_usage(self) -> None:
+        """Remembers how experts and neurons were used, for plans."""
+        if self.plan.mode != "flash" or not (self.options.warm_start and usage.wanted()):
+            return
+        calls = [call for call in self.history.calls() if call.began > self._settled[0]]
+        seen = usage.observe(calls, self.plan, self.memory, self._requirements(), self.predictor)
+        if seen is not None:
+            with contextlib.suppress(OSError):  # the model is gone
+                usage.save(self.meta.files, seen)
+
     def _requirements(self) -> Any:
         """`struct llama_flash_requirements`: what the flash tensors need."""
         needs = _bindings.llama_flash_requirements()
@@ -674,6 +690,7 @@ class FlashSession:
             return
         if not sys.is_finalizing() and self._pid == os.getpid():  # at the end of the interpreter it was done before
             self._keep_hot()
+            self._keep_usage()
         self._final = self.stats()
         self._handle = None
         _live.discard(self)
@@ -768,10 +785,11 @@ class FlashSession:
 
 
 @atexit.register
-def _keep_all_hot() -> None:
+def _keep_all() -> None:
     for session in list(_live):
         if session._handle is not None and session._pid == os.getpid():
             session._keep_hot()
+            session._keep_usage()
 
 
 def held_by_all(asking: FlashSession | None = None) -> int:

@@ -36,7 +36,7 @@ class FlashOffload:
             predictor expects ("lowrank").
         follow: give memory back and take it again while the model runs, as limits and neighbours move.
         warm_start: remember which weights were hot, in a small file of the user's cache folder, and
-            read them in the background after the next load. Needs `follow`.
+            read them in the background after the next load (needs `follow`); and how they were used, for plans.
         io_engine: "io_uring", "pread" (a pool of threads) or "auto" (io_uring where it works and the device's profile,
             `llama-flash profile`, does not say that pread is faster).
         io_depth: most reads in flight at once; None: as many as the device's profile finds useful; without one 32, and

@@ -99,7 +99,7 @@ def print_comparison(
     console: Console, cost: Cost, profile: DeviceProfile, decode: Counters, rate: float | None
 ) -> None:
     """Expected beside measured; rate: tokens per second of generation."""
-    table = Table(title="generation", title_justify="left", min_width=60)
+    table = Table(title=f"generation, the last {decode.tokens} tokens", title_justify="left", min_width=60)
     table.add_column("per token")
     table.add_column("expected", justify="right")
     table.add_column("measured", justify="right")

@@ -25,6 +25,7 @@ from .options import FlashOffload
 from .placement import KV_TYPES, ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import profile_for
 from .sizes import format_size
+from .usage import Usage, load, wanted
 
 __all__ = ["LoadPlan", "Option", "cost_of", "plan", "smallest_budget_of"]
 
@@ -239,6 +240,7 @@ class _Planner:
         self._meta, self._options, self._shape = meta, options, shape
         self._bundles: Bundles | None = read_bundles(meta)
         self._base = base
+        self._usage = _usage_of(meta, options)
         self._sizes: EngineSizes = engine_sizes(meta, self._bundles, shape)
         self._asked: dict[tuple[str, ...], FlashNeeds] = {}
 
@@ -331,6 +333,7 @@ class _Planner:
             window=self._options.window,
             io_depth=io_choice(self._options, self._bundles, profile)[1],
             lookahead=experts_ahead(self._options),
+            usage=self._usage,
         )
 
     def option(self, total: int, label: str, profile: DeviceProfile) -> Option:
@@ -354,7 +357,13 @@ def cost_of(session: FlashSession) -> Callable[[DeviceProfile], Cost]:
         window=session.options.window,
         io_depth=session.io_depth,
         lookahead=experts_ahead(session.options),
+        usage=_usage_of(session.meta, session.options),
     )
+
+
+def _usage_of(meta: GgufMeta, options: FlashOffload) -> Usage | None:
+    """What was kept of the model's last run."""
+    return load(meta.files) if options.warm_start and wanted() else None
 
 
 def smallest_budget_of(

@@ -6,20 +6,19 @@ over with one line in the log, and one that cannot be written is not.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from .device import device_of
 from .device_profile import DeviceProfile, Report, measure, quick_profile
+from .kept_files import cache_folder, write_whole
 from .options import IoEngine
 
-__all__ = ["cache_folder", "profile", "profile_for", "recall", "remember"]
+__all__ = ["profile", "profile_for", "recall", "remember"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -84,32 +83,12 @@ def recall(path: str | os.PathLike[str]) -> DeviceProfile | None:
 def remember(measured: DeviceProfile) -> Path | None:
     """Keeps the profile. Returns the file, None (and says so) where it cannot be written."""
     file = _file_for(measured.device.key)
-    temporary = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".profile-", delete=False) as stream:
-            temporary = Path(stream.name)
-            json.dump(measured.as_dict(), stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)  # readers see the old one or the new one
+        write_whole(file, json.dumps(measured.as_dict(), indent=1).encode())
     except OSError as error:
         logger.warning("the device profile is not kept: %s", error)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
         return None
     return file
-
-
-def cache_folder() -> Path:
-    """$LLAMA_FLASH_CACHE, else llama-flash in $XDG_CACHE_HOME, else in ~/.cache."""
-    if named := os.environ.get("LLAMA_FLASH_CACHE"):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # others are to be ignored, says the XDG specification
-        return Path(base, "llama-flash")
-    return Path(os.path.expanduser("~"), ".cache", "llama-flash")
 
 
 def _file_for(key: str) -> Path:

@@ -33,9 +33,10 @@ def profile(
     program, however that ends.
     """
     from ..device_profile import measure
+    from ..kept_files import cache_folder
     from ..pictures import check_target, draw_profile
     from ..plan_view import print_profile
-    from ..profiles import cache_folder, remember
+    from ..profiles import remember
 
     if plot is not None:
         check_target(plot)

@@ -157,14 +157,22 @@ def _generate(
         llm.close()
         if not quiet:
             c.stderr.print(_title(result))
-        return {**result, "expected": None, "flash": None}, None
+        return {**result, "expected": None, "measured": None, "flash": None}, None
 
     from ..plan_view import print_comparison
     from ..planner import cost_of
     from ..profiles import profile_for
+    from ..usage import later_half
 
     stats = llm.flash.stats()
     expect = cost_of(llm.flash)
+    half = later_half(llm.flash.history.calls())
+    counted = half[0] if half else stats.decode
+    measured = {
+        "tokens": counted.tokens,
+        "bytes_per_token": counted.bytes_per_token,
+        "tokens_per_second": counted.tokens / half[1] if half else rate,
+    }
     seen = llm.flash.snapshot() if params["plot"] or params["snapshot"] else None
     llm.close()
     # when the model's memory is free again: where no profile is kept, the file is read
@@ -173,8 +181,9 @@ def _generate(
     if not quiet:
         print_statistics(stats, _title(result))
         if stats.decode.tokens:
-            print_comparison(c.stderr, expected, rates, stats.decode, rate)
-    return {**result, "expected": {**expected.as_dict(), "rates": rates.source}, "flash": stats.as_dict()}, seen
+            print_comparison(c.stderr, expected, rates, counted, measured["tokens_per_second"])
+    result |= {"expected": {**expected.as_dict(), "rates": rates.source}, "measured": measured}
+    return {**result, "flash": stats.as_dict()}, seen
 
 
 def _title(result: dict[str, Any]) -> str:
