@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +127,14 @@ def test_a_plan_expects_what_was_seen() -> None:
     assert any("of 100 tokens" in text for text in skewed.assumptions)
 
 
+def test_what_was_seen_with_another_predictor_says_nothing() -> None:
+    meta = model()
+    plan = placed(meta, "experts")
+    seen = Usage(tokens=100, computing=10.0, skew=4.0, predictor="exact")
+    memory, wanted = Breakdown(slots=96 * MIB), needs(plan, 96)
+    assert expect(meta, plan, memory, wanted, device(), usage=seen) == expect(meta, plan, memory, wanted, device())
+
+
 def test_what_is_read_while_it_is_computed_costs_nothing() -> None:
     meta = model()
     plan = placed(meta, "experts")
@@ -154,7 +161,9 @@ def test_it_is_kept_and_found(tmp_path: Path) -> None:
     assert kept.name.startswith("m-")
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", "null", '{"version": 1}', "nan", "wrong", "unknown"])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", "null", '{"version": 1}', "nan", "wrong", "missing", "name", "unknown"]
+)
 def test_a_damaged_file_is_as_good_as_none(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"x")
@@ -165,9 +174,13 @@ def test_a_damaged_file_is_as_good_as_none(damage: str, tmp_path: Path) -> None:
         content["usage"]["skew"] = math.nan
     elif damage == "wrong":
         content["usage"]["computing"] = "fast"
+    elif damage == "missing":
+        content["usage"]["computing"] = None
+    elif damage == "name":
+        content["usage"]["predictor"] = 1
     elif damage == "unknown":
         content["usage"]["luck"] = 1
-    kept.write_text(json.dumps(content) if damage in ("nan", "wrong", "unknown") else damage)
+    kept.write_text(json.dumps(content) if damage.isalpha() and damage != "null" else damage)
     assert usage.load([path]) is None
 
 
@@ -217,7 +230,9 @@ def test_memory_that_moved_begins_a_new_count(model_file: ModelFile) -> None:
     llm = Llama(str(path), n_ctx=256, n_threads=2, verbose=False, flash_offload=FlashOffload(what="experts"))
     for token in tokens(100, seed=2):
         llm.eval([token])
-    llm.flash._settled = (time.monotonic(), 0)
+    needed = llm.flash._requirements()
+    llm.flash._call("llama_flash_session_set_memory", int(needed.min_memory + 0.5 * needed.expert_bytes))
+    llm.flash._note_memory()
     llm.close()
     assert usage.load([path]) is None
 

@@ -119,16 +119,17 @@ def expect(
         predictor: how active neurons are found.
         window: as in FlashOffload.
         lookahead: most experts of the next layer that are read ahead.
-        usage: of the model's last run, in place of assumptions.
+        usage: of the model's last run, in place of assumptions; what was seen with another predictor says nothing.
     """
+    if usage and usage.predictor != predictor:
+        usage = None
     assumptions = ["one token at a time, slots warm, an empty KV cache"]
     touched = _resident_touched(meta, plan)
     parts: list[Traffic] = []
     if plan.mode == "flash":
         n_used, n_expert = meta.number("expert_used_count"), max(1, meta.number("expert_count"))
         if plan.bundles:
-            seen = usage if usage and usage.predictor == predictor else None
-            parts += _neurons(meta, plan, memory, needs, profile, predictor, window, io_depth, assumptions, seen)
+            parts += _neurons(meta, plan, memory, needs, profile, predictor, window, io_depth, assumptions, usage)
             touched += _neurons_touched(meta, plan, needs, predictor)
         if plan.panel_bytes and needs.n_panels:
             pinned = min(plan.panel_bytes, memory.pinned)
@@ -253,7 +254,7 @@ def _neurons(
     window: int | None,
     io_depth: int,
     assumptions: list[str],
-    seen: Usage | None,
+    usage: Usage | None,
 ) -> Iterator[Traffic]:
     assert plan.bundles is not None
     n_layers = len(plan.bundles.layers)
@@ -267,8 +268,8 @@ def _neurons(
         return  # everything fits
     active, said = _active_share(meta, plan, predictor)
     shared = float(_SHARED_TOKENS)
-    if seen and seen.active and seen.shared:
-        active, shared = seen.active, seen.shared
+    if usage and usage.active and usage.shared:
+        active, shared = usage.active, usage.shared
         assumptions.append("neurons are used as in the last run; those read ahead in vain are not counted")
     else:
         if not said:

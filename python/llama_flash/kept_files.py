@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -23,16 +22,12 @@ def cache_folder() -> Path:
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file so that readers see the one before or this one. Raises OSError; nothing is left then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:40]}-", delete=False) as stream:
-            temporary = Path(stream.name)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:40]}-", delete=False) as stream:
+        temporary = Path(stream.name)
+        try:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        raise
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

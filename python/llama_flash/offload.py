@@ -565,7 +565,7 @@ class FlashSession:
 
     def _keep_usage(self) -> None:
         """Remembers how experts and neurons were used, for plans."""
-        if self.plan.mode != "flash" or not (self.options.warm_start and usage.wanted()):
+        if self.plan.mode != "flash" or not (self.options.warm_start and hot.wanted()):
             return
         calls = [call for call in self.history.calls() if call.began > self._settled[0]]
         seen = usage.observe(calls, self.plan, self.memory, self._requirements(), self.predictor)

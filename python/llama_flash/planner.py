@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from . import hot
 from .budget import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, read_bundles
 from .cost import Cost, expect, expert_slots
@@ -25,7 +26,7 @@ from .options import FlashOffload
 from .placement import KV_TYPES, ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import profile_for
 from .sizes import format_size
-from .usage import Usage, load, wanted
+from .usage import Usage, load
 
 __all__ = ["LoadPlan", "Option", "cost_of", "plan", "smallest_budget_of"]
 
@@ -363,7 +364,7 @@ def cost_of(session: FlashSession) -> Callable[[DeviceProfile], Cost]:
 
 def _usage_of(meta: GgufMeta, options: FlashOffload) -> Usage | None:
     """What was kept of the model's last run."""
-    return load(meta.files) if options.warm_start and wanted() else None
+    return load(meta.files) if options.warm_start and hot.wanted() else None
 
 
 def smallest_budget_of(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -25,7 +24,7 @@ from .kept_files import cache_folder, write_whole
 from .placement import Plan
 from .stats import Counters
 
-__all__ = ["LEAST_TOKENS", "Usage", "later_half", "load", "observe", "save", "wanted"]
+__all__ = ["LEAST_TOKENS", "Usage", "later_half", "load", "observe", "save"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -46,12 +45,15 @@ class Usage:
     skew: float | None = None  # of the routing, see cost.expert_misses; None: not seen
     shared: float | None = None  # see cost.neuron_misses
     active: float | None = None  # share of the neurons that a token activates
-    predictor: str = "none"  # how they were found
+    predictor: str = "none"  # how active neurons were found; with another one all of this says nothing
 
     def __post_init__(self) -> None:
-        numbers = (self.tokens, self.computing, self.read, self.waited, self.skew, self.shared, self.active)
-        if not all(n is None or (isinstance(n, int | float) and math.isfinite(n) and n >= 0) for n in numbers):
+        told = [n for n in (self.skew, self.shared, self.active) if n is not None]
+        numbers = (self.tokens, self.computing, self.read, self.waited, *told)
+        if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
             raise ValueError("numbers that are none")
+        if not isinstance(self.predictor, str):
+            raise ValueError("a predictor without a name")
 
 
 def later_half(calls: Sequence[Call]) -> tuple[Counters, float] | None:
@@ -84,6 +86,7 @@ def observe(calls: Sequence[Call], plan: Plan, memory: Breakdown, needs: Any, pr
     found = Usage(
         tokens=seen.tokens,
         computing=max(0.0, seconds - seen.wait_seconds) / seen.tokens,
+        predictor=predictor,
     )
     if not seen.panel_reads:  # their order is known, so that they are read ahead and the slower of two clocks counts
         found = replace(found, read=seen.bytes_per_token, waited=seen.wait_per_token)
@@ -96,7 +99,7 @@ def observe(calls: Sequence[Call], plan: Plan, memory: Breakdown, needs: Any, pr
         return found
     active = seen.neurons_active / seen.tokens / plan.n_neurons
     shared = shared_of(active, neurons_held(plan, memory, needs), missed)
-    return replace(found, shared=shared, active=active, predictor=predictor)
+    return replace(found, shared=shared, active=active)
 
 
 def save(files: Sequence[Path], usage: Usage) -> None:
@@ -104,8 +107,8 @@ def save(files: Sequence[Path], usage: Usage) -> None:
     before = load(files)
     if before is not None:
         usage = replace(usage, skew=before.skew if usage.skew is None else usage.skew)
-        if usage.shared is None and usage.active is None:
-            usage = replace(usage, shared=before.shared, active=before.active, predictor=before.predictor)
+        if usage.shared is None and usage.active is None and before.predictor == usage.predictor:
+            usage = replace(usage, shared=before.shared, active=before.active)
     content = {"version": _VERSION, "fingerprint": hot.fingerprint(files, ""), "usage": asdict(usage)}
     try:
         write_whole(_path(files[0]), json.dumps(content).encode())
@@ -124,11 +127,6 @@ def load(files: Sequence[Path]) -> Usage | None:
         if not isinstance(error, FileNotFoundError):
             logger.debug("how the model was used is ignored: %s", error)
         return None
-
-
-def wanted() -> bool:
-    """Whether the environment allows it, as it does a warm start."""
-    return os.environ.get("LLAMA_FLASH_WARM_START", "1") != "0"
 
 
 def _path(model: Path) -> Path:
