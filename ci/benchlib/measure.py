@@ -16,7 +16,7 @@ from benchlib.runs import Run, Setting, run
 
 Report = Callable[[str], None]
 
-FLASH, CACHED, RESIDENT = Setting("flash"), Setting("cached"), Setting("resident")
+FLASH, CACHED, RESIDENT, SINGLE = Setting("flash"), Setting("cached"), Setting("resident"), Setting("single")
 
 
 def naive_settings(model: Path) -> list[Setting]:
@@ -59,9 +59,9 @@ class Outcome:
         return (max(speeds) - min(speeds)) / median if median else None
 
     def limit(self) -> Limit | None:
-        """None unless there are raw rates, and runs with everything in DRAM."""
+        """None unless there are raw rates, and runs with everything in DRAM. With drafts: of one token at a time."""
         computing = self.median(CACHED if self.case.cached else RESIDENT)
-        read = self.median(FLASH, "flash_bytes_per_token")
+        read = self.median(SINGLE if self.case.drafts else FLASH, "flash_bytes_per_token")
         if not self.rates or not computing or read is None:
             return None
         rate = statistics.median(rate.bytes_per_second for rate in self.rates)
@@ -148,6 +148,8 @@ def settings_of(case: Case, files: Files, *, naive: bool) -> list[Setting]:
     wanted = [FLASH, *([CACHED] if case.cached else [])]
     if case.targets.over_resident or (case.targets.over_limit and not case.cached):
         wanted.append(RESIDENT)
+    if case.drafts:
+        wanted.append(SINGLE)
     if naive or case.targets.over_naive or case.targets.first_token:
         wanted = [*naive_settings(files.stock), *wanted]
     return wanted
@@ -169,7 +171,7 @@ def measure(
     for i in range(repeats):
         for setting in remaining if i % 2 == 0 else remaining[::-1]:
             report(f"{case.name}: {setting.name}, run {i + 1} of {repeats}")
-            ours = setting in (FLASH, CACHED)
+            ours = setting in (FLASH, CACHED, SINGLE)
             cap = None if setting in (RESIDENT, CACHED) else outcome.cap
             # without a limit in force everything would fit, and be loaded as stock does: named weights stay on flash
             flash = case.flash | ({"what": "ffn"} if setting == CACHED else {}) if ours else {}

@@ -22,7 +22,9 @@ def outcome_table(outcome: Outcome) -> Table:
         table.add_column(column, justify="left" if column == "mode" else "right")
     naive = outcome.naive
     base = outcome.median(naive) if naive else None
-    for setting in sorted(outcome.settings(), key=lambda s: ("naive", "flash", "cached", "resident").index(s.mode)):
+    for setting in sorted(
+        outcome.settings(), key=lambda s: ("naive", "flash", "single", "cached", "resident").index(s.mode)
+    ):
         table.add_row(*_cells(outcome, setting, base))
     if (limit := outcome.limit()) and (speed := outcome.median(FLASH)):
         rate = outcome.rates[0]
@@ -33,6 +35,8 @@ def outcome_table(outcome: Outcome) -> Table:
         )
         if kernel := outcome.median(FLASH, "system_seconds_per_token"):
             table.caption += f"; in the kernel {kernel * 1e3:.2f} ms of CPU time per token, {kernel * speed:.1%} of it"
+        if together := outcome.median(FLASH, "tokens_per_pass"):
+            table.caption += f"; {together:.1f} tokens per pass"
         table.caption_justify = "left"
     return table
 

@@ -212,6 +212,56 @@ static uint32_t count_of_rank(llama_flash_session & s, size_t rank) {
     return s.op.counts[rank] + 1;
 }
 
+// Of the experts that wait to be computed, how many are in DRAM or on their way.
+struct there_count {
+    size_t ring    = 0;
+    size_t slots   = 0;
+    size_t reading = 0;
+    size_t wish    = 0; // as many of one kind make a wave
+};
+
+static bool is_there(const flash_record & r) {
+    return r.state == record_state::ready || r.state == record_state::raw;
+}
+
+static there_count count_there(const llama_flash_session & s, bool decode) {
+    there_count count;
+    for (uint32_t index : s.op.waiting) {
+        const flash_record & r = s.records[index];
+        count.ring += is_there(r) && r.place == record_place::ring;
+        count.slots += is_there(r) && r.place != record_place::ring;
+        count.reading += r.state == record_state::reading;
+    }
+    count.wish = decode ? 1 : std::min(PROMPT_WAVE, s.op.waiting.size());
+    return count;
+}
+
+// The wave that comes now, of what is there. When decoding all of it. Of a prompt what has come through the ring, half of it at most,
+// so that there is room to read to meanwhile; else what lies in slots.
+static void take_wave(llama_flash_session & s, const flash_tensor & t, bool decode) {
+    const there_count count      = count_there(s, decode);
+    const bool        from_ring  = decode || count.ring >= count.wish || count.slots == 0;
+    const bool        from_slots = decode || !from_ring;
+    uint64_t          room       = decode ? UINT64_MAX : s.expert_ring.bytes() / 2;
+
+    std::fill(s.op.table.begin(), s.op.table.end(), nullptr);
+    s.op.any    = false;
+    size_t left = 0;
+    for (uint32_t index : s.op.waiting) {
+        const flash_record & r     = s.records[index];
+        const bool           ring  = r.place == record_place::ring;
+        const bool           taken = is_there(r) && (ring ? from_ring && room > 0 : from_slots);
+        if (taken) {
+            add_to_wave(s, t, index);
+            room -= ring ? std::min<uint64_t>(room, r.bytes) : 0;
+        } else {
+            s.op.waiting[left++] = index;
+        }
+    }
+    s.op.waiting.resize(left);
+    s.op.more = left > 0;
+}
+
 static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const ggml_tensor * op) {
     const ggml_tensor * ids    = op->src[2];
     const bool          decode = ids->ne[1] <= DECODE_TOKENS;
@@ -252,8 +302,7 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
     }
 
     s.settle_reads(false);
-    std::fill(s.op.table.begin(), s.op.table.end(), nullptr);
-    s.op.missing.clear();
+    s.op.waiting.clear();
     s.op.plan.clear();
     s.op.planned = 0;
 
@@ -273,11 +322,7 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
         }
         r.fetched = false;
         r.warmed  = false;
-        if (there) {
-            add_to_wave(s, t, index);
-        } else {
-            s.op.missing.push_back(index);
-        }
+        s.op.waiting.push_back(index);
     }
     // the layer's other tensors will ask for the same experts: their reads overlap this op's computing
     auto comes_later = [&](const flash_tensor & other) {
@@ -303,7 +348,7 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
         return s.cache.n_empty(tensor.size_class) > 0 && s.op.count[index - tensor.first_record] >= count_of_rank(s, share) &&
                fetch_to_slot(s, index, false);
     };
-    for (uint32_t index : s.op.missing) {
+    for (uint32_t index : s.op.waiting) {
         if (s.records[index].state == record_state::absent) {
             if (!s.check_file(s.records[index])) {
                 return;
@@ -336,32 +381,23 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
             r.fetched = true;
         }
     }
-    s.op.more = !s.op.missing.empty();
     pump_experts(s);
+    take_wave(s, t, decode);
 }
 
 static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bool decode) {
-    std::fill(s.op.table.begin(), s.op.table.end(), nullptr);
-    s.op.any          = false;
-    const size_t wish = decode ? 1 : std::min(PROMPT_WAVE, s.op.missing.size());
-
     for (;;) {
         const bool pumped = pump_experts(s);
         s.settle_reads(false);
-        size_t there   = 0;
-        size_t reading = 0;
-        for (uint32_t index : s.op.missing) {
-            const record_state state = s.records[index].state;
-            there += state == record_state::ready || state == record_state::raw;
-            reading += state == record_state::reading;
-        }
         if (s.failed()) {
+            s.op.any = false;
             return;
         }
-        if (there >= wish || (there > 0 && reading == 0)) {
+        const there_count count = count_there(s, decode);
+        if (count.ring >= count.wish || count.slots >= count.wish || (count.ring + count.slots > 0 && count.reading == 0)) {
             break;
         }
-        if (reading > 0) {
+        if (count.reading > 0) {
             s.wait_for_reads();
         } else if (!pumped) {
             // the ring is full of experts that were read ahead for others
@@ -370,22 +406,11 @@ static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bo
                 return;
             }
             s.drop_ring(s.expert_ring);
-            s.op.plan.assign(s.op.missing.begin(), s.op.missing.end());
+            s.op.plan.assign(s.op.waiting.begin(), s.op.waiting.end());
             s.op.planned = 0;
         }
     }
-
-    size_t left = 0;
-    for (uint32_t index : s.op.missing) {
-        const record_state state = s.records[index].state;
-        if (state == record_state::ready || state == record_state::raw) {
-            add_to_wave(s, t, index);
-        } else {
-            s.op.missing[left++] = index;
-        }
-    }
-    s.op.missing.resize(left);
-    s.op.more = left > 0;
+    take_wave(s, t, decode);
 }
 
 // The op of a layer's first tensor has its input, and a single token: scores the next layer's experts while it computes.

@@ -22,6 +22,8 @@ class ring {
 
     uint32_t record_in(int32_t entry) const { return entries[(size_t) entry].record; }
 
+    size_t bytes() const { return size; }
+
     bool empty() const { return n_entries == 0; }
 
     // oldest entry not yet given back, NONE if empty

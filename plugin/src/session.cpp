@@ -403,7 +403,7 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
         widest = std::max(widest, n);
     }
     op.plan.reserve(widest);
-    op.missing.reserve(n_expert_max + 1);
+    op.waiting.reserve(n_expert_max + 1);
     op.arrived.reserve(n_expert_max + 1);
     op.wave.reserve(n_expert_max + 1);
     op.repack_ends.reserve(n_expert_max + 1);

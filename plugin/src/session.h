@@ -203,7 +203,7 @@ struct llama_flash_session {
         const flash_file *        checked = nullptr; // known to be unchanged, for this op
         const flash_record *      read    = nullptr; // a record of the op's tensor that it has waited for
         std::vector<const void *> table;   // n_expert addresses of this wave
-        std::vector<uint32_t>     missing; // records the op still waits for
+        std::vector<uint32_t>     waiting; // records that are still to be computed
         std::vector<uint32_t>     arrived; // records of this wave that need repacking
         std::vector<uint32_t>     wave;    // ring records of this wave, given back after it
         std::vector<uint32_t>     plan;    // experts to stream, in order
