@@ -17,7 +17,7 @@ from typing import Any
 
 from benchlib import machine, tables
 from benchlib.bookkeeping import count_all
-from benchlib.cases import CASES, LIMITS, MATRIX, Case
+from benchlib.cases import CASES, LIMITS, MATRIX, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
 from benchlib.models import BenchModel
 from benchlib.runs import stop_on_sigterm
@@ -61,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ci/bench.py", description=__doc__)
-    names = ", ".join(case.name for case in (*CASES, *LIMITS))
-    groups = "naive (flash offload beside naive), limits (beside the physical limit), matrix (of caps), all"
+    names = ", ".join(case.name for case in (*CASES, *LIMITS, *WHOLE))
+    groups = (
+        "naive (flash offload beside naive), limits (beside the physical limit), matrix (of caps), all of these; "
+        "whole (a model of 13 GB: 27 GB of disk)"
+    )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting, the median counts")
@@ -75,8 +78,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(names: str) -> list[Case]:
-    known = {case.name: [case] for case in (*CASES, *LIMITS)}
+    known = {case.name: [case] for case in (*CASES, *LIMITS, *WHOLE)}
     known |= {"naive": list(CASES), "limits": list(LIMITS), "matrix": list(MATRIX), "all": [*CASES, *LIMITS, *MATRIX]}
+    known |= {"whole": list(WHOLE)}
     chosen: list[Case] = []
     for name in names.split(","):
         if name not in known:

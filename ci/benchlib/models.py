@@ -79,13 +79,14 @@ class ReluModel:
     name: str
     title: str
     kind: GGMLQuantizationType
+    n_layer: int = 8
     n_vocab: int = 12568  # a quarter: with 8 of 32 layers, all parts keep their shares
 
     is_moe = False
 
     def synthetic(self, layers: int | None = None) -> OptModel:
         preset = OPT_PRESETS["opt-6.7b-slice"]
-        shape = replace(preset.shape, n_layer=layers or preset.shape.n_layer, n_vocab=self.n_vocab)
+        shape = replace(preset.shape, n_layer=layers or self.n_layer, n_vocab=self.n_vocab)
         return replace(preset, shape=shape, kind=self.kind, coactive=True)
 
     def ensure(self, folder: Path, layers: int | None = None) -> Files:
@@ -114,4 +115,5 @@ MOE_K_UNIFORM = _moe("moe-k-uniform", 0.0, "uniform", "Q4_K")
 DENSE = OrdinaryModel("dense-silu", "18 layers of Llama-2-7B's shape, Q8_0", "llama2-7b-18l")
 DENSE_Q4 = OrdinaryModel("dense-q4", "18 layers of Llama-2-7B's shape, Q4_0", "llama2-7b-18l", 0.0, "Q4_0")
 RELU = ReluModel("relu-f16", f"{_OPT}, f16", GGMLQuantizationType.F16)
+RELU_WHOLE = ReluModel("relu-f16-whole", "OPT 6.7B's shape, f16", GGMLQuantizationType.F16, 32, 50272)
 RELU_Q8 = ReluModel("relu-q8", f"{_OPT}, Q8_0", GGMLQuantizationType.Q8_0)
