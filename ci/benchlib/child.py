@@ -3,7 +3,7 @@
     python ci/benchlib/child.py SPEC.json
 
 Modes: naive (stock, mmap, not repacked), flash (flash_offload), cached (the same with all of it in DRAM), resident
-(stock with its defaults), single (flash, without the drafts that are asked for). Work: decode (forced tokens), prompt,
+(stock with its defaults), single (flash, where another run beside it has drafts). Work: decode (forced tokens), prompt,
 generate (text), first (load, prompt, one token), copy (an answer that repeats most of its prompt, with drafts of a
 prompt lookup if `draft`).
 """
@@ -70,7 +70,7 @@ def _load(spec: Spec) -> Any:
     import llama_cpp
 
     options: dict[str, Any] = {}
-    if spec.draft and spec.mode != "single":
+    if spec.draft:
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
         options["draft_model"] = LlamaPromptLookupDecoding(max_ngram_size=3, num_pred_tokens=spec.draft)

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchlib import machine
 from benchlib.cases import Case
+from benchlib.child import FLASH_MODES
 from benchlib.limits import Limit, RawRate, raw_rate
 from benchlib.models import Files
 from benchlib.runs import Run, Setting, run
@@ -171,12 +172,12 @@ def measure(
     for i in range(repeats):
         for setting in remaining if i % 2 == 0 else remaining[::-1]:
             report(f"{case.name}: {setting.name}, run {i + 1} of {repeats}")
-            ours = setting in (FLASH, CACHED, SINGLE)
+            ours = setting.mode in FLASH_MODES
             cap = None if setting in (RESIDENT, CACHED) else outcome.cap
             # without a limit in force everything would fit, and be loaded as stock does: named weights stay on flash
             flash = case.flash | ({"what": "ffn"} if setting == CACHED else {}) if ours else {}
             model = files.flash if ours else files.stock
-            draft = {} if ours else {"draft": 0}
+            draft = {} if setting == FLASH else {"draft": 0}
             result = run(setting, model, cap, work=case.work, flash=flash, **(spec | draft))
             outcome.runs.append(result)
             if setting == FLASH and result.ok:
