@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -109,7 +110,6 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             }
             s.op.wave.clear();
             if (more) {
-                s.look.scored = s.look.scored || s.op.any;
                 next();
                 plan_repacking(s);
                 s.op.stop = s.failed();
@@ -132,7 +132,6 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             s.op.checked = nullptr;
             if (!s.op.read || s.check_file(*s.op.read)) {
                 s.settle_reads(false);
-                s.look.scored = s.look.scored || s.op.any;
                 fetch_expected(s);
                 pump_panels(s);
             }
@@ -199,6 +198,10 @@ static void add_to_wave(llama_flash_session & s, const flash_tensor & t, uint32_
     }
 }
 
+static int32_t expert_at(const ggml_tensor * ids, int64_t i0, int64_t i1) {
+    return *(const int32_t *) ((const char *) ids->data + i1 * ids->nb[1] + i0 * ids->nb[0]);
+}
+
 // More tokens than this have at most `rank` of the op's experts.
 static uint32_t count_of_rank(llama_flash_session & s, size_t rank) {
     if (rank >= s.op.distinct.size()) {
@@ -262,7 +265,73 @@ static void take_wave(llama_flash_session & s, const flash_tensor & t, bool deco
     s.op.more = left > 0;
 }
 
-static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const ggml_tensor * op) {
+// A layer's first op waits for reads: what is there for the second, which has the same input, is computed meanwhile.
+
+static void begin_early(llama_flash_session & s, const flash_tensor & t, const ggml_tensor * op) {
+    auto &       early = s.early;
+    const auto & group = s.groups[t.group];
+    if (group.size() < 2 || &s.tensors[group[0]] != &t) {
+        return;
+    }
+    const flash_tensor & other = s.tensors[group[1]];
+    early.tensor               = group[1];
+    early.stamp                = s.op.stamp + 1;
+    early.input                = op->src[1];
+    early.ids                  = op->src[2];
+    early.usable               = other.same_input && other.weight.type == t.weight.type && ggml_are_same_shape(&other.weight, &t.weight) &&
+                   ggml_is_contiguous(op);
+    if (early.usable) {
+        early.out.resize((size_t) ggml_nelements(op));
+        early.op      = *op;
+        early.op.data = early.out.data();
+    }
+}
+
+// Sets a wave of what the second op will find in slots. false: there is nothing.
+static bool take_early_wave(llama_flash_session & s) {
+    auto & early = s.early;
+    if (!early.usable || early.stamp != s.op.stamp + 1) {
+        return false;
+    }
+    const flash_tensor & other = s.tensors[early.tensor];
+    std::fill(s.op.table.begin(), s.op.table.end(), nullptr);
+    for (uint32_t e : s.op.distinct) {
+        const flash_record & r = s.records[other.first_record + e];
+        if (early.done[e] != early.stamp && r.place == record_place::slot && is_there(r)) {
+            early.done[e] = early.stamp;
+            early.now     = true;
+            s.cache.hold(r.index);
+            add_to_wave(s, other, other.first_record + e);
+        }
+    }
+    return early.now;
+}
+
+// The second op: learns that it is one, and takes what has been computed of it. Those experts are done.
+static void take_early_rows(llama_flash_session & s, flash_tensor & t, ggml_tensor * op) {
+    auto & early = s.early;
+    if (&s.tensors[early.tensor] != &t) {
+        return;
+    }
+    t.same_input = early.stamp == s.op.stamp && early.input == op->src[1] && early.ids == op->src[2];
+    if (!t.same_input || !early.usable) {
+        return;
+    }
+    const ggml_tensor * ids = op->src[2];
+    for (int64_t i1 = 0; i1 < ids->ne[1]; i1++) {
+        for (int64_t i0 = 0; i0 < ids->ne[0]; i0++) {
+            if (early.done[(size_t) expert_at(ids, i0, i1)] == early.stamp) {
+                const size_t at = (size_t) i1 * early.op.nb[2] + (size_t) i0 * early.op.nb[1];
+                memcpy((char *) op->data + i1 * op->nb[2] + i0 * op->nb[1], (const char *) early.out.data() + at, early.op.nb[1]);
+            }
+        }
+    }
+    auto is_done = [&](uint32_t index) { return early.done[index - t.first_record] == early.stamp; };
+    s.op.waiting.erase(std::remove_if(s.op.waiting.begin(), s.op.waiting.end(), is_done), s.op.waiting.end());
+}
+
+static void first_expert_wave(llama_flash_session & s, flash_tensor & t, ggml_tensor * op) {
+    s.early.now = false;
     const ggml_tensor * ids    = op->src[2];
     const bool          decode = ids->ne[1] <= DECODE_TOKENS;
 
@@ -270,7 +339,7 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
     s.op.distinct.clear();
     for (int64_t i1 = 0; i1 < ids->ne[1]; i1++) {
         for (int64_t i0 = 0; i0 < ids->ne[0]; i0++) {
-            const int32_t e = *(const int32_t *) ((const char *) ids->data + i1 * ids->nb[1] + i0 * ids->nb[0]);
+            const int32_t e = expert_at(ids, i0, i1);
             if (e < 0 || (uint32_t) e >= t.n_records) {
                 fail_internal(s, t, "an expert id out of range");
                 return;
@@ -323,6 +392,10 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
         r.fetched = false;
         r.warmed  = false;
         s.op.waiting.push_back(index);
+    }
+    if (decode) {
+        take_early_rows(s, t, op);
+        begin_early(s, t, op);
     }
     // the layer's other tensors will ask for the same experts: their reads overlap this op's computing
     auto comes_later = [&](const flash_tensor & other) {
@@ -386,6 +459,7 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, const g
 }
 
 static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bool decode) {
+    s.early.now = false;
     for (;;) {
         const bool pumped = pump_experts(s);
         s.settle_reads(false);
@@ -398,6 +472,9 @@ static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bo
             break;
         }
         if (count.reading > 0) {
+            if (decode && take_early_wave(s)) {
+                return;
+            }
             s.wait_for_reads();
         } else if (!pumped) {
             // the ring is full of experts that were read ahead for others
@@ -526,10 +603,26 @@ void flash_mul_mat_id(llama_flash_session & s, flash_tensor & t, const ggml_comp
         [&] {
             if (s.look.group >= 0 && !s.look.scored) {
                 score_experts(s.look.routers[(size_t) s.look.group], s.look.input.data(), params->ith, params->nth, s.look.scores.data());
+                ggml_barrier(params->threadpool);
+                if (params->ith == 0) {
+                    s.look.scored = true;
+                    if (!s.op.more) {
+                        fetch_expected(s); // nothing that this op waits for is in its way
+                    }
+                }
             }
-            stock_mul_mat_id(t.kernel, params, op, s.op.table.data());
+            if (s.early.now) {
+                stock_mul_mat_id(s.tensors[s.early.tensor].kernel, params, &s.early.op, s.op.table.data());
+            } else {
+                stock_mul_mat_id(t.kernel, params, op, s.op.table.data());
+            }
         },
-        [&] { next_expert_wave(s, t, op->src[2]->ne[1] <= DECODE_TOKENS); });
+        [&] {
+            next_expert_wave(s, t, op->src[2]->ne[1] <= DECODE_TOKENS);
+            if (!s.op.more) {
+                fetch_expected(s);
+            }
+        });
 }
 
 // panels

@@ -186,6 +186,7 @@ void reader::submit() {
         piece->next = nullptr;
         bytes += piece->size;
         in_flight++;
+        bytes_in_flight += piece->size;
         engine->start(piece);
         any = true;
     }
@@ -230,20 +231,33 @@ bool reader::settle(read_piece * piece) {
     return --job->pending == 0;
 }
 
+// how many of what is in flight should have ended before we are woken
+uint32_t reader::worth_waking() const {
+    const uint64_t few = bytes_in_flight == 0 ? 1 : WAIT_BYTES * in_flight / bytes_in_flight;
+    return (uint32_t) std::max<uint64_t>(1, std::min<uint64_t>(few, in_flight / 4));
+}
+
 bool reader::next(done & out, bool wait) {
     for (;;) {
-        submit();
-        read_piece * piece = engine->finished(wait && in_flight > 0);
+        // what has ended is collected first, so that the device is given many reads by one call
+        if (in_flight <= depth / 2) {
+            submit();
+        }
+        read_piece * piece = engine->finished(0);
+        if (!piece) {
+            submit();
+            piece = engine->finished(wait && in_flight > 0 ? worth_waking() : 0);
+        }
         if (!piece) {
             return false;
         }
         in_flight--;
+        bytes_in_flight -= piece->size;
         read_job * job = piece->job;
         if (settle(piece)) {
             out       = { job->tag, job->error, job->error_offset, job->file };
             job->next = free_jobs;
             free_jobs = job;
-            submit();
             return true;
         }
     }

@@ -87,8 +87,9 @@ class io_engine {
     virtual void start(read_piece * piece) = 0;
     virtual void flush()                   = 0;
 
-    // a piece that has ended, or nullptr: if `wait`, only when none is under way
-    virtual read_piece * finished(bool wait) = 0;
+    // A piece that has ended, or nullptr: if wait > 0, only when none is under way. Where it must wait, it may do so until
+    // as many as `wait` have ended.
+    virtual read_piece * finished(uint32_t wait) = 0;
 };
 
 std::unique_ptr<io_engine> make_uring_engine(uint32_t depth, std::string & why_not);
@@ -113,7 +114,7 @@ class reader {
         const flash_file * file;
     };
 
-    // The next job that has ended. If `wait`, blocks until one has, and returns false only if none is under way.
+    // The next job that has ended. If `wait`, blocks until one has (of small ones a few), and returns false only if none is under way.
     bool next(done & out, bool wait);
 
     bool idle() const { return in_flight == 0 && !queue_head; }
@@ -127,18 +128,21 @@ class reader {
   private:
     reader() = default;
 
-    static constexpr uint32_t MAX_TRIES = 1000;
+    static constexpr uint32_t MAX_TRIES  = 1000;
+    static constexpr uint64_t WAIT_BYTES = 256u << 10; // of small reads so much is waited for at once: to wake takes as long as one
 
     void         reserve(size_t n_jobs, size_t n_pieces);
     read_piece * new_piece();
     read_job *   new_job();
     void         requeue(read_piece * piece);
+    uint32_t     worth_waking() const;
     bool         settle(read_piece * piece); // true if its job has ended with it
 
     std::unique_ptr<io_engine> engine;
     uint32_t                   depth      = 0;
     uint32_t                   piece_size = 0;
     uint32_t                   in_flight  = 0;
+    uint64_t                   bytes_in_flight = 0;
 
     read_piece * queue_head = nullptr;
     read_piece * queue_tail = nullptr;

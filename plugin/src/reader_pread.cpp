@@ -57,7 +57,7 @@ class pread_engine : public io_engine {
 
     void flush() override {}
 
-    read_piece * finished(bool wait) override {
+    read_piece * finished(uint32_t wait) override {
         std::unique_lock<std::mutex> lock(mutex);
         if (wait) {
             ended_cv.wait(lock, [this] { return ended || under_way == 0; });

@@ -3,6 +3,7 @@
 
 #ifdef LLAMA_FLASH_HAVE_URING
 
+#    include <algorithm>
 #    include <cerrno>
 #    include <cstring>
 #    include <liburing.h>
@@ -13,7 +14,14 @@ namespace {
 class uring_engine : public io_engine {
   public:
     explicit uring_engine(uint32_t depth, int & error) {
-        error = io_uring_queue_init(depth, &ring, 0);
+        error = -EINVAL;
+#    ifdef IORING_SETUP_COOP_TASKRUN
+        // completions wait for our next call, in place of interrupting whichever thread has submitted the read (Linux 5.19)
+        error = io_uring_queue_init(depth, &ring, IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG);
+#    endif
+        if (error == -EINVAL) {
+            error = io_uring_queue_init(depth, &ring, 0);
+        }
         ready = error == 0;
     }
 
@@ -42,16 +50,16 @@ class uring_engine : public io_engine {
         }
     }
 
-    read_piece * finished(bool wait) override {
+    read_piece * finished(uint32_t wait) override {
         if (under_way == 0) {
             return nullptr;
         }
         io_uring_cqe * cqe = nullptr;
         while (io_uring_peek_cqe(&ring, &cqe) != 0) {
-            if (!wait) {
+            if (wait == 0) {
                 return nullptr;
             }
-            const int n = io_uring_submit_and_wait(&ring, 1);
+            const int n = io_uring_submit_and_wait(&ring, std::min(wait, under_way));
             if (n < 0 && n != -EINTR) {
                 usleep(100); // the kernel is out of memory for now
             }

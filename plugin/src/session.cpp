@@ -391,6 +391,7 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
 
     op.table.resize(n_expert_max);
     op.seen.assign(n_expert_max, 0);
+    early.done.assign(n_expert_max, 0);
     op.count.assign(n_expert_max, 0);
     op.counts.reserve(n_expert_max);
     op.distinct.reserve(n_expert_max);

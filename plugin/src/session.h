@@ -79,6 +79,7 @@ struct flash_tensor {
     uint8_t *          home;         // panels: reserved addresses, congruent with offset
     int32_t            home_memory;  // in session::homes, if there is a home
     bool               is_experts;
+    bool               same_input;   // experts: of its layer's first tensor, as was seen in the pass before
 };
 
 struct llama_flash_session {
@@ -222,6 +223,19 @@ struct llama_flash_session {
         int64_t                   rows = 0;
         int64_t                   begin_ns = 0;
     } op;
+
+    // what a layer's second op (up beside gate) finds computed: the first has waited for reads meanwhile (mul_mat.cpp)
+    struct early_state {
+        uint32_t              tensor = 0;       // the second op's
+        uint64_t              stamp  = 0;       // and its number in the session's ops
+        const ggml_tensor *   input  = nullptr; // what the first op has for src[1] and src[2]
+        const ggml_tensor *   ids    = nullptr;
+        bool                  usable = false;
+        bool                  now    = false;   // the wave is for the second op
+        ggml_tensor           op     = {};      // the first op, but that it writes to `out`
+        std::vector<float>    out;
+        std::vector<uint64_t> done;             // by expert: stamp, if computed
+    } early;
 
     // experts of the next layer, read before its router has spoken (mul_mat.cpp)
     struct lookahead_state {
