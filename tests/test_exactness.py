@@ -25,6 +25,7 @@ from engines import (
     tokens,
 )
 from gguf import GGUFReader
+from llama_cpp import llama_cpp
 from pairwise import missing_pairs, pairwise
 
 from gguf_tools.routing import trace_routing
@@ -69,6 +70,26 @@ def test_logits_are_bit_identical(case: dict[str, Any], model_folder: Path) -> N
     finally:
         for file in (path, *rest):
             file.unlink()
+
+
+@pytest.mark.parametrize("quantisation", ["Q4_0", "Q8_0", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4"])
+def test_repacking_keeps_the_weights(quantisation: str, model_file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash and resident repack alike: only weights as the file has them can tell. Sums are in another order there."""
+    path, prompt, decoded = model_file("qwen3moe", quantisation), tokens(54, seed=1), tokens(DECODED, seed=2)
+    with open_resident(path) as llm:
+        repacked = logits_of(llm, prompt, decoded)
+    defaults = llama_cpp.llama_model_default_params
+
+    def without_repacking() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    monkeypatch.setattr(llama_cpp, "llama_model_default_params", without_repacking)
+    with open_resident(path) as llm:
+        expected = logits_of(llm, prompt, decoded)
+    assert repacked.shape == expected.shape
+    assert np.linalg.norm(repacked - expected) < 0.1 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("quantisation", ["Q4_K_M", "Q5_K_M"])
