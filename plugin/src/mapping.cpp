@@ -61,6 +61,15 @@ mapping mapping::home(size_t most, size_t least) {
     return m;
 }
 
+void mapping::populate(uint8_t * begin, uint8_t * end) {
+#ifndef MADV_POPULATE_WRITE // Linux 5.14
+    constexpr int MADV_POPULATE_WRITE = 23;
+#endif
+    const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t first = (uintptr_t) begin & ~(page - 1);
+    madvise((void *) first, (uintptr_t) end - first, MADV_POPULATE_WRITE);
+}
+
 void mapping::keep(size_t used) {
     // part of a huge page would stay where it is until the kernel has split the page
     const uintptr_t begin = ((uintptr_t) data + used + page - 1) / page * page;

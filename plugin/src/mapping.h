@@ -26,6 +26,9 @@ class mapping {
     // What is beyond the first `used` bytes goes back to the kernel, in whole pages.
     void keep(size_t used);
 
+    // Asks the kernel for the pages of [begin, end) now. A wish: what it does not give comes with the first touch.
+    static void populate(uint8_t * begin, uint8_t * end);
+
     uint8_t * data  = nullptr;
     size_t    bytes = 0;
     size_t    page  = HUGE_PAGE; // that the kernel may give at once

@@ -19,6 +19,10 @@
 // a prompt's wave is at least so many experts (each wave quantises the activations again)
 constexpr size_t PROMPT_WAVE = 8;
 
+// so many huge pages are asked for before the first read begins: the device then follows
+constexpr size_t FRESH_AHEAD = 16;
+
+static bool pump_experts(llama_flash_session & s);
 static bool pump_panels(llama_flash_session & s);
 static void fetch_expected(llama_flash_session & s);
 
@@ -67,6 +71,49 @@ static void note_repacked(llama_flash_session & s) {
     s.op.arrived.clear();
 }
 
+// What is read to memory for the first time waits for its pages, which the kernel has to zero: all threads ask for them, while the
+// device is given the reads into those that are there.
+
+static void note_fresh(llama_flash_session & s, const flash_record & r) {
+    auto &          fresh = s.op.fresh;
+    uint8_t * const end   = r.data + r.bytes;
+    if (!s.slot_fresh[(size_t) r.index]) {
+        return;
+    }
+    s.slot_fresh[(size_t) r.index] = 0;
+    auto page                      = [](const uint8_t * p) { return (uintptr_t) p / HUGE_PAGE; };
+    for (uint8_t * at = r.data; at < end;) {
+        uint8_t * const next = std::min(end, (uint8_t *) ((page(at) + 1) * HUGE_PAGE));
+        if (!fresh.empty() && fresh.back().second <= at && page(fresh.back().second - 1) == page(at)) {
+            fresh.back().second = next;
+        } else {
+            fresh.push_back({ at, next });
+        }
+        at = next;
+    }
+}
+
+static void populate_fresh(llama_flash_session & s, const ggml_compute_params * params) {
+    const bool leader = params->ith == 0;
+    for (;;) {
+        const size_t i = s.op.fresh_next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= s.op.fresh.size()) {
+            break;
+        }
+        mapping::populate(s.op.fresh[i].first, s.op.fresh[i].second);
+        if (leader && i >= FRESH_AHEAD) {
+            s.settle_reads(false);
+        }
+    }
+    ggml_barrier(params->threadpool);
+    if (leader) {
+        s.op.fresh.clear();
+        s.op.fresh_next.store(0, std::memory_order_relaxed);
+        pump_experts(s);
+    }
+    ggml_barrier(params->threadpool);
+}
+
 // Runs the waves. first and next: thread 0 only; both set op.any, op.more and, in op.arrived, what must be repacked before.
 template <typename First, typename Compute, typename Next>
 static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, First first, Compute compute,
@@ -89,6 +136,9 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
         if (s.op.stop) {
             ggml_barrier(params->threadpool); // all have seen it before the leader lets another op in
             break;
+        }
+        if (!s.op.fresh.empty()) {
+            populate_fresh(s, params);
         }
         const bool more = s.op.more;
         if (s.op.any) {
@@ -181,7 +231,9 @@ static bool pump_experts(llama_flash_session & s) {
         }
         s.op.planned++;
     }
-    s.reads->submit();
+    if (s.op.fresh.empty()) { // else they follow their pages
+        s.reads->submit();
+    }
     return any;
 }
 
@@ -414,12 +466,14 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, ggml_te
     }
     // a prompt fills empty slots only, with the experts that it uses most, and leaves the other tensors their share
     auto to_slot = [&](const flash_tensor & tensor, uint32_t index) {
-        if (decode) {
-            return fetch_to_slot(s, index, true);
-        }
         const uint32_t share = s.cache.n_slots(tensor.size_class) / s.class_tensors[tensor.size_class];
-        return s.cache.n_empty(tensor.size_class) > 0 && s.op.count[index - tensor.first_record] >= count_of_rank(s, share) &&
-               fetch_to_slot(s, index, false);
+        const bool     may   = decode || (s.cache.n_empty(tensor.size_class) > 0 &&
+                                   s.op.count[index - tensor.first_record] >= count_of_rank(s, share));
+        if (!may || !fetch_to_slot(s, index, decode)) {
+            return false;
+        }
+        note_fresh(s, s.records[index]);
+        return true;
     };
     for (uint32_t index : s.op.waiting) {
         if (s.records[index].state == record_state::absent) {

@@ -269,7 +269,9 @@ bool llama_flash_session::take_one() {
             const size_t   slot = (size_t) cache.add(c);
             if (slot >= slot_data.size()) {
                 slot_data.resize(slot + 1);
+                slot_fresh.resize(slot + 1);
             }
+            slot_fresh[slot] = 1;
             slot_data[slot] = slot_memory[c].data + (size_t) n * class_bytes[c];
             return true;
         }

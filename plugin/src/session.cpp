@@ -666,6 +666,8 @@ void llama_flash_session::drop_all() {
     panel_tokens = 0;
     slot_memory.clear();
     slot_data.clear();
+    slot_fresh.clear();
+    op.fresh.clear();
     homes.clear();
     ring_memory = mapping();
     memory      = {};
@@ -771,6 +773,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         }
         for (uint32_t i = 0; i < n; i++) {
             slot_data.push_back(slot_memory.back().data + (size_t) i * class_bytes[c]);
+            slot_fresh.push_back(1);
         }
         memory.slots += (uint64_t) n * class_bytes[c];
         memory.n_slots += n;

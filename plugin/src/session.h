@@ -192,6 +192,7 @@ struct llama_flash_session {
     trace_buffer          trace;
     slot_cache            cache;
     std::vector<uint8_t *> slot_data;  // by slot
+    std::vector<uint8_t>   slot_fresh; // by slot: nothing has been read to it, so that its pages may not be there yet
     ring                  expert_ring;
     ring                  panel_ring;
     std::vector<mapping>  slot_memory; // by class
@@ -215,6 +216,8 @@ struct llama_flash_session {
         std::vector<uint32_t>     distinct;
         std::atomic<int64_t>      repack_next{ 0 };
         std::vector<int64_t>      repack_ends; // running count of row groups in `arrived`
+        std::vector<std::pair<uint8_t *, uint8_t *>> fresh; // in a huge page each: what is to be read to for the first time
+        std::atomic<size_t>       fresh_next{ 0 };
         bool                      any  = false; // the wave has something to compute
         bool                      more = false; // another wave follows
         bool                      stop = false; // the op has failed
