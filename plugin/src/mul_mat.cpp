@@ -108,7 +108,6 @@ static void populate_fresh(llama_flash_session & s, const ggml_compute_params * 
     ggml_barrier(params->threadpool);
     if (leader) {
         s.op.fresh.clear();
-        s.op.fresh_next.store(0, std::memory_order_relaxed);
         pump_experts(s);
     }
     ggml_barrier(params->threadpool);
@@ -123,12 +122,14 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
         s.begin_op(t.name);
         s.op.any  = false;
         s.op.more = false;
+        s.op.fresh.clear(); // of an op that has failed
         s.op.arrived.clear();
         s.op.wave.clear();
         if (!s.failed()) {
             first();
         }
         plan_repacking(s);
+        s.op.fresh_next.store(0, std::memory_order_relaxed);
         s.op.stop = s.failed();
     }
     for (;;) {
