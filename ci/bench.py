@@ -113,6 +113,9 @@ def _measure_model(
         if options.quick:
             overrides |= {"warm_up": 8, "max_seconds": 5.0}
         for case in cases:
+            if options.quick and case.drafts:
+                console.print(f"{case.name}: left out, two layers are less than drafts need at {case.cap_share:.0%}")
+                continue
             settings = [FLASH] if case in MATRIX else settings_of(case, files, naive=options.naive)
             repeats = 1 if options.quick or case in MATRIX else options.repeats
             with console.status("") as status:
