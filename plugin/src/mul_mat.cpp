@@ -583,10 +583,10 @@ static void look_ahead(llama_flash_session & s, const flash_tensor & t, const gg
     look.group  = next;
 }
 
-// Starts reads of the experts that the next layer will probably use. After those that this layer needs.
+// Starts reads of the experts that the next layer will probably use, once: when nothing that this op waits for is in their way.
 static void fetch_expected(llama_flash_session & s) {
     auto & look = s.look;
-    if (look.group < 0 || !look.scored || s.failed() || s.op.planned < s.op.plan.size()) {
+    if (look.group < 0 || !look.scored || s.failed() || s.op.more || s.op.planned < s.op.plan.size()) {
         return; // nothing is expected, or this layer's own reads wait for room
     }
     const auto &   group = s.groups[(size_t) look.group];
@@ -661,9 +661,7 @@ void flash_mul_mat_id(llama_flash_session & s, flash_tensor & t, const ggml_comp
                 ggml_barrier(params->threadpool);
                 if (params->ith == 0) {
                     s.look.scored = true;
-                    if (!s.op.more) {
-                        fetch_expected(s); // nothing that this op waits for is in its way
-                    }
+                    fetch_expected(s);
                 }
             }
             if (s.early.now) {
@@ -674,9 +672,7 @@ void flash_mul_mat_id(llama_flash_session & s, flash_tensor & t, const ggml_comp
         },
         [&] {
             next_expert_wave(s, t, op->src[2]->ne[1] <= DECODE_TOKENS);
-            if (!s.op.more) {
-                fetch_expected(s);
-            }
+            fetch_expected(s);
         });
 }
 

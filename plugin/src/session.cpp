@@ -667,7 +667,6 @@ void llama_flash_session::drop_all() {
     slot_memory.clear();
     slot_data.clear();
     slot_fresh.clear();
-    op.fresh.clear();
     homes.clear();
     ring_memory = mapping();
     memory      = {};
