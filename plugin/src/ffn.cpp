@@ -137,10 +137,9 @@ static bool sort_columns(ffn_work & w, const flash_bundle & b, ffn_part part, co
         !is_columns(op, n_used, w.n_tokens) || op->nb[1] != (size_t) op->ne[0] * sizeof(float)) {
         return false;
     }
-    auto expert = [&](uint32_t t, uint32_t k) { return *(const int32_t *) ((const char *) ids->data + t * ids->nb[1] + k * ids->nb[0]); };
     for (uint32_t t = 0; t < w.n_tokens; t++) {
         for (uint32_t k = 0; k < n_used; k++) {
-            const int32_t e = expert(t, k);
+            const int32_t e = expert_at(ids, k, t);
             if (e < 0 || (uint32_t) e >= b.n_expert) {
                 return false;
             }
@@ -160,7 +159,7 @@ static bool sort_columns(ffn_work & w, const flash_bundle & b, ffn_part part, co
     for (uint32_t t = w.n_tokens; t-- > 0;) { // backwards: the counts become the begins of the experts
         for (uint32_t k = n_used; k-- > 0;) {
             const uint32_t out = t * n_used + k;
-            w.columns[--w.first_column[(size_t) expert(t, k) + 1]] = { out, one_x ? t : out };
+            w.columns[--w.first_column[(size_t) expert_at(ids, k, t) + 1]] = { out, one_x ? t : out };
         }
     }
     w.first_column.erase(w.first_column.begin()); // each expert's begin has moved up by one

@@ -251,10 +251,6 @@ static void add_to_wave(llama_flash_session & s, const flash_tensor & t, uint32_
     }
 }
 
-static int32_t expert_at(const ggml_tensor * ids, int64_t i0, int64_t i1) {
-    return *(const int32_t *) ((const char *) ids->data + i1 * ids->nb[1] + i0 * ids->nb[0]);
-}
-
 // More tokens than this have at most `rank` of the op's experts.
 static uint32_t count_of_rank(llama_flash_session & s, size_t rank) {
     if (rank >= s.op.distinct.size()) {

@@ -312,6 +312,11 @@ struct llama_flash_session {
     void     note_memory();
 };
 
+// the i0-th of the experts that token i1 of an op passes through
+inline int32_t expert_at(const ggml_tensor * ids, int64_t i0, int64_t i1) {
+    return *(const int32_t *) ((const char *) ids->data + i1 * ids->nb[1] + i0 * ids->nb[0]);
+}
+
 size_t   slot_bytes_of(const std::vector<flash_bundle> & bundles); // of a neuron
 uint64_t n_neurons_of(const std::vector<flash_bundle> & bundles);
 
