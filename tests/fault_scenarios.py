@@ -84,6 +84,24 @@ def eio_raises_and_the_next_call_works(path: Path, io_engine: str) -> None:
         assert llm.flash.stats().total.errors >= 3
 
 
+def eio_while_loading_raises(path: Path, io_engine: str) -> None:
+    """Reads of weights that stay in memory."""
+    with opened(path, LEAST, io_engine) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+    raised = 0
+    for skip in range(12):
+        with faults(EIO, 1, skip):
+            try:
+                opened(path, LEAST, io_engine).close()
+            except FlashReadError as error:
+                assert error.errno == errno.EIO and Path(error.file) == path, vars(error)
+                assert error.tensor and error.size > 0, vars(error)
+                raised += 1
+    assert raised > 3
+    with opened(path, LEAST, io_engine) as llm:
+        assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+
+
 def errors_of_a_failed_call_do_not_meet_the_next(path: Path, io_engine: str) -> None:
     """Reads that were under way when the decode stopped fail later, and are that call's."""
     with opened(path, QUARTER, io_engine) as llm:

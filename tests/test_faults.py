@@ -31,6 +31,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 DISTURBED = [
+    "eio_while_loading_raises",
     "eio_raises_and_the_next_call_works",
     "errors_of_a_failed_call_do_not_meet_the_next",
     "eio_in_any_read_of_a_token_is_forgotten_by_the_next",

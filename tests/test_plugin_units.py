@@ -20,7 +20,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     uring = uring_flags(folder)
     defines, libraries = uring[:1], uring[1:]
     objects = []
-    for source in sources("cache", "mapping", "ring", "reader", "reader_uring", "reader_pread", "status", "probe"):
+    readers = ("reader", "reader_uring", "reader_pread")
+    for source in sources("cache", "mapping", "ring", "load", "status", "probe", *readers):
         objects.append(str(compile_cpp(folder / f"{source.stem}.o", "-c", source, *defines)))
     return [*objects, *libraries]
 

@@ -193,10 +193,14 @@ ggml_backend_buffer_type_t ggml_backend_flash_buffer_type() {
 // registration
 
 static bool bind_tensor(ggml_tensor * tensor, int fd, size_t offset) {
-    if (!tensor->buffer || tensor->buffer->buft != ggml_backend_flash_buffer_type() || tensor->buffer->size == 0) {
+    if (!tensor->buffer || tensor->buffer->size == 0) {
         return false;
     }
-    return session_of(tensor)->bind(tensor, fd, offset);
+    if (tensor->buffer->buft == ggml_backend_flash_buffer_type()) {
+        return session_of(tensor)->bind(tensor, fd, offset);
+    }
+    const bool in_memory = tensor->data && tensor->type != GGML_TYPE_FLASH && ggml_backend_buffer_is_host(tensor->buffer);
+    return binding_session && in_memory && binding_session->load(tensor, fd, offset);
 }
 
 void flash_register() {

@@ -64,25 +64,53 @@ void llama_flash_session::unref() {
 
 // binding
 
-bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offset) {
-    std::lock_guard<std::mutex> lock(mutex);
-    struct stat                 st;
-    const flash_file *          file = nullptr;
+// The file open as fd, for direct reads; nullptr: the session has failed.
+const flash_file * llama_flash_session::file_of(int fd) {
+    struct stat st;
     if (fstat(fd, &st) == 0) {
         for (const auto & f : files) {
             if (f->device == (uint64_t) st.st_dev && f->inode == (uint64_t) st.st_ino) {
-                file = f.get();
+                return f.get();
             }
         }
     }
-    if (!file) {
-        auto opened = flash_file::reopen(fd, &error);
-        if (!opened) {
-            has_failed = true;
-            return true; // end_binding reports it; the loader need not read the tensor
+    auto opened = flash_file::reopen(fd, &error);
+    if (!opened) {
+        has_failed = true;
+        return nullptr;
+    }
+    files.push_back(std::move(opened));
+    return files.back().get();
+}
+
+bool llama_flash_session::load(ggml_tensor * tensor, int fd, uint64_t offset) {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (size_t k = 0; k < bundles.size(); k++) {
+        if (is_part(tensor, k, 0) || is_part(tensor, k, 1) || is_part(tensor, k, 2)) {
+            return false; // the bundle's bytes are no rows of the weight's
         }
-        files.push_back(std::move(opened));
-        file = files.back().get();
+    }
+    const flash_file * file = has_failed ? nullptr : file_of(fd);
+    if (file && !loader) {
+        loader     = weight_loader::create(params, &error);
+        has_failed = !loader;
+    }
+    if (has_failed) {
+        return true; // end_binding reports it
+    }
+    reader::done failed;
+    if (!loader->read(*file, offset, ggml_nbytes(tensor), (uint8_t *) tensor->data, failed)) {
+        fail_read(*file, tensor->name, failed.error, failed.error_offset, ggml_nbytes(tensor),
+                  failed.error == ENODATA ? "the file ends before it" : strerror(failed.error));
+    }
+    return true;
+}
+
+bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offset) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const flash_file *          file = file_of(fd);
+    if (!file) {
+        return true; // end_binding reports it; the loader need not read the tensor
     }
     bool ok = true;
     if (bind_part(tensor, file, offset, ok)) {
@@ -109,14 +137,20 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     return true;
 }
 
-// A bundle's part, which the loader presents as an ordinary weight. ok: false if it contradicts the bundle's description.
-bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok) {
+// The loader presents a bundle's parts as ordinary weights.
+bool llama_flash_session::is_part(const ggml_tensor * tensor, size_t bundle, size_t part) const {
     static const char * const names[FFN_PARTS] = { "ffn_gate", "ffn_up", "ffn_down" };
+    const flash_bundle &      b                = bundles[bundle];
+    const char * const        suffix           = b.n_expert > 0 ? "_exps.weight" : ".weight";
+    return b.parts[part].present && "blk." + std::to_string(b.layer) + "." + names[part] + suffix == tensor->name;
+}
+
+// ok: false if the part contradicts the bundle's description.
+bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok) {
     for (uint32_t k = 0; k < bundles.size(); k++) {
         flash_bundle & b = bundles[k];
         for (size_t p = 0; p < FFN_PARTS; p++) {
-            const char * const suffix = b.n_expert > 0 ? "_exps.weight" : ".weight";
-            if (!b.parts[p].present || "blk." + std::to_string(b.layer) + "." + names[p] + suffix != tensor->name) {
+            if (!is_part(tensor, k, p)) {
                 continue;
             }
             const bool down = p == (size_t) ffn_part::down;
@@ -372,6 +406,7 @@ int32_t llama_flash_session::make_records(llama_flash_error * err) {
 
 int32_t llama_flash_session::end_binding(llama_flash_error * err) {
     std::lock_guard<std::mutex> lock(mutex);
+    loader.reset();
     if (has_failed) {
         if (err) {
             *err = error;

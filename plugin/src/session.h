@@ -8,6 +8,7 @@
 #include "cache.h"
 #include "ffn.h"
 #include "llama_flash.h"
+#include "load.h"
 #include "mapping.h"
 #include "neurons.h"
 #include "reader.h"
@@ -92,6 +93,7 @@ struct llama_flash_session {
     // binding (buffer_type.cpp calls these while the model loads)
 
     bool    bind(const ggml_tensor * tensor, int fd, uint64_t offset);
+    bool    load(ggml_tensor * tensor, int fd, uint64_t offset); // one that stays in DRAM; false: the engine has to
     int32_t end_binding(llama_flash_error * err);
 
     flash_tensor * find(const void * tensor_data) {
@@ -177,6 +179,7 @@ struct llama_flash_session {
     bool                     file_changed = false; // seen during the call that has failed
 
     pid_t                                    pid = 0;
+    std::unique_ptr<weight_loader>           loader; // until end_binding
     std::vector<std::unique_ptr<flash_file>> files;
     std::vector<flash_tensor>                tensors;
     std::vector<flash_record>                records;
@@ -286,6 +289,8 @@ struct llama_flash_session {
     ~llama_flash_session();
 
     int32_t  make_records(llama_flash_error * err);
+    const flash_file * file_of(int fd);
+    bool     is_part(const ggml_tensor * tensor, size_t bundle, size_t part) const;
     bool     bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok);
     int32_t  check_bundles(llama_flash_error * err);
     void     lay_out_bundles();

@@ -1,6 +1,7 @@
 // reader with each engine on a real file: what arrives is what pread gives, nothing around it is touched, errors are said.
 #include "check.h"
 #include "reader.h"
+#include "temporary_file.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -8,7 +9,6 @@
 #include <cstring>
 #include <fcntl.h>
 #include <memory>
-#include <string>
 #include <sys/stat.h>
 #include <thread>
 #include <unistd.h>
@@ -18,31 +18,6 @@ namespace {
 
 constexpr uint64_t FILE_BYTES = (3u << 20) + 1234; // ends within a sector
 constexpr uint8_t  GUARD      = 0xa5;
-
-// gone from the folder from the start, so that nothing is left behind
-class temporary_file {
-  public:
-    explicit temporary_file(uint64_t bytes) {
-        const char * folder = getenv("TMPDIR");
-        std::string  name   = std::string(folder ? folder : "/tmp") + "/llama-flash-reader-XXXXXX";
-        fd                  = mkstemp(&name[0]);
-        CHECK(fd >= 0, "%s: %s", name.c_str(), strerror(errno));
-        unlink(name.c_str());
-        std::vector<uint8_t> data(bytes);
-        random_source        random(bytes);
-        for (auto & byte : data) {
-            byte = (uint8_t) random.below(256);
-        }
-        CHECK(write(fd, data.data(), data.size()) == (ssize_t) bytes, "%s", strerror(errno));
-    }
-
-    ~temporary_file() { close(fd); }
-
-    temporary_file(const temporary_file &)             = delete;
-    temporary_file & operator=(const temporary_file &) = delete;
-
-    int fd;
-};
 
 // memory congruent with [offset, offset + bytes) of a file, a guarded sector on either side
 class destination {
