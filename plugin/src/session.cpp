@@ -62,6 +62,11 @@ void llama_flash_session::unref() {
     }
 }
 
+// of a read that has ended with this error
+static const char * why_not_read(int32_t error) {
+    return error == ENODATA ? "the file ends before it" : strerror(error);
+}
+
 // binding
 
 // The file open as fd, for direct reads; nullptr: the session has failed.
@@ -85,10 +90,10 @@ const flash_file * llama_flash_session::file_of(int fd) {
 
 bool llama_flash_session::load(ggml_tensor * tensor, int fd, uint64_t offset) {
     std::lock_guard<std::mutex> lock(mutex);
-    for (size_t k = 0; k < bundles.size(); k++) {
-        if (is_part(tensor, k, 0) || is_part(tensor, k, 1) || is_part(tensor, k, 2)) {
-            return false; // the bundle's bytes are no rows of the weight's
-        }
+    uint32_t                    bundle;
+    size_t                      part;
+    if (find_named_part(tensor, bundle, part)) {
+        return false; // the bundle's bytes are no rows of the weight's
     }
     const flash_file * file = has_failed ? nullptr : file_of(fd);
     if (file && !loader) {
@@ -100,8 +105,7 @@ bool llama_flash_session::load(ggml_tensor * tensor, int fd, uint64_t offset) {
     }
     reader::done failed;
     if (!loader->read(*file, offset, ggml_nbytes(tensor), (uint8_t *) tensor->data, failed)) {
-        fail_read(*file, tensor->name, failed.error, failed.error_offset, ggml_nbytes(tensor),
-                  failed.error == ENODATA ? "the file ends before it" : strerror(failed.error));
+        fail_read(*file, tensor->name, failed.error, failed.error_offset, ggml_nbytes(tensor), why_not_read(failed.error));
     }
     return true;
 }
@@ -137,48 +141,52 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     return true;
 }
 
-// The loader presents a bundle's parts as ordinary weights.
-bool llama_flash_session::is_part(const ggml_tensor * tensor, size_t bundle, size_t part) const {
+// The loader presents a bundle's parts as ordinary weights: which one this is. false: none.
+bool llama_flash_session::find_named_part(const ggml_tensor * tensor, uint32_t & bundle, size_t & part) const {
     static const char * const names[FFN_PARTS] = { "ffn_gate", "ffn_up", "ffn_down" };
-    const flash_bundle &      b                = bundles[bundle];
-    const char * const        suffix           = b.n_expert > 0 ? "_exps.weight" : ".weight";
-    return b.parts[part].present && "blk." + std::to_string(b.layer) + "." + names[part] + suffix == tensor->name;
-}
-
-// ok: false if the part contradicts the bundle's description.
-bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok) {
-    for (uint32_t k = 0; k < bundles.size(); k++) {
-        flash_bundle & b = bundles[k];
-        for (size_t p = 0; p < FFN_PARTS; p++) {
-            if (!is_part(tensor, k, p)) {
-                continue;
-            }
-            const bool down = p == (size_t) ffn_part::down;
-            if (tensor->ne[0] != (down ? b.n_ff : b.n_embd) || tensor->ne[1] != (down ? b.n_embd : b.n_ff) || tensor->ne[2] != b.n_blocks() ||
-                (!down && tensor->type != b.parts[p].type)) {
-                flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s is %s [%lld, %lld, %lld], its bundle holds %u times %u neurons of %u %s",
-                           tensor->name, ggml_type_name(tensor->type), (long long) tensor->ne[0], (long long) tensor->ne[1],
-                           (long long) tensor->ne[2], b.n_blocks(), b.n_ff, b.n_embd, ggml_type_name(b.parts[p].type));
-                ok = false;
+    for (bundle = 0; bundle < bundles.size(); bundle++) {
+        const flash_bundle & b      = bundles[bundle];
+        const char * const   suffix = b.n_expert > 0 ? "_exps.weight" : ".weight";
+        for (part = 0; part < FFN_PARTS; part++) {
+            if (b.parts[part].present && "blk." + std::to_string(b.layer) + "." + names[part] + suffix == tensor->name) {
                 return true;
             }
-            if (offset + b.tensor_bytes() > file->size) {
-                flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short", b.name.c_str(),
-                           (unsigned long long) (offset + b.tensor_bytes()), file->path.c_str(), (unsigned long long) file->size);
-                ok = false;
-                return true;
-            }
-            b.file            = file;
-            b.offset          = offset;
-            b.parts[p].weight = *tensor;
-            if (!down) {
-                b.parts[p].kernel = stock_kernel_for(tensor, b.n_expert > 0);
-            }
-            part_by_address[tensor->data] = { k, (ffn_part) p };
-            return true;
         }
     }
     return false;
+}
+
+// false: it is no bundle's part. ok: false if it contradicts the bundle's description.
+bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok) {
+    uint32_t k;
+    size_t   p;
+    if (!find_named_part(tensor, k, p)) {
+        return false;
+    }
+    flash_bundle & b    = bundles[k];
+    const bool     down = p == (size_t) ffn_part::down;
+    if (tensor->ne[0] != (down ? b.n_ff : b.n_embd) || tensor->ne[1] != (down ? b.n_embd : b.n_ff) || tensor->ne[2] != b.n_blocks() ||
+        (!down && tensor->type != b.parts[p].type)) {
+        flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s is %s [%lld, %lld, %lld], its bundle holds %u times %u neurons of %u %s",
+                   tensor->name, ggml_type_name(tensor->type), (long long) tensor->ne[0], (long long) tensor->ne[1],
+                   (long long) tensor->ne[2], b.n_blocks(), b.n_ff, b.n_embd, ggml_type_name(b.parts[p].type));
+        ok = false;
+        return true;
+    }
+    if (offset + b.tensor_bytes() > file->size) {
+        flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short", b.name.c_str(),
+                   (unsigned long long) (offset + b.tensor_bytes()), file->path.c_str(), (unsigned long long) file->size);
+        ok = false;
+        return true;
+    }
+    b.file            = file;
+    b.offset          = offset;
+    b.parts[p].weight = *tensor;
+    if (!down) {
+        b.parts[p].kernel = stock_kernel_for(tensor, b.n_expert > 0);
+    }
+    part_by_address[tensor->data] = { k, (ffn_part) p };
+    return true;
 }
 
 static bool read_part(const llama_flash_bundle_part & from, uint32_t n_embd, bundle_part & to) {
@@ -1104,8 +1112,7 @@ bool llama_flash_session::settle_reads(bool wait) {
             if (b && done.error != 0 && neurons.nobody_asked(done.tag & ~neuron_store::TAG)) {
                 stats.errors++;
             } else if (done.error != 0) {
-                fail_read(*done.file, b ? b->name : "ffn_bundle", done.error, done.error_offset, b ? b->record_bytes : 0,
-                          done.error == ENODATA ? "the file ends before it" : strerror(done.error));
+                fail_read(*done.file, b ? b->name : "ffn_bundle", done.error, done.error_offset, b ? b->record_bytes : 0, why_not_read(done.error));
             }
             if (b) {
                 neurons.arrived(done.tag & ~neuron_store::TAG, done.error != 0);
@@ -1127,7 +1134,7 @@ bool llama_flash_session::settle_reads(bool wait) {
         if (r.warmed) {
             stats.errors++;
         } else {
-            fail_read(*t.file, t.name, done.error, done.error_offset, r.bytes, done.error == ENODATA ? "the file ends before it" : strerror(done.error));
+            fail_read(*t.file, t.name, done.error, done.error_offset, r.bytes, why_not_read(done.error));
         }
 
         // the record is absent again, so that the next call may try once more

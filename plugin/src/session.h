@@ -290,7 +290,7 @@ struct llama_flash_session {
 
     int32_t  make_records(llama_flash_error * err);
     const flash_file * file_of(int fd);
-    bool     is_part(const ggml_tensor * tensor, size_t bundle, size_t part) const;
+    bool     find_named_part(const ggml_tensor * tensor, uint32_t & bundle, size_t & part) const;
     bool     bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok);
     int32_t  check_bundles(llama_flash_error * err);
     void     lay_out_bundles();
