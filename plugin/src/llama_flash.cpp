@@ -22,6 +22,18 @@ const char * llama_flash_build_info(void) {
 #endif
 }
 
+uint64_t llama_flash_row_bytes(int32_t type, int64_t n) {
+    const ggml_type t = (ggml_type) type;
+    if (n <= 0 || ((type < 0 || type >= GGML_TYPE_COUNT) && t != GGML_TYPE_FLASH)) {
+        return 0;
+    }
+    const int64_t block = ggml_blck_size(t);
+    if (block == 0 || n % block != 0 || (uint64_t) (n / block) > UINT64_MAX / 2 / ggml_type_size(t)) {
+        return 0;
+    }
+    return ggml_row_size(t, n);
+}
+
 int32_t llama_flash_register(void) {
     return guarded(nullptr, [] {
         flash_register();
@@ -53,6 +65,13 @@ int32_t llama_flash_session_add_bundle(llama_flash_session * session, const llam
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_bundle: no session or no bundle");
     }
     return guarded(err, [&] { return session->add_bundle(*bundle, err); });
+}
+
+int32_t llama_flash_session_add_rows(llama_flash_session * session, const char * name, bool only, llama_flash_error * err) {
+    if (!session || !name) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_rows: no session or no name");
+    }
+    return guarded(err, [&] { return session->add_rows(name, only, err); });
 }
 
 int32_t llama_flash_session_set_neurons(llama_flash_session * session, const llama_flash_neuron_params * params, llama_flash_error * err) {

@@ -238,6 +238,7 @@ class FlashSession:
         if model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_MLOCK, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
             logger.warning("use_mlock has no effect together with flash_offload")
         model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_DIRECT_IO
+        model_params.lazy_mode = llama_cpp.LLAMA_LAZY_MODE_OFF  # tables that would be mapped go to flash
         if self.plan.mode == "flash":
             self._open()
             self._override(model_params)
@@ -268,6 +269,8 @@ class FlashSession:
         if not self._handle:
             engine.raise_error(error)
         _live.add(self)
+        for name, only in self.plan.tables.items():
+            self._call("llama_flash_session_add_rows", name.encode(), only)
         for bundle in self.plan.bundles.descriptions() if self.plan.bundles else ():
             self._call("llama_flash_session_add_bundle", ctypes.byref(bundle))
 
