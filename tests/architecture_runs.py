@@ -1,0 +1,197 @@
+"""Stock against flash offload, for tiny models of many architectures, in processes of their own.
+
+An assertion of the engine ends a process. So a worker measures one architecture after the other and says so line by line;
+when it dies, the one at hand is the culprit, and another worker goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import architectures
+import numpy as np
+import numpy.typing as npt
+
+PROMPT = 24  # tokens: more than 16, so that experts stream through the ring
+DECODED = 18  # tokens, one by one
+_SHARE = 0.25  # memory for flash tensors above the least that works, as a share of their size
+_PATIENCE = 300  # seconds for one architecture: the machine may be busy
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Case:
+    arch: str
+    ftype: str = "q8_0"
+    mixture: bool | None = None  # None: as the architecture is known
+
+    def __str__(self) -> str:
+        mixture = "" if self.mixture is None else "-mixture" if self.mixture else "-dense"
+        return f"{self.arch}{mixture}-{self.ftype}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was seen; all zero where `error` says why nothing was."""
+
+    case: Case
+    error: str = ""
+    rows: int = 0  # of logits or embeddings, one for each token
+    different: int = 0  # rows that are not bit for bit those of the stock run
+    finite: bool = False
+    answers: int = 0  # rows whose largest value is at another place than all others'
+    weight_bytes: int = 0  # of all tensors in the file
+    resident_bytes: int = 0  # of these, in memory whatever is done
+    resident: tuple[tuple[str, int], ...] = ()  # the largest weights that stay in memory, bytes
+    bytes_read: int = 0
+    expert_misses: int = 0
+    evictions: int = 0
+    panel_reads: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the weights, what stays in memory."""
+        return self.resident_bytes / self.weight_bytes if self.weight_bytes else 1.0
+
+
+def run_all(cases: Sequence[Case]) -> list[Outcome]:
+    """Runs the cases in workers; never raises for what goes wrong in one."""
+    left, outcomes = list(cases), []
+    while left:
+        done = list(_run(left))
+        outcomes += done
+        left = left[len(done) :]
+    return outcomes
+
+
+def _run(cases: Sequence[Case]) -> Iterator[Outcome]:
+    """Outcomes of as many cases as one worker manages; of the one that it dies of, too."""
+    command = [sys.executable, __file__, json.dumps([asdict(case) for case in cases])]
+    environment = {"LLAMA_FLASH_WARM_START": "0", **os.environ, "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}
+    n_done = 0
+    with tempfile.TemporaryFile("w+") as noise:
+        with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=noise) as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                fields = json.loads(line)
+                yield Outcome(**{**fields, "case": Case(**fields["case"]), "resident": tuple(fields["resident"])})
+                n_done += 1
+        if n_done < len(cases):
+            noise.seek(0)
+            said = [text for text in noise.read().splitlines() if text.strip()]
+            why = next((text for text in said if "GGML_ASSERT" in text or "rror" in text), said[-1] if said else "")
+            yield Outcome(cases[n_done], error=f"the process ended with {worker.returncode}: {why}")
+
+
+def _measure(case: Case, folder: Path) -> Outcome:
+    from engines import open_flash, open_resident
+
+    path = architectures.write(case.arch, folder / f"{case}.gguf", case.ftype, mixture=case.mixture)
+    try:
+        passes = _PASSES.get(case.arch, _logits)
+        options: dict[str, Any] = {"n_ctx": 128, "n_batch": 128, "n_ubatch": 128}
+        if passes is _embeddings:
+            options |= {"logits_all": False, "embedding": True, "pooling_type": 0}
+        with architectures.engine_messages() as said:
+            with open_resident(path, **options) as llm:
+                expected = passes(llm)
+            with open_flash(path, what="all", share=_SHARE, **options) as llm:
+                actual = passes(llm)
+                plan, total = llm.flash.plan, llm.flash.stats().total
+                on_flash = {tensor.name for tensor in plan.tensors}
+                weights = llm.flash.meta.tensors.values()
+        if actual.shape != expected.shape:
+            raise ValueError(f"{actual.shape} values with flash offload, {expected.shape} without; {said}")
+        different = (actual.view(np.uint32) != expected.view(np.uint32)).any(axis=1)
+        resident = sorted(((t.name, t.size) for t in weights if t.name not in on_flash), key=lambda x: -x[1])
+        return Outcome(
+            case,
+            rows=len(expected),
+            different=int(different.sum()),
+            finite=bool(np.isfinite(expected).all()),
+            answers=len(np.unique(expected.argmax(axis=1))),
+            weight_bytes=sum(tensor.size for tensor in weights),
+            resident_bytes=plan.resident_bytes,
+            resident=tuple(resident[:6]),
+            bytes_read=total.bytes_read,
+            expert_misses=total.misses,
+            evictions=total.evictions,
+            panel_reads=total.panel_reads,
+        )
+    finally:
+        path.unlink()
+
+
+def _logits(llm: Any) -> Floats:
+    """Of a prompt, then of tokens one by one: [tokens, vocabulary]."""
+    from engines import logits_of, tokens
+
+    n_vocab = architectures.N_VOCAB
+    return logits_of(llm, tokens(PROMPT, n_vocab, seed=1), tokens(DECODED, n_vocab, seed=2))
+
+
+def _embeddings(llm: Any) -> Floats:
+    """Of the tokens of several texts, without pooling: [tokens, n_embd]."""
+    return np.concatenate([_encoded(llm, n, llm._ctx.decode) for n in (PROMPT, 1, 3, 16, 17, 1)])
+
+
+def _encoded(llm: Any, n_tokens: int, call: Callable[[Any], None]) -> Floats:
+    from engines import tokens
+    from llama_cpp import llama_cpp
+
+    llm._ctx.kv_cache_clear()
+    llm._batch.reset()
+    llm._batch.add_sequence(tokens(n_tokens, architectures.N_VOCAB, seed=n_tokens), 0, True)
+    call(llm._batch)
+    llm._batch.reset()
+    size = n_tokens * llm.n_embd()
+    return np.array(llama_cpp.llama_get_embeddings(llm._ctx.ctx)[:size], np.float32).reshape(n_tokens, -1)
+
+
+def _encoded_only(llm: Any) -> Floats:
+    return np.concatenate([_encoded(llm, n, llm._ctx.encode) for n in (PROMPT, 1, 3, 16, 17, 1)])
+
+
+def _translated(llm: Any) -> Floats:
+    """Logits of tokens decoded one by one, then of a prompt, behind an encoded text: [tokens, vocabulary]."""
+    from engines import logits_of, tokens
+
+    llm._batch.set_batch(batch=tokens(PROMPT, architectures.N_VOCAB, seed=3), n_past=0, logits_all=True)
+    llm._ctx.encode(llm._batch)
+    return _logits(llm)
+
+
+_ENCODERS = """
+    bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding llama-embed
+"""
+_PASSES: dict[str, Callable[[Any], Floats]] = {
+    **dict.fromkeys(_ENCODERS.split(), _embeddings),
+    "t5encoder": _encoded_only,
+    "t5": _translated,
+}
+
+
+def _work(cases: list[Case]) -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not for the reader of our lines
+    with tempfile.TemporaryDirectory(prefix="llama-flash-test-") as folder:
+        os.environ["LLAMA_FLASH_CACHE"] = folder
+        for case in cases:
+            try:
+                outcome = _measure(case, Path(folder))
+            except Exception as error:
+                outcome = Outcome(case, error=f"{type(error).__name__}: {error}")
+            print(json.dumps(asdict(outcome)), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    _work([Case(**fields) for fields in json.loads(sys.argv[1])])
