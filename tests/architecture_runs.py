@@ -98,8 +98,8 @@ def _measure(case: Case, folder: Path) -> Outcome:
     path = architectures.write(case.arch, folder / f"{case}.gguf", case.ftype, mixture=case.mixture)
     try:
         passes = _PASSES.get(case.arch, _logits)
-        options: dict[str, Any] = {"n_ctx": 128, "n_batch": 128, "n_ubatch": 128}
-        if passes is _embeddings:
+        options: dict[str, Any] = {"n_ctx": 64, "n_batch": 64, "n_ubatch": 64}
+        if passes in (_embeddings, _encoded_only):
             options |= {"logits_all": False, "embedding": True, "pooling_type": 0}
         with architectures.engine_messages() as said:
             with open_resident(path, **options) as llm:
@@ -153,8 +153,11 @@ def _encoded(llm: Any, n_tokens: int, call: Callable[[Any], None]) -> Floats:
     llm._batch.add_sequence(tokens(n_tokens, architectures.N_VOCAB, seed=n_tokens), 0, True)
     call(llm._batch)
     llm._batch.reset()
-    size = n_tokens * llm.n_embd()
-    return np.array(llama_cpp.llama_get_embeddings(llm._ctx.ctx)[:size], np.float32).reshape(n_tokens, -1)
+    values = llama_cpp.llama_get_embeddings(llm._ctx.ctx)
+    width = llm.n_embd()
+    if not values:
+        values, width = llm._ctx.get_logits(), llm.n_vocab()
+    return np.array(np.ctypeslib.as_array(values, shape=(n_tokens, width)), copy=True)
 
 
 def _encoded_only(llm: Any) -> Floats:
@@ -173,8 +176,10 @@ def _translated(llm: Any) -> Floats:
 _ENCODERS = """
     bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding llama-embed
 """
+_WITHOUT_CACHE = "dream llada llada-moe rnd1 wavtokenizer-dec"  # whole texts at once, too: diffusion, sound
 _PASSES: dict[str, Callable[[Any], Floats]] = {
     **dict.fromkeys(_ENCODERS.split(), _embeddings),
+    **dict.fromkeys(_WITHOUT_CACHE.split(), _embeddings),
     "t5encoder": _encoded_only,
     "t5": _translated,
 }

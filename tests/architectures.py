@@ -31,7 +31,7 @@ from gguf_tools.synthetic.tokenizer import add_tokenizer
 N_VOCAB = 512
 N_EMBD = 256
 N_EXPERT = 8
-N_CTX = 256
+N_CTX = 64
 
 
 class _TensorHead(ctypes.Structure):
@@ -70,9 +70,8 @@ _MLA = frozenset(
     "deepseek2 deepseek32 glm-dsa dots3note kimi-linear bailingmoe3 kimi-k3 glm5-next hy_v4 mistral4".split()
 )
 # one value per layer: 0 heads in layer 1 makes it recurrent (or convolutional)
-_HEADS_PER_LAYER = frozenset(
-    "plamo2 jamba nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe kimi-linear bailingmoe3 kimi-k3".split()
-)
+_HEADS_PER_LAYER = frozenset("plamo2 jamba nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe".split())
+_KDA = frozenset("kimi-linear bailingmoe3 kimi-k3 glm5-next".split())  # linear attention, and MLA in between
 _PATTERN_PER_LAYER = frozenset("cohere2moe mimo2 step35 spark2_5 muse-glimmer granite_swa dots3note maple".split())
 _N_LAYER = {
     "llama4": 4,
@@ -95,6 +94,9 @@ def key_values(arch: str, *, mixture: bool) -> dict[str, Any]:
     heads: Any = n_head
     if arch in _HEADS_PER_LAYER:
         heads = [0 if il == 1 else n_head for il in range(n_layer)]
+    kv_heads: Any = heads
+    if arch in _MLA:
+        kv_heads = [0 if il == 1 else 1 for il in range(n_layer)] if arch in _KDA else 1
     values: dict[str, Any] = {
         "general.architecture": arch,
         ".vocab_size": N_VOCAB,
@@ -110,7 +112,7 @@ def key_values(arch: str, *, mixture: bool) -> dict[str, Any]:
         ".time_decay_extra_dim": 32,
         ".full_attention_interval": 2,
         ".attention.head_count": heads,
-        ".attention.head_count_kv": heads,
+        ".attention.head_count_kv": kv_heads,
         ".attention.max_alibi_bias": 8.0,
         ".attention.clamp_kqv": 8.0,
         ".attention.layer_norm_epsilon": 1e-5,
@@ -119,6 +121,10 @@ def key_values(arch: str, *, mixture: bool) -> dict[str, Any]:
         ".attention.group_norm_groups": 8,
         ".attention.q_lora_rank": 128,
         ".attention.kv_lora_rank": 128,
+        ".attention.decay_lora_rank": 32,
+        ".attention.iclr_lora_rank": 32,
+        ".attention.value_residual_mix_lora_rank": 32,
+        ".attention.gate_lora_rank": 32,
         ".attention.relative_buckets_count": 8,
         ".attention.sliding_window": 16,
         ".attention.sliding_window_pattern": 2,
@@ -134,6 +140,7 @@ def key_values(arch: str, *, mixture: bool) -> dict[str, Any]:
         ".posnet.block_count": n_layer,
         ".convnext.embedding_length": n_embd,
         ".convnext.block_count": n_layer,
+        "tokenizer.ggml.token_type_count": 2,
         "xielu.alpha_n": 1.0,
         "xielu.alpha_p": 1.0,
         "xielu.beta": 1.0,
@@ -176,8 +183,30 @@ def key_values(arch: str, *, mixture: bool) -> dict[str, Any]:
             ".attention.key_length_mla": 64 + 32,
             ".attention.value_length_mla": 64,
         }
+    if arch in ("qwen4exp", "glm5-next"):
+        values |= _hyper_connections(n_layer, n_embd)
     values |= _OWN.get(arch, {})
     return values
+
+
+def _hyper_connections(n_layer: int, n_embd: int) -> dict[str, Any]:
+    n_heads = 4  # of 2 n-gram sizes, 2 each
+    return {
+        ".hyper_connection.count": 4,
+        ".hyper_connection.sinkhorn_iterations": 2,
+        ".hyper_connection.epsilon": 1e-6,
+        ".hyper_connection.low_rank": 8,
+        ".attention.compress_ratios": [4] * n_layer,
+        ".ple.layers": [0],
+        ".ple.ngram_size": 3,
+        ".ple.heads_per_ngram": 2,
+        ".ple.conv_kernel": 4,
+        ".ple.eos_token_id": 0,
+        ".embedding_length_per_layer_input": n_embd // n_heads,
+        ".ple.layer_multipliers": [np.uint64(x) for x in (1, 3, 5)],
+        ".ple.head_offsets": [np.uint64(h * N_VOCAB) for h in range(n_heads)],
+        ".ple.head_vocab_sizes": [np.uint64(N_VOCAB)] * n_heads,
+    }
 
 
 # what single architectures need; None takes a key out
@@ -228,6 +257,20 @@ _OWN: dict[str, dict[str, Any]] = {
         ".expert_weights_norm": True,
         ".expert_gating_func": 4,
     },
+    "qwen4exp": {".attention.indexer.key_length": 64, ".ssm.inner_size": 256},
+    "glm5-next": {".attention.key_length": 128, ".rope.dimension_count": 0},
+    "rwkv6qwen2": {".token_shift_count": 1},
+    "arwkv7": {".token_shift_count": 1},
+    "mamba": {".ssm.state_size": 16},
+    "jamba": {".ssm.state_size": 16},
+    "graniteswitch": {
+        ".adapters.count": 2,
+        ".adapters.lora_rank": 8,
+        ".adapters.token_ids_activate": [300, 301],
+        ".adapters.token_ids_substitute": [302, 303],
+    },
+    "chameleon": {".vocab_size": 8704},  # images are tokens 4 to 8195
+    "qwen3tts": {".vocab_size": 3072},  # at least as many as the codec's
     "minimax-m3": {".rope.dimension_count": 64},
     "hrm_text": {".hrm.layers_per_stack": 1, ".hrm.h_cycles": 2, ".hrm.l_cycles": 2},
     "maple": {".swiglu_clamp_exp": 7.0},
@@ -266,6 +309,10 @@ def _half_precision(n_layer: int) -> Iterator[str]:
         yield f"posnet.{il}.conv1.weight"
         yield f"posnet.{il}.conv2.weight"
         yield f"convnext.{il}.dw.weight"
+
+
+# large weights that the engine's quantiser leaves as they are: published files hold halves
+_HALVED = re.compile(r"per_layer_model_proj|altup_(unembd_)?proj")
 
 
 def laid_out(path: Path) -> list[Tensor]:
@@ -373,7 +420,7 @@ def write_plain(arch: str, path: Path, *, mixture: bool | None = None, seed: int
     def begin(path: Path) -> gguf.GGUFWriter:
         writer = gguf.GGUFWriter(path, arch)
         add_values(writer, arch, values)
-        add_tokenizer(writer, N_VOCAB)
+        add_tokenizer(writer, values[".vocab_size"])
         return writer
 
     keys = begin(path)
@@ -386,7 +433,8 @@ def write_plain(arch: str, path: Path, *, mixture: bool | None = None, seed: int
         if tensor.name.endswith((".scale", ".input_scale")):  # of NVFP4 weights
             continue
         data = values_of(tensor, seed)
-        writer.add_tensor(tensor.name, data.astype(np.float16) if tensor.name in half else data)
+        halved = tensor.name in half or _HALVED.search(tensor.name)
+        writer.add_tensor(tensor.name, data.astype(np.float16) if halved else data)
     _finish(writer)
     return path
 
