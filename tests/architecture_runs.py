@@ -1,7 +1,7 @@
 """Stock against flash offload, for tiny models of many architectures, in processes of their own.
 
-An assertion of the engine ends a process. So a worker measures one architecture after the other and says so line by line;
-when it dies, the one at hand is the culprit, and another worker goes on with the rest.
+An assertion of the engine ends a process. So a worker measures one architecture after the other and says so line by
+line; when it dies, the one at hand is the culprit, and another worker goes on with the rest.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ Floats = npt.NDArray[np.float32]
 class Case:
     arch: str
     ftype: str = "q8_0"
-    mixture: bool | None = None  # None: as the architecture is known
+    variant: str = ""  # one of architectures.VARIANTS
 
     def __str__(self) -> str:
-        mixture = "" if self.mixture is None else "-mixture" if self.mixture else "-dense"
-        return f"{self.arch}{mixture}-{self.ftype}"
+        return "-".join(filter(None, (self.arch, self.variant, self.ftype)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def _run(cases: Sequence[Case]) -> Iterator[Outcome]:
 def _measure(case: Case, folder: Path) -> Outcome:
     from engines import open_flash, open_resident
 
-    path = architectures.write(case.arch, folder / f"{case}.gguf", case.ftype, mixture=case.mixture)
+    path = architectures.write(case.arch, folder / f"{case}.gguf", case.ftype, case.variant)
     try:
         passes = _PASSES.get(case.arch, _logits)
         options: dict[str, Any] = {"n_ctx": 64, "n_batch": 64, "n_ubatch": 64}
@@ -166,7 +165,7 @@ def _encoded_only(llm: Any) -> Floats:
 
 def _translated(llm: Any) -> Floats:
     """Logits of tokens decoded one by one, then of a prompt, behind an encoded text: [tokens, vocabulary]."""
-    from engines import logits_of, tokens
+    from engines import tokens
 
     llm._batch.set_batch(batch=tokens(PROMPT, architectures.N_VOCAB, seed=3), n_past=0, logits_all=True)
     llm._ctx.encode(llm._batch)

@@ -32,6 +32,7 @@ N_VOCAB = 512
 N_EMBD = 256
 N_EXPERT = 8
 N_CTX = 64
+_LORA = 256  # ranks of MLA's projections
 
 
 class _TensorHead(ctypes.Structure):
@@ -56,23 +57,23 @@ def architectures() -> tuple[str, ...]:
     return tuple(names)
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Architectures of experts (a file of theirs without any is refused, or is not what is published).
-MIXTURES = frozenset(
-    """
+MIXTURES = _names("""
     llama4 grok qwen2moe qwen3moe qwen3next qwen3vlmoe qwen35moe qwen4exp phimoe cohere2moe dbrx olmoe arctic deepseek
     deepseek2 deepseek2-ocr deepseek32 deepseek4 glm4moe glm-dsa exaone-moe bailingmoe bailingmoe2 bailingmoe3 dots1
     dots3note afmoe ernie4_5-moe hunyuan-moe hy_v3 hy_v4 gpt-oss lfm2moe smallthinker llada-moe grovemoe minimax-01
     minimax-m2 minimax-m3 rnd1 mimo2 kimi-linear kimi-k3 glm5-next step35 mistral4 mellum laguna maple granitemoe
     nemotron_h_moe nomic-bert-moe jamba
-    """.split()
-)
-_MLA = frozenset(
-    "deepseek2 deepseek32 glm-dsa dots3note kimi-linear bailingmoe3 kimi-k3 glm5-next hy_v4 mistral4".split()
-)
+""")
+_MLA = _names("deepseek2 deepseek32 glm-dsa dots3note kimi-linear bailingmoe3 kimi-k3 glm5-next hy_v4 mistral4")
+_KDA = _names("kimi-linear bailingmoe3 kimi-k3 glm5-next")  # linear attention, and MLA in between
 # one value per layer: 0 heads in layer 1 makes it recurrent (or convolutional)
-_HEADS_PER_LAYER = frozenset("plamo2 jamba nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe".split())
-_KDA = frozenset("kimi-linear bailingmoe3 kimi-k3 glm5-next".split())  # linear attention, and MLA in between
-_PATTERN_PER_LAYER = frozenset("cohere2moe mimo2 step35 spark2_5 muse-glimmer granite_swa dots3note maple".split())
+_HEADS_PER_LAYER = _names("plamo2 jamba nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe")
+_PATTERN_PER_LAYER = _names("cohere2moe mimo2 step35 spark2_5 muse-glimmer granite_swa dots3note maple")
 _N_LAYER = {
     "llama4": 4,
     "gemma4": 5,
@@ -84,12 +85,14 @@ _N_LAYER = {
 }
 
 
-def key_values(arch: str, *, mixture: bool) -> dict[str, Any]:
+def key_values(arch: str, *, mixture: bool, wide: bool = False) -> dict[str, Any]:
     """What the file says beside the vocabulary: keys that an architecture does not know are ignored by the engine.
 
     A key that begins with "." gets the architecture's name before it.
     """
     n_layer, n_embd, n_head, n_ff = _N_LAYER.get(arch, 2), N_EMBD, 4, 768
+    if wide:
+        n_embd, n_head, n_ff = 2 * n_embd, 2 * n_head, 2 * n_ff
     head = n_embd // n_head
     heads: Any = n_head
     if arch in _HEADS_PER_LAYER:
@@ -119,8 +122,8 @@ def key_values(arch: str, *, mixture: bool) -> dict[str, Any]:
         ".attention.layer_norm_rms_epsilon": 1e-5,
         ".attention.group_norm_epsilon": 1e-5,
         ".attention.group_norm_groups": 8,
-        ".attention.q_lora_rank": 128,
-        ".attention.kv_lora_rank": 128,
+        ".attention.q_lora_rank": _LORA,
+        ".attention.kv_lora_rank": _LORA,
         ".attention.decay_lora_rank": 32,
         ".attention.iclr_lora_rank": 32,
         ".attention.value_residual_mix_lora_rank": 32,
@@ -177,8 +180,8 @@ def key_values(arch: str, *, mixture: bool) -> dict[str, Any]:
         }
     if arch in _MLA:
         values |= {
-            ".attention.key_length": 128 + 32,
-            ".attention.value_length": 128,
+            ".attention.key_length": _LORA + 32,
+            ".attention.value_length": _LORA,
             ".rope.dimension_count": 32,
             ".attention.key_length_mla": 64 + 32,
             ".attention.value_length_mla": 64,
@@ -222,9 +225,9 @@ _OWN: dict[str, dict[str, Any]] = {
         ".attention.sliding_window_pattern": [1, 1, 1, 1, 0],
     },
     "dots3note": {
-        ".attention.kv_lora_rank_swa": 128,
-        ".attention.key_length_swa": 128 + 32,
-        ".attention.value_length_swa": 128,
+        ".attention.kv_lora_rank_swa": _LORA,
+        ".attention.key_length_swa": _LORA + 32,
+        ".attention.value_length_swa": _LORA,
         ".attention.key_length_mla_swa": 64 + 32,
         ".attention.value_length_mla_swa": 64,
         ".rope.freq_base_swa": 10000.0,
@@ -257,8 +260,7 @@ _OWN: dict[str, dict[str, Any]] = {
         ".expert_weights_norm": True,
         ".expert_gating_func": 4,
     },
-    "qwen4exp": {".attention.indexer.key_length": 64, ".ssm.inner_size": 256},
-    "glm5-next": {".attention.key_length": 128, ".rope.dimension_count": 0},
+    "glm5-next": {".attention.key_length": _LORA, ".rope.dimension_count": 0},
     "rwkv6qwen2": {".token_shift_count": 1},
     "arwkv7": {".token_shift_count": 1},
     "mamba": {".ssm.state_size": 16},
@@ -411,9 +413,26 @@ def values_of(tensor: Tensor, seed: int) -> npt.NDArray[np.float32]:
     return noise
 
 
-def write_plain(arch: str, path: Path, *, mixture: bool | None = None, seed: int = 0) -> Path:
+# tensors that the loader takes but published files of an architecture do not have: heads that classify, scales of NVFP4
+_ABSENT = r"^(cls|dense_[23])\.|\.(input_)?scale$"
+# norms of several streams, which published files hold in one row
+_OWN_FLAT = {"qwen4exp": r"hc_\w*norm|ple_norm"}
+_OWN_ABSENT = {"rwkv6qwen2": r"time_mix_first\."}
+
+VARIANTS = {
+    "": "as most files are",
+    "dense": "without experts",
+    "mixture": "with experts",
+    "tied": "without an output matrix: the token embedding is used for it, too",
+    "wide": "all widths doubled, so that matrices of the smallest types are worth a read",
+    "fused": "query, key and value in one matrix, gate and up of the experts in one",
+}
+
+
+def write_plain(arch: str, path: Path, variant: str = "", seed: int = 0) -> Path:
     """Writes a model of F32 (few of F16) weights."""
-    values = key_values(arch, mixture=arch in MIXTURES if mixture is None else mixture)
+    mixture = {"dense": False, "mixture": True}.get(variant, arch in MIXTURES)
+    values = key_values(arch, mixture=mixture, wide=variant == "wide")
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
     half = set(_half_precision(values[".block_count"]))
 
@@ -427,16 +446,36 @@ def write_plain(arch: str, path: Path, *, mixture: bool | None = None, seed: int
     for name in half:
         keys.add_tensor(name, np.zeros(1, np.float16))
     _finish(keys)
-    tensors = laid_out(path)
+    absent = "|".join([_ABSENT, *filter(None, [_OWN_ABSENT.get(arch), r"^output\.weight$" * (variant == "tied")])])
+    tensors = {tensor.name: tensor for tensor in laid_out(path) if not re.search(absent, tensor.name)}
+    weights = {name: values_of(tensor, seed) for name, tensor in tensors.items()}
+    (_fuse if variant == "fused" else _split_experts)(weights)
     writer = begin(path)
-    for tensor in tensors:
-        if tensor.name.endswith((".scale", ".input_scale")):  # of NVFP4 weights
-            continue
-        data = values_of(tensor, seed)
-        halved = tensor.name in half or _HALVED.search(tensor.name)
-        writer.add_tensor(tensor.name, data.astype(np.float16) if halved else data)
+    for name, data in weights.items():
+        if re.search(_OWN_FLAT.get(arch, "^$"), name):
+            data = data.reshape(-1)
+        halved = name in half or _HALVED.search(name)
+        writer.add_tensor(name, data.astype(np.float16) if halved else data)
     _finish(writer)
     return path
+
+
+Weights = dict[str, npt.NDArray[np.float32]]
+
+
+def _split_experts(weights: Weights) -> None:
+    """The engine lays out one matrix for gate and up; published files rather have two."""
+    for name in [name for name in weights if name.endswith("ffn_gate_up_exps.weight")]:
+        gate, up = np.split(weights.pop(name), 2, axis=1)
+        weights[name.replace("gate_up", "gate")] = np.ascontiguousarray(gate)
+        weights[name.replace("gate_up", "up")] = np.ascontiguousarray(up)
+
+
+def _fuse(weights: Weights) -> None:
+    for name in [name for name in weights if ".attn_q." in name]:
+        parts = [name, name.replace("attn_q", "attn_k"), name.replace("attn_q", "attn_v")]
+        if all(part in weights for part in parts):
+            weights[name.replace("attn_q", "attn_qkv")] = np.concatenate([weights.pop(part) for part in parts])
 
 
 def _finish(writer: gguf.GGUFWriter) -> None:
@@ -451,6 +490,8 @@ def quantise(source: Path, target: Path, ftype: str) -> Path:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype.upper()}")
     params.nthread = 2
+    if re.match("iq[123]", ftype) or ftype == "q2_k_s":
+        params.imatrix, _kept = _importance(source)
     with engine_messages() as said:
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
     if failed:
@@ -458,14 +499,42 @@ def quantise(source: Path, target: Path, ftype: str) -> Path:
     return target
 
 
-def write(arch: str, path: Path, ftype: str = "q8_0", *, mixture: bool | None = None, seed: int = 0) -> Path:
-    """Writes a model of an architecture, quantised by the engine."""
+def _importance(source: Path) -> tuple[Any, list[Any]]:
+    """An importance matrix for all that has rows, without which the engine refuses the smallest types."""
+    entries: list[Any] = []
+    kept: list[Any] = []
+    for tensor in gguf.GGUFReader(source).tensors:
+        ne = [int(n) for n in tensor.shape]
+        if len(ne) > 1:
+            noise = _rng(tensor.name, 1).uniform(0.5, 2, ne[0] * (ne[2] if len(ne) > 2 else 1)).astype(np.float32)
+            kept.append(noise)
+            pointer = noise.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entries.append(llama_cpp.llama_model_imatrix_data(tensor.name.encode(), pointer, noise.size))
+    return (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries), kept
+
+
+def write(arch: str, path: Path, ftype: str = "q8_0", variant: str = "", seed: int = 0) -> Path:
+    """Writes a model of an architecture, quantised by the engine.
+
+    Args:
+        ftype: as llama_ftype has it, in small letters; "plain": F32, not quantised.
+        variant: one of VARIANTS.
+
+    Raises:
+        ValueError: the engine makes no such model.
+    """
+    if ftype == "plain" or arch in _NEVER_QUANTISED:
+        return write_plain(arch, path, variant, seed)
     plain = path.with_name(path.name + ".plain")
     try:
-        write_plain(arch, plain, mixture=mixture, seed=seed)
+        write_plain(arch, plain, variant, seed)
         return quantise(plain, path, ftype)
     finally:
         plain.unlink(missing_ok=True)
+
+
+# convolutions and norms with one value in a row, which the quantiser would make halves of, and the engine then refuses
+_NEVER_QUANTISED = frozenset({"wavtokenizer-dec"})
 
 
 def main() -> None:
@@ -473,10 +542,13 @@ def main() -> None:
     parser.add_argument("arch", choices=architectures(), metavar="ARCH")
     parser.add_argument("out", type=Path, metavar="OUT.gguf")
     parser.add_argument("--type", default="q8_0", help="as llama_ftype has it: f16, q4_0, q4_k_m ... (default: q8_0)")
+    parser.add_argument(
+        "--variant", default="", choices=VARIANTS, help="; ".join(f"{k}: {v}" for k, v in VARIANTS.items() if k)
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
-        print(write(arguments.arch, arguments.out, arguments.type, seed=arguments.seed))
+        print(write(arguments.arch, arguments.out, arguments.type, arguments.variant, arguments.seed))
     except ValueError as error:
         sys.exit(f"error: {arguments.arch}: {error}")
 
