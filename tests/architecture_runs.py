@@ -14,9 +14,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import architectures
+import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -33,9 +35,10 @@ class Case:
     arch: str
     ftype: str = "q8_0"
     variant: str = ""  # one of architectures.VARIANTS
+    altered: str = ""  # name of a weight that gets other bytes before the run with flash offload
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.arch, self.variant, self.ftype)))
+        return "-".join(filter(None, (self.arch, self.variant, self.ftype, "altered" * bool(self.altered))))
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Outcome:
     answers: int = 0  # rows whose largest value is at another place than all others'
     weight_bytes: int = 0  # of all tensors in the file
     resident_bytes: int = 0  # of these, in memory whatever is done
-    resident: tuple[tuple[str, int], ...] = ()  # the largest weights that stay in memory, bytes
+    resident: tuple[str, ...] = ()  # names of the largest weights that stay in memory
+    expert_bytes: int = 0  # on flash
     bytes_read: int = 0
     expert_misses: int = 0
     evictions: int = 0
@@ -60,6 +64,10 @@ class Outcome:
     def share(self) -> float:
         """Of the weights, what stays in memory."""
         return self.resident_bytes / self.weight_bytes if self.weight_bytes else 1.0
+
+    @property
+    def flash_bytes(self) -> int:
+        return self.weight_bytes - self.resident_bytes
 
 
 def run_all(cases: Sequence[Case]) -> list[Outcome]:
@@ -75,15 +83,24 @@ def run_all(cases: Sequence[Case]) -> list[Outcome]:
 def _run(cases: Sequence[Case]) -> Iterator[Outcome]:
     """Outcomes of as many cases as one worker manages; of the one that it dies of, too."""
     command = [sys.executable, __file__, json.dumps([asdict(case) for case in cases])]
-    environment = {"LLAMA_FLASH_WARM_START": "0", **os.environ, "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}
+    environment = {**os.environ, "LLAMA_FLASH_WARM_START": "0", "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}
     n_done = 0
-    with tempfile.TemporaryFile("w+") as noise:
-        with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=noise) as worker:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                fields = json.loads(line)
-                yield Outcome(**{**fields, "case": Case(**fields["case"]), "resident": tuple(fields["resident"])})
-                n_done += 1
+    with (
+        tempfile.TemporaryFile("w+") as noise,
+        subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=noise) as worker,
+    ):
+        assert worker.stdout is not None
+        guard = Timer(_PATIENCE, worker.kill)
+        guard.start()
+        for line in worker.stdout:
+            guard.cancel()
+            fields = json.loads(line)
+            yield Outcome(**{**fields, "case": Case(**fields["case"])})
+            n_done += 1
+            guard = Timer(_PATIENCE, worker.kill)
+            guard.start()
+        guard.cancel()
+        worker.wait()
         if n_done < len(cases):
             noise.seek(0)
             said = [text for text in noise.read().splitlines() if text.strip()]
@@ -103,6 +120,8 @@ def _measure(case: Case, folder: Path) -> Outcome:
         with architectures.engine_messages() as said:
             with open_resident(path, **options) as llm:
                 expected = passes(llm)
+            if case.altered:
+                _alter(path, case.altered)
             with open_flash(path, what="all", share=_SHARE, **options) as llm:
                 actual = passes(llm)
                 plan, total = llm.flash.plan, llm.flash.stats().total
@@ -111,7 +130,7 @@ def _measure(case: Case, folder: Path) -> Outcome:
         if actual.shape != expected.shape:
             raise ValueError(f"{actual.shape} values with flash offload, {expected.shape} without; {said}")
         different = (actual.view(np.uint32) != expected.view(np.uint32)).any(axis=1)
-        resident = sorted(((t.name, t.size) for t in weights if t.name not in on_flash), key=lambda x: -x[1])
+        resident = sorted((t for t in weights if t.name not in on_flash), key=lambda tensor: -tensor.size)
         return Outcome(
             case,
             rows=len(expected),
@@ -120,7 +139,8 @@ def _measure(case: Case, folder: Path) -> Outcome:
             answers=len(np.unique(expected.argmax(axis=1))),
             weight_bytes=sum(tensor.size for tensor in weights),
             resident_bytes=plan.resident_bytes,
-            resident=tuple(resident[:6]),
+            resident=tuple(tensor.name for tensor in resident[:4]),
+            expert_bytes=plan.expert_bytes,
             bytes_read=total.bytes_read,
             expert_misses=total.misses,
             evictions=total.evictions,
@@ -128,6 +148,17 @@ def _measure(case: Case, folder: Path) -> Outcome:
         )
     finally:
         path.unlink()
+
+
+def _alter(path: Path, name: str) -> None:
+    """Gives the first row of a matrix the bytes of its second."""
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    row = tensor.n_bytes // int(np.prod(tensor.shape[1:]))
+    with path.open("r+b") as file:
+        file.seek(int(tensor.data_offset) + row)
+        data = file.read(row)
+        file.seek(int(tensor.data_offset))
+        file.write(data)
 
 
 def _logits(llm: Any) -> Floats:
@@ -182,6 +213,14 @@ _PASSES: dict[str, Callable[[Any], Floats]] = {
     "t5encoder": _encoded_only,
     "t5": _translated,
 }
+
+
+def compared(arch: str) -> str:
+    """What is compared of an architecture, in words."""
+    kinds = {_logits: "logits", _translated: "logits, behind an encoder", _encoded_only: "embeddings"}
+    return kinds.get(
+        _PASSES.get(arch, _logits), "embeddings" if arch in _ENCODERS.split() else "outputs of whole texts"
+    )
 
 
 def _work(cases: list[Case]) -> None:
