@@ -407,7 +407,7 @@ def outcomes() -> dict[str, str]:
         output, end = result.stdout, f"exit code {result.returncode}\n{result.stderr[-3000:]}"
     except subprocess.TimeoutExpired as error:
         output, end = (error.stdout or b"").decode(), "it hangs"
-    told = dict(json.loads(line) for line in output.splitlines())
+    told = dict(json.loads(line) for line in output.splitlines() if line.startswith('["'))
     for name in _SCENARIOS:
         told.setdefault(name, end)
     return told

@@ -78,6 +78,7 @@ def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -
             llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
         engine.trim_heap()
+        engine.note_settled(held_by_process() - before)
     predictors = bundles.predictor_bytes if bundles else 0
     weights = sum(tensor.size for tensor in meta.tensors.values()) - predictors
     # llama_cpp's batch: a list of n_ctx sequences for each token
