@@ -52,7 +52,6 @@ def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -
     with no_alloc_context(os.fsencode(path), bundles, context_params(shape)) as (_, context):
         buffers = buffers_of(context)
         heap = held_by_process() - before
-    engine.trim_heap()
     predictors = bundles.predictor_bytes if bundles else 0
     weights = sum(tensor.size for tensor in meta.tensors.values()) - predictors
     # llama_cpp's batch: a list of n_ctx sequences for each token
@@ -72,6 +71,8 @@ def no_alloc_context(path: bytes, bundles: Bundles | None, context_params: Any) 
     import llama_cpp
     from llama_cpp._utils import suppress_stdout_stderr  # as llama_cpp itself does where it is not verbose
 
+    engine.trim_heap()
+    before = held_by_process()
     params = llama_cpp.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
@@ -96,6 +97,8 @@ def no_alloc_context(path: bytes, bundles: Bundles | None, context_params: Any) 
         if context:
             llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
+        engine.trim_heap()
+        engine.note_settled(held_by_process() - before)
 
 
 def buffers_of(context: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import sys
@@ -247,14 +248,16 @@ class FlashSession:
 
     def _make_plan(self) -> Plan:
         try:
-            return make_plan(self.meta, self.options, self.budget, self._shape(), self._base)
-        except FlashBudgetError as error:
+            return make_plan(self.meta, self.options, self.budget, self._shape(), self._base - engine.settled())
+        except FlashBudgetError as refused:
             if Controller.of_process().squeeze():  # other models have more than they need
                 self._base = held_by_all(self)
                 return self._make_plan()
             from . import planner  # which needs this module
 
-            raise planner.smallest_budget_of(self.meta, self.options, self._shape(), self._base, error) from None
+            held = functools.partial(held_by_all, self)
+            new = planner.smallest_budget_of(self.meta, self.options, self.budget, self._shape(), held, refused)
+            raise new from None
 
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
