@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 4
+LLAMA_FLASH_API_VERSION = 5
 LLAMA_FLASH_REUSE_TOKENS = 256
 
 
@@ -577,6 +577,8 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.POINTER(llama_flash_error),
         ],
     ),
+    "llama_flash_load_model": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
+    "llama_flash_new_context": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
 }
 
 

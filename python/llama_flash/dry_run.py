@@ -14,17 +14,19 @@ from typing import Any
 
 from . import _bindings, engine
 from .budget import held_by_process
-from .bundles import Bundles
+from .bundles import Bundles, read_bundles
 from .errors import FlashError
-from .gguf_meta import GgufMeta
+from .gguf_meta import GgufMeta, check_is_model, read_gguf
+from .model_load import load_model, new_context
 from .offload import BufferTypeOverride, neuron_params
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan
 from .sizes import parse_size
 
-__all__ = ["EngineSizes", "FlashNeeds", "engine_sizes"]
+__all__ = ["EngineSizes", "FlashNeeds", "check_model", "engine_sizes"]
 
 _MALLOC_PAGE = 4096  # of a larger block only the page with its head is touched
+_CHECKED_CTX = 512  # tokens of the context that a check makes
 _F32 = 0  # GGML_TYPE_F32
 
 
@@ -38,12 +40,27 @@ class EngineSizes:
     doubled: int  # weights that are there twice (an embedding that is the output, too)
 
 
+def check_model(path: str | os.PathLike[str]) -> GgufMeta:
+    """Whether a load would refuse the file: its head, its bundles, and what the engine makes of them.
+
+    Raises:
+        FlashFormatError: it would, with the reason and what to do.
+        FlashError: the engine cannot be asked.
+        OSError: a file cannot be read.
+    """
+    meta = read_gguf(path)
+    engine_sizes(meta, read_bundles(meta), ContextShape(n_ctx=_CHECKED_CTX))
+    return meta
+
+
 def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -> EngineSizes:
     """Of a model and a context of `shape`. Takes as long as reading the vocabulary; what it takes is free afterwards.
 
     Raises:
-        FlashError: the engine cannot load the model or make such a context.
+        FlashFormatError: the engine refuses the model.
+        FlashError: the engine cannot make such a context.
     """
+    check_is_model(meta)
     import llama_cpp
     from llama_cpp._utils import suppress_stdout_stderr  # as llama_cpp itself does where it is not verbose
 
@@ -60,15 +77,11 @@ def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -
     if parts:
         params.tensor_buft_overrides = ctypes.addressof(overrides)
     with suppress_stdout_stderr(disable=False):
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise FlashError(f"{path}: the engine cannot load this model")
+        model = load_model(path, params)
     context = None
     try:
         with suppress_stdout_stderr(disable=False):
-            context = llama_cpp.llama_init_from_model(model, _context_params(shape))
-        if not context:
-            raise FlashError(f"{path}: the engine cannot make a context of {shape}")
+            context = new_context(path, model, _context_params(shape))
         buffers = _bindings.llama_flash_context_memory()
         if engine.library().llama_flash_get_context_memory(context, ctypes.byref(buffers)) != 0:
             raise FlashError("the engine does not tell the sizes of its buffers")
