@@ -7,9 +7,9 @@
 //   llama_flash_session_new()               one session per model
 //   llama_flash_session_add_bundle()        for each layer whose feed-forward block the file stores as neuron bundles
 //   llama_flash_session_bind_begin()        on the thread that loads the model
-//     llama_model_load_from_file()          with tensor_buft_overrides that name llama_flash_buffer_type()
+//     llama_flash_load_model()              with tensor_buft_overrides that name llama_flash_buffer_type()
 //   llama_flash_session_bind_end()
-//     llama_init_from_model()               with llama_flash_abort as abort callback, the session as its data
+//     llama_flash_new_context()             with llama_flash_abort as abort callback, the session as its data
 //   llama_flash_session_set_neurons()       with bundles: how their active sets are found; before set_memory
 //   llama_flash_session_set_memory()        nothing can be computed before; may be called again between decodes
 //     llama_decode() ...                    after each: llama_flash_session_take_error()
@@ -46,6 +46,9 @@ extern "C" {
 #endif
 
 struct llama_context;
+struct llama_context_params;
+struct llama_model;
+struct llama_model_params;
 
 // opaque: the flash tensors of one model, their slots and their reader
 struct llama_flash_session;
@@ -365,9 +368,6 @@ struct llama_flash_probe {
 LLAMA_FLASH_API int32_t llama_flash_probe_reads(const char * path, uint32_t chunk, uint32_t duration_ms, const struct llama_flash_params * params,
                                                 struct llama_flash_probe * out, struct llama_flash_error * err);
 
-// Bytes of a row of n elements of enum ggml_type `type`; 0: the engine has no such type, or n is not a whole number of its blocks.
-LLAMA_FLASH_API uint64_t llama_flash_row_bytes(int32_t type, int64_t n);
-
 // How a graph uses a weight: bits of llama_flash_weight_use.uses
 enum llama_flash_use {
     LLAMA_FLASH_USE_MUL_MAT    = 1, // a matrix, first source of a MUL_MAT with float32
@@ -397,6 +397,13 @@ LLAMA_FLASH_API int32_t llama_flash_session_add_rows(struct llama_flash_session 
 // requirements can be asked before anything is loaded. Such a session cannot compute. type: enum ggml_type; ne: as ggml's.
 LLAMA_FLASH_API int32_t llama_flash_session_bind_weight(struct llama_flash_session * session, const char * name, const char * path, uint64_t offset,
                                                         int32_t type, int64_t ne0, int64_t ne1, int64_t ne2, struct llama_flash_error * err);
+
+// llama_model_load_from_file and llama_init_from_model of the engine, with or without flash tensors: where the engine would end the
+// process with an assert, they return NULL. reason: gets the lines of the engine's log that say why they failed, the last of `size`
+// bytes, "" if they did not; may be NULL. What the engine logs goes to its log callback, too.
+LLAMA_FLASH_API struct llama_model * llama_flash_load_model(const char * path, const struct llama_model_params * params, char * reason, size_t size);
+LLAMA_FLASH_API struct llama_context * llama_flash_new_context(struct llama_model * model, const struct llama_context_params * params, char * reason,
+                                                               size_t size);
 
 #ifdef __cplusplus
 }

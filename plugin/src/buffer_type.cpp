@@ -1,5 +1,6 @@
 #include "buffer_type.h"
 
+#include "engine_guard.h"
 #include "mul_mat.h"
 #include "rows.h"
 
@@ -218,5 +219,6 @@ void flash_register() {
     std::call_once(once, [] {
         ggml_backend_cpu_get_extra_buffer_types().push_back(ggml_backend_flash_buffer_type());
         llama_set_tensor_bind(bind_tensor);
+        flash_guard_engine();
     });
 }

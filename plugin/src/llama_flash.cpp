@@ -22,18 +22,6 @@ const char * llama_flash_build_info(void) {
 #endif
 }
 
-uint64_t llama_flash_row_bytes(int32_t type, int64_t n) {
-    const ggml_type t = (ggml_type) type;
-    if (n <= 0 || ((type < 0 || type >= GGML_TYPE_COUNT) && t != GGML_TYPE_FLASH)) {
-        return 0;
-    }
-    const int64_t block = ggml_blck_size(t);
-    if (block == 0 || n % block != 0 || (uint64_t) (n / block) > UINT64_MAX / 2 / ggml_type_size(t)) {
-        return 0;
-    }
-    return ggml_row_size(t, n);
-}
-
 int32_t llama_flash_register(void) {
     return guarded(nullptr, [] {
         flash_register();

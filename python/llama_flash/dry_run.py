@@ -16,17 +16,27 @@ from typing import Any
 
 from . import _bindings, engine
 from .budget import held_by_process
-from .bundles import Bundles
+from .bundles import Bundles, read_bundles
 from .errors import FlashError
-from .gguf_meta import GgufMeta
+from .gguf_meta import GgufMeta, check_is_model, read_gguf
+from .model_load import load_model, new_context
 from .offload import BufferTypeOverride, neuron_params
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan
 from .sizes import parse_size
 
-__all__ = ["EngineSizes", "FlashNeeds", "buffers_of", "context_params", "engine_sizes", "no_alloc_context"]
+__all__ = [
+    "EngineSizes",
+    "FlashNeeds",
+    "buffers_of",
+    "check_model",
+    "context_params",
+    "engine_sizes",
+    "no_alloc_context",
+]
 
 _MALLOC_PAGE = 4096  # of a larger block only the page with its head is touched
+_CHECKED_CTX = 512  # tokens of the context that a check makes
 _F32 = 0  # GGML_TYPE_F32
 
 
@@ -40,16 +50,31 @@ class EngineSizes:
     doubled: int  # weights that are there twice (an embedding that is the output, too)
 
 
+def check_model(path: str | os.PathLike[str]) -> GgufMeta:
+    """Whether a load would refuse the file: its head, its bundles, and what the engine makes of them.
+
+    Raises:
+        FlashFormatError: it would, with the reason and what to do.
+        FlashError: the engine cannot be asked.
+        OSError: a file cannot be read.
+    """
+    meta = read_gguf(path)
+    engine_sizes(meta, read_bundles(meta), ContextShape(n_ctx=_CHECKED_CTX))
+    return meta
+
+
 def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -> EngineSizes:
     """Of a model and a context of `shape`. Takes as long as reading the vocabulary; what it takes is free afterwards.
 
     Raises:
-        FlashError: the engine cannot load the model or make such a context.
+        FlashFormatError: the engine refuses the model.
+        FlashError: the engine cannot make such a context.
     """
+    check_is_model(meta)
     path = str(meta.files[0])
     engine.trim_heap()
     before = held_by_process()
-    with no_alloc_context(os.fsencode(path), bundles, context_params(shape)) as (_, context):
+    with no_alloc_context(path, bundles, context_params(shape)) as (_, context):
         buffers = buffers_of(context)
         heap = held_by_process() - before
     predictors = bundles.predictor_bytes if bundles else 0
@@ -62,11 +87,12 @@ def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -
 
 
 @contextmanager
-def no_alloc_context(path: bytes, bundles: Bundles | None, context_params: Any) -> Iterator[tuple[Any, Any]]:
+def no_alloc_context(path: str, bundles: Bundles | None, context_params: Any) -> Iterator[tuple[Any, Any]]:
     """The engine's model and context of a file, laid out and not allocated: nothing can be computed.
 
     Raises:
-        FlashError: the engine cannot load the model or make such a context.
+        FlashFormatError: the engine refuses the model.
+        FlashError: the engine cannot make such a context.
     """
     import llama_cpp
     from llama_cpp._utils import suppress_stdout_stderr  # as llama_cpp itself does where it is not verbose
@@ -83,15 +109,11 @@ def no_alloc_context(path: bytes, bundles: Bundles | None, context_params: Any) 
     if parts:
         params.tensor_buft_overrides = ctypes.addressof(overrides)
     with suppress_stdout_stderr(disable=False):
-        model = llama_cpp.llama_model_load_from_file(path, params)
-    if not model:
-        raise FlashError(f"{os.fsdecode(path)}: the engine cannot load this model")
+        model = load_model(path, params)
     context = None
     try:
         with suppress_stdout_stderr(disable=False):
-            context = llama_cpp.llama_init_from_model(model, context_params)
-        if not context:
-            raise FlashError(f"{os.fsdecode(path)}: the engine cannot make such a context")
+            context = new_context(path, model, context_params)
         yield model, context
     finally:
         if context:

@@ -12,7 +12,7 @@ from typing import Any
 from . import _bindings
 from .errors import FlashError, FlashFormatError, FlashReadError
 
-__all__ = ["IO_ENGINES", "library", "note_settled", "raise_error", "register", "row_bytes", "settled", "trim_heap"]
+__all__ = ["IO_ENGINES", "library", "note_settled", "raise_error", "register", "settled", "trim_heap"]
 
 IO_ENGINES = {
     "auto": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_AUTO,
@@ -79,18 +79,6 @@ def trim_heap() -> None:
     """Gives freed heap pages back to the kernel: glibc keeps up to 64 MiB after a load, which would be counted."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def row_bytes(kind: int, length: int) -> int:
-    """Bytes of a row of `length` elements of enum ggml_type `kind`.
-
-    Raises:
-        ValueError: the engine has no such type, or the length is not a whole number of its blocks.
-    """
-    size = int(library().llama_flash_row_bytes(kind, length)) if 0 <= kind < 1 << 31 and 0 < length < 1 << 63 else 0
-    if size == 0:
-        raise ValueError(f"{length} elements of type {kind} are no row of a tensor")
-    return size
 
 
 def settled() -> int:

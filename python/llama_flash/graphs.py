@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import _bindings, engine
 from .bundles import read_bundles
 from .errors import FlashError
+from .ggml_types import tensor_bytes
 from .gguf_meta import GgufMeta, SkippedArray, Value
 
 if TYPE_CHECKING:
@@ -93,10 +94,10 @@ def _ask(meta: GgufMeta, shape: ContextShape) -> Graphs:
         with _head_alone(meta) as path:
             return _ask_engine(path, meta, shape)
     except (FlashError, KeyError, ValueError, struct.error):
-        return _ask_engine(os.fsencode(meta.files[0]), meta, shape)  # where more of the head matters after all
+        return _ask_engine(str(meta.files[0]), meta, shape)  # where more of the head matters after all
 
 
-def _ask_engine(path: bytes, meta: GgufMeta, shape: ContextShape) -> Graphs:
+def _ask_engine(path: str, meta: GgufMeta, shape: ContextShape) -> Graphs:
     import llama_cpp
     from llama_cpp._utils import suppress_stdout_stderr
 
@@ -134,14 +135,14 @@ def _uses_of(context: Any, n_tokens: int, encoder: bool) -> Iterator[tuple[str, 
 
 
 @contextmanager
-def _head_alone(meta: GgufMeta) -> Iterator[bytes]:
+def _head_alone(meta: GgufMeta) -> Iterator[str]:
     """Path of a GGUF file with the tensors and values of `meta`, no vocabulary and no data, which takes no memory."""
     descriptor = os.memfd_create("head", os.MFD_CLOEXEC)
     try:
         with open(descriptor, "wb", closefd=False) as stream:
             end = _write_head(stream, meta)
         os.ftruncate(descriptor, end)
-        yield f"/proc/self/fd/{descriptor}".encode()
+        yield f"/proc/self/fd/{descriptor}"
     finally:
         os.close(descriptor)
 
@@ -162,7 +163,7 @@ def _write_head(stream: Any, meta: GgufMeta) -> int:
     for tensor in meta.tensors.values():
         shape = tensor.shape
         stream.write(_string(tensor.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.type, offset))
-        offset += -(-_tensor_bytes(tensor.type, shape) // _ALIGNMENT) * _ALIGNMENT
+        offset += -(-tensor_bytes(tensor.type, shape) // _ALIGNMENT) * _ALIGNMENT
     start: int = stream.tell()
     return -(-start // _ALIGNMENT) * _ALIGNMENT + offset
 
@@ -171,13 +172,6 @@ def _matters(key: str) -> bool:
     if key.startswith("tokenizer.ggml.") and key != "tokenizer.ggml.token_type_count":
         return False
     return not key.startswith(("split.", "tokenizer.chat_template")) and key != "general.alignment"
-
-
-def _tensor_bytes(kind: int, shape: tuple[int, ...]) -> int:
-    rows = 1
-    for n in shape[1:]:
-        rows *= n
-    return engine.row_bytes(kind, shape[0]) * rows if shape else 0
 
 
 def _string(text: str) -> bytes:

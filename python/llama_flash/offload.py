@@ -29,7 +29,7 @@ from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, read_gguf
+from .gguf_meta import GgufMeta, check_is_model, read_gguf
 from .history import History
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
@@ -212,6 +212,8 @@ class FlashSession:
         options, model_path, logits_all = self.options, self._path, self._logits_all
         self._base = held_by_all(self)
         self.meta: GgufMeta = read_gguf(model_path)
+        if not model_params.vocab_only:
+            check_is_model(self.meta)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
             logger.warning(
@@ -302,10 +304,12 @@ class FlashSession:
         except Exception as failure:
             Controller.of_process().end_load(self)
             try:
-                self._call("llama_flash_session_bind_end")
-            except Exception as error:
+                self._raise_pending()  # a weight that could not be read or bound
+            except FlashError as error:
                 raise error from failure
-            self._raise_pending()
+            finally:
+                with contextlib.suppress(FlashError):  # what is missing is so because the engine stopped
+                    self._call("llama_flash_session_bind_end")
             raise
         else:
             self._call("llama_flash_session_bind_end")

@@ -19,7 +19,7 @@ from .bundles import Bundles, read_bundles
 from .cost import Cost, expect, expert_slots
 from .device_profile import DeviceProfile
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
-from .errors import FlashBudgetError, FlashError
+from .errors import FlashBudgetError, FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .offload import FlashSession, experts_ahead, held_by_all, io_choice
 from .options import FlashOffload
@@ -397,6 +397,8 @@ def smallest_budget_of(
         return refused
     try:
         planner = _Planner(meta, options, shape, held)
+    except FlashFormatError:
+        raise  # no budget would work
     except (FlashError, OSError):
         return refused
     try:
