@@ -19,7 +19,7 @@ from pathlib import Path
 from benchlib.models import MOE_SKEWED
 from benchlib.runs import stop_on_signals
 from demolib.chat import show_chat
-from demolib.compare import compare
+from demolib.compare import Comparison, compare
 from demolib.neurons import show_neurons
 from demolib.screen import Screen
 
@@ -85,11 +85,18 @@ def _show(screen: Screen, options: argparse.Namespace, folder: Path) -> int:
     screen.part("a model twice as large as its memory", "A mixture of experts: a token needs 8 of 128 in each layer.")
     model = MOE_SKEWED.ensure(folder, options.layers).stock
     result = compare(screen, model, seconds=options.seconds, no_limit=_why_no_limit())
+    show_result(screen, result)
+    return 0 if works and result.ok else 1
+
+
+def show_result(screen: Screen, result: Comparison) -> None:
+    """The last screen."""
     screen.show(result.table())
     screen.say(result.meaning())
+    for note in result.notes():
+        screen.say(note, "dim")
     for failure in result.failures():
         screen.error(failure)
-    return 0 if works and result.ok else 1
 
 
 def _check_disk(folder: Path, n_bytes: int) -> None:

@@ -85,6 +85,11 @@ class Comparison:
         answers = "" if same is None else ", with the same answers" if same >= _SAME else ", with OTHER ANSWERS"
         return f"{sizes[0].upper()}{sizes[1:]}: with flash offload it {faster}{answers}."
 
+    def notes(self) -> Iterator[str]:
+        """What else a reader of the table may ask."""
+        if self.naive and _SAME <= (self.same(self.naive) or 0.0) < 1.0:
+            yield "Under a limit stock llama.cpp leaves weights as they are in the file, and rounds otherwise."
+
     def failures(self) -> Iterator[str]:
         for name, result in ((_STOCK, self.naive), (_OURS, self.flash), (f"{_STOCK}, no limit", self.resident)):
             if result and not result.ok:
@@ -154,7 +159,7 @@ def _figures(result: Run) -> tuple[str, str]:
 
 
 def _answers(same: float | None) -> str:
-    return "-" if same is None else "yes" if same == 1.0 else "no" if same < _SAME else f"{same:.0%} of them"
+    return "-" if same is None else "yes" if same == 1.0 else "no" if same < _SAME else f"{same:.1%}"
 
 
 def _style(name: str) -> str:
