@@ -263,7 +263,7 @@ class _Planner:
             interpreter=self._base + self._sizes.heap + _SLACK,
             weights=placed.resident_bytes
             - (self._bundles.predictor_bytes if self._bundles else 0)
-            + self._sizes.doubled,
+            + (0 if False in placed.tables.values() else self._sizes.doubled),  # an embedding that is the output, too
             kv=self._sizes.kv,
             compute=self._sizes.compute + work_bytes(self._meta, self._shape),
             outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab),
