@@ -188,6 +188,8 @@ def record(
         folder.mkdir(parents=True, exist_ok=True)
         _check_state(folder, state)
         missing = [number for number in range(len(sequences)) if not _sequence_file(folder, number).exists()]
+        if say and len(missing) < len(sequences):
+            say(f"going on with {folder}: {len(sequences) - len(missing)} of {len(sequences)} sequences are recorded")
         what = f"recording {path.name}" if say else None
         with count_progress(what, len(missing) * n_ctx, "tokens") as advance:
             for number in missing:
