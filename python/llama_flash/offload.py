@@ -29,7 +29,7 @@ from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, read_gguf
+from .gguf_meta import GgufMeta, check_vocabulary, read_gguf
 from .history import History
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
@@ -212,6 +212,7 @@ class FlashSession:
         options, model_path, logits_all = self.options, self._path, self._logits_all
         self._base = held_by_all(self)
         self.meta: GgufMeta = read_gguf(model_path)
+        check_vocabulary(self.meta, text=False)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
             logger.warning(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..gguf_meta import GgufMeta, read_gguf
+from ..gguf_meta import GgufMeta, check_vocabulary, read_gguf
 from ..options import FlashOffload
 from . import common as c
 from .again import cap_bytes, command_line, run_again_capped
@@ -71,8 +71,10 @@ def run(
 
     Without MODEL.gguf the small mixture of experts that comes with the package is used.
     """
+    c.utf8("--prompt", prompt)
     path = c.model_path(model)
     meta = read_gguf(path)
+    check_vocabulary(meta)
     options = flash_options(ctx.params) if flash else None
     if plot is not None:
         from ..pictures import check_target
