@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import sys
@@ -76,7 +77,7 @@ def chat(
     Without a terminal each line of the input is answered. Without MODEL.gguf the small model that comes with the
     package is used, which continues Python and knows no conversation.
     """
-    c.utf8("--system", system or "")
+    system = None if system is None else c.utf8("--system", system)
     path = c.model_path(model)
     meta = read_gguf(path)
     check_vocabulary(meta)
@@ -111,8 +112,10 @@ class _Chat:
         Raises:
             KeyboardInterrupt: a Ctrl-C that does not come from the terminal in which is typed.
         """
-        if isinstance(sys.stdin, io.TextIOWrapper) and not self._typed:
-            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # whatever the locale says
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # files and pipes are UTF-8 whatever the locale says, a terminal where the locale does not know
+            knows = self._typed and codecs.lookup(sys.stdin.encoding).name != "ascii"
+            sys.stdin.reconfigure(encoding=sys.stdin.encoding if knows else "utf-8", errors="surrogateescape")
         if self._typed:
             with contextlib.suppress(ImportError):  # a Python without it: lines are typed without editing
                 import readline  # noqa: F401  # input() uses it
@@ -121,7 +124,7 @@ class _Chat:
             _note("the model has no chat template: what is typed is continued as plain text")
         while (line := self._read()) is not None:
             try:
-                c.utf8("this line is not asked", line)
+                line = c.utf8("this line is not asked", line)
             except ValueError as error:
                 _problem(error)
                 continue

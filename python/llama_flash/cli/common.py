@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -173,18 +172,19 @@ def model_path(model: Path | None) -> Path:
 
 
 def utf8(what: str, text: str) -> str:
-    """`text` as it is, if it can be asked of a model. what: where it is from.
+    """`text` as a model can be asked it, also where the locale did not know how to read it. what: where it is from.
 
     Raises:
         ValueError: it came as bytes that are not UTF-8.
     """
+    if not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    raw = text.encode("utf-8", errors="surrogateescape")
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        byte = os.fsencode(text[error.start]) if "\udc80" <= text[error.start] <= "\udcff" else b""
-        where = f"0x{byte[0]:02x}" if byte else ascii(text[error.start])
-        raise ValueError(f"{what}: not UTF-8: {where} after {text[: error.start][-20:]!r}") from None
-    return text
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8")[-20:]
+        raise ValueError(f"{what}: not UTF-8: byte 0x{raw[error.start]:02x} after {before!r}") from None
 
 
 def never_fail_to_print() -> None:

@@ -71,7 +71,7 @@ def run(
 
     Without MODEL.gguf the small mixture of experts that comes with the package is used.
     """
-    c.utf8("--prompt", prompt)
+    prompt = c.utf8("--prompt", prompt)
     path = c.model_path(model)
     meta = read_gguf(path)
     check_vocabulary(meta)
@@ -94,7 +94,7 @@ def run(
 
                 _draw(Snapshot.load(drawn_later), plot)
         raise typer.Exit(code)
-    result, seen = _generate(path, meta, ctx.params, options)
+    result, seen = _generate(path, meta, {**ctx.params, "prompt": prompt}, options)
     if as_json:
         c.print_json(result)
     if seen is not None and snapshot is not None:

@@ -68,7 +68,7 @@ def trace(
     if prompt is None and text is None:
         raise ValueError("nothing to run: give -p PROMPT, --text FILE, or both")
     check_target(output)
-    utf8("--prompt", prompt or "")
+    prompt = None if prompt is None else utf8("--prompt", prompt)
     book = b"" if text is None else _read_text(text)
     path = model_path(model)
     meta = read_gguf(path)
