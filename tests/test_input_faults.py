@@ -51,6 +51,9 @@ def test_what_is_no_file_is_named_by_both_readers(no_file: tuple[str, Path]) -> 
         with pytest.raises(error) as caught:
             read(path)  # type: ignore[operator]
         assert f"{path}: {kind}, not a GGUF file" in str(caught.value)
+    for offload in (True, False):
+        with pytest.raises(FlashFormatError, match=f"{kind[2:6]}.*, not a GGUF file"):
+            Llama(str(path), flash_offload=offload, **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import typer
 
 from ..gguf_meta import GgufMeta, check_vocabulary, read_gguf
 from ..options import FlashOffload
+from ..whole_files import temporary_folder
 from . import common as c
 from .again import cap_bytes, command_line, run_again_capped
 from .loading import context_tokens, flash_options, open_model, print_statistics
@@ -85,8 +86,8 @@ def run(
     if cap is not None:
         limit = cap_bytes(cap, meta, context_tokens(meta, n_ctx))
         # drawn out here: matplotlib takes more memory than a cap may leave
-        with tempfile.TemporaryDirectory(prefix="llama-flash-") as folder:
-            drawn_later = Path(folder, "snapshot") if plot is not None else None
+        with temporary_folder(Path(tempfile.gettempdir(), "llama-flash-run")) as folder:
+            drawn_later = folder / "snapshot" if plot is not None else None
             command = command_line(ctx, model=path, cap=None, plot=None, snapshot=drawn_later)
             code = run_again_capped(limit, command, as_json)
             if plot is not None and drawn_later is not None and drawn_later.exists():
