@@ -29,7 +29,7 @@ from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, check_is_model, read_gguf
+from .gguf_meta import GgufMeta, check_is_model, check_vocabulary, kind_of_file, read_gguf
 from .history import History
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
@@ -142,12 +142,14 @@ def open_session(
     Raises:
         FlashBudgetError: the budget cannot work.
         FlashFormatError: not a GGUF file, shards missing, neuron bundles that contradict themselves; with flash offload
-            off: a file with neuron bundles, which cannot be loaded without.
+            off: no file at all (a folder, a pipe), or one with neuron bundles, which cannot be loaded without.
         FlashError: the plugin is missing.
         TypeError, ValueError: see FlashOffload.
     """
     options = FlashOffload.coerce(flash_offload)
     if options is None:
+        if kind := kind_of_file(model_path):  # of which the engine would wait for the writer
+            raise FlashFormatError(f"{model_path}: {kind}, not a GGUF file")
         if not model_params.vocab_only and holds_bundles(model_path):
             raise FlashFormatError(
                 f"{model_path} holds neuron bundles: load it with flash_offload=True, or convert it back with "
@@ -214,6 +216,7 @@ class FlashSession:
         self.meta: GgufMeta = read_gguf(model_path)
         if not model_params.vocab_only:
             check_is_model(self.meta)
+        check_vocabulary(self.meta, text=False)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
             logger.warning(
