@@ -30,7 +30,7 @@ from .budget import rooms
 from .capped import run_capped
 from .cgroup import memory_controller
 from .device import device_of
-from .errors import FlashBudgetError, FlashCapError, FlashError
+from .errors import FlashBudgetError, FlashCapError, FlashError, FlashFormatError
 from .gguf_meta import read_gguf
 from .kept_files import cache_folder
 from .sizes import format_size
@@ -408,8 +408,10 @@ def _model(path: Path, engine_works: bool) -> Finding:
         made = plan(path, n_ctx=min(meta.number("context_length", 2048), 2048))
     except FlashBudgetError as error:
         return Finding("model", "problem", str(error), "")
+    except FlashFormatError as error:
+        return Finding("model", "problem", error.problem, error.mend)
     except (FlashError, ValueError, OSError) as error:
-        return Finding("model", "problem", str(error), "get the file anew; verify its checksum")
+        return Finding("model", "problem", str(error), "")
     said = f"{meta.architecture}, {format_size(meta.file_bytes)}"
     if made.mode == "resident":
         return Finding("model", "ok", f"{said}: fits into memory, nothing stays on flash")
