@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 from collections import OrderedDict
@@ -64,7 +63,7 @@ def trace_routing(model_path: Path, tokens: Sequence[int], *, n_threads: int = 2
     return np.stack([np.concatenate(seen[name]) for name in layers], axis=1)
 
 
-def _decode(context: ctypes.c_void_p, tokens: Sequence[int], n_batch: int) -> None:
+def _decode(context: int, tokens: Sequence[int], n_batch: int) -> None:
     from llama_cpp import llama_cpp
 
     batch = llama_cpp.llama_batch_init(n_batch, 0, 1)

@@ -62,7 +62,12 @@ class Info:
 
     def encode(self) -> bytes:
         shape = b"".join(struct.pack("<Q", n & (1 << 64) - 1) for n in self.shape)
-        return _scalar(STRING, self.name) + struct.pack("<I", len(self.shape)) + shape + struct.pack("<IQ", self.kind, self.offset)
+        return (
+            _scalar(STRING, self.name)
+            + struct.pack("<I", len(self.shape))
+            + shape
+            + struct.pack("<IQ", self.kind, self.offset)
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,31 @@ class Head:
         return path
 
 
-_NUMBERS = (0, 1, 2, 3, 4, 7, 8, 16, 31, 32, 64, 100, 127, 128, 255, 256, 511, 512, 513, 1000, 65535, 1 << 20, 200_000_000)
+_NUMBERS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    16,
+    31,
+    32,
+    64,
+    100,
+    127,
+    128,
+    255,
+    256,
+    511,
+    512,
+    513,
+    1000,
+    65535,
+    1 << 20,
+    200_000_000,
+)
 _REALS = (math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-45, 3e38, 1e-6, 0.5, 2.0)
 _WORDS = (
     *(b"", b"\xff\xfe", b"x" * 5000, b"none", b"linear", b"yarn", b"longrope", b"nothing", b"adapter", b"mmproj"),
@@ -170,33 +199,92 @@ _WORDS = (
     *(b"relu", b"reglu", b"silu", b"split", b"{{", b"{% for x in y %}"),
 )
 _ARCHITECTURES = (
-    *(b"llama", b"qwen2", b"qwen3moe", b"gpt-oss", b"deepseek2", b"gemma3n", b"bert", b"t5", b"mamba", b"rwkv7", b"clip"),
-    *(b"phi3", b"falcon", b"opt", b"smallthinker", b"nothing", b"", b"gpt2", b"command-r", b"jamba", b"lfm2", b"llama4"),
-    *(b"qwen3next", b"minicpm", b"olmoe", b"mpt", b"bloom", b"starcoder", b"granite", b"grok", b"dbrx", b"wavtokenizer-dec"),
+    *(
+        b"llama",
+        b"qwen2",
+        b"qwen3moe",
+        b"gpt-oss",
+        b"deepseek2",
+        b"gemma3n",
+        b"bert",
+        b"t5",
+        b"mamba",
+        b"rwkv7",
+        b"clip",
+    ),
+    *(
+        b"phi3",
+        b"falcon",
+        b"opt",
+        b"smallthinker",
+        b"nothing",
+        b"",
+        b"gpt2",
+        b"command-r",
+        b"jamba",
+        b"lfm2",
+        b"llama4",
+    ),
+    *(
+        b"qwen3next",
+        b"minicpm",
+        b"olmoe",
+        b"mpt",
+        b"bloom",
+        b"starcoder",
+        b"granite",
+        b"grok",
+        b"dbrx",
+        b"wavtokenizer-dec",
+    ),
 )
 _ADDED = (  # keys of architectures, and the type they have
     *((name, 4) for name in ("expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count")),
     *((name, 4) for name in ("expert_shared_count", "expert_feed_forward_length", "expert_gating_func", "vocab_size")),
     *((name, 4) for name in ("nextn_predict_layers", "rope.dimension_count", "leading_dense_block_count")),
-    *((name, 4) for name in ("attention.sliding_window", "attention.key_length", "attention.value_length", "block_count")),
-    *((name, 4) for name in ("attention.kv_lora_rank", "attention.q_lora_rank", "embedding_length_out", "pooling_type")),
+    *(
+        (name, 4)
+        for name in ("attention.sliding_window", "attention.key_length", "attention.value_length", "block_count")
+    ),
+    *(
+        (name, 4)
+        for name in ("attention.kv_lora_rank", "attention.q_lora_rank", "embedding_length_out", "pooling_type")
+    ),
     *((name, 4) for name in ("attention.shared_kv_layers", "attention.group_norm_groups", "interleave_moe_layer_step")),
-    *((name, 4) for name in ("attention.key_length_mla", "attention.value_length_mla", "ssm.state_size", "token_shift_count")),
+    *(
+        (name, 4)
+        for name in ("attention.key_length_mla", "attention.value_length_mla", "ssm.state_size", "token_shift_count")
+    ),
     *((name, 4) for name in ("rope.scaling.original_context_length", "attention.temperature_length", "context_length")),
     *((name, 6) for name in ("rope.freq_base", "rope.scaling.factor", "rope.scaling.attn_factor", "logit_scale")),
     *((name, 6) for name in ("attn_logit_softcapping", "final_logit_softcapping", "expert_weights_scale")),
     *((name, 6) for name in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.scale")),
     *((name, 6) for name in ("attention.max_alibi_bias", "attention.clamp_kqv", "residual_scale", "embedding_scale")),
-    *((name, 7) for name in ("attention.causal", "use_parallel_residual", "expert_weights_norm", "rope.scaling.finetuned")),
+    *(
+        (name, 7)
+        for name in ("attention.causal", "use_parallel_residual", "expert_weights_norm", "rope.scaling.finetuned")
+    ),
     *((name, STRING) for name in ("rope.scaling.type", "feed_forward_activation")),
-    *((name, ARRAY) for name in ("attention.sliding_window_pattern", "rope.dimension_sections", "attention.head_count_kv")),
+    *(
+        (name, ARRAY)
+        for name in ("attention.sliding_window_pattern", "rope.dimension_sections", "attention.head_count_kv")
+    ),
     *((name, ARRAY) for name in ("feed_forward_length", "attention.head_count", "attention.sliding_window")),
 )
 _ADDED_ANYWHERE = (
-    *(("general.alignment", 4), ("general.type", STRING), ("split.count", 2), ("split.no", 2), ("split.tensors.count", 5)),
-    *((f"tokenizer.ggml.{name}_token_id", 4) for name in ("bos", "eos", "unknown", "separator", "padding", "eot", "mask")),
+    *(
+        ("general.alignment", 4),
+        ("general.type", STRING),
+        ("split.count", 2),
+        ("split.no", 2),
+        ("split.tensors.count", 5),
+    ),
+    *(
+        (f"tokenizer.ggml.{name}_token_id", 4)
+        for name in ("bos", "eos", "unknown", "separator", "padding", "eot", "mask")
+    ),
     *((f"tokenizer.ggml.add_{name}", 7) for name in ("bos_token", "eos_token", "sep_token", "space_prefix")),
-    *(("tokenizer.chat_template", STRING), ("tokenizer.ggml.token_type_count", 4), ("flash.version", 4)),
+    *(("tokenizer.chat_template", STRING), ("tokenizer.ggml.token_type_count", 4)),
 )
 
 
@@ -244,7 +332,9 @@ def _other_array(value: Value, rng: random.Random) -> Value:
     content = list(value.content)
     how = rng.randrange(6)
     if how == 0:
-        return replace(value, claimed=rng.choice((0, 1, len(content) + 1, 1 << 20, 1 << 30, (1 << 30) + 1, 1 << 62, (1 << 64) - 1)))
+        return replace(
+            value, claimed=rng.choice((0, 1, len(content) + 1, 1 << 20, 1 << 30, (1 << 30) + 1, 1 << 62, (1 << 64) - 1))
+        )
     if how == 1:
         return replace(value, content=content[: rng.randrange(len(content) + 1)])
     if how == 2 or not content:
@@ -299,14 +389,20 @@ def _other_tensor(head: Head, rng: random.Random) -> Head:
         shape[j] = rng.choice((_draw(10, rng, shape[j]), shape[j] + 32, shape[j] + 256))
         tensors[i] = replace(one, shape=tuple(shape))
     elif how == 4:
-        tensors[i] = replace(one, shape=rng.choice((one.shape[::-1], one.shape[:-1], (*one.shape, 1), (*one.shape, 2), ())))
+        tensors[i] = replace(
+            one, shape=rng.choice((one.shape[::-1], one.shape[:-1], (*one.shape, 1), (*one.shape, 2), ()))
+        )
     elif how == 5:
         other = rng.choice(tensors).name
-        tensors[i] = replace(one, name=rng.choice((b"", b"x", one.name * 4, other, one.name.replace(b"blk.1", b"blk.9"))))
+        tensors[i] = replace(
+            one, name=rng.choice((b"", b"x", one.name * 4, other, one.name.replace(b"blk.1", b"blk.9")))
+        )
     elif how == 6:
         del tensors[i]
     else:
-        tensors.insert(i, replace(one, name=rng.choice((one.name, b"blk.0.ffn_up.bias", b"rope_freqs.weight", b"output.weight"))))
+        tensors.insert(
+            i, replace(one, name=rng.choice((one.name, b"blk.0.ffn_up.bias", b"rope_freqs.weight", b"output.weight")))
+        )
     changed = replace(head, tensors=tensors)
     return changed.laid_out() if rng.random() < 0.85 else changed
 
@@ -321,8 +417,13 @@ def _other_offset(head: Head, rng: random.Random) -> Head:
 def _other_bytes(head: Head, rng: random.Random) -> Head:
     n = len(head.encode())
     # mostly in front of and behind the vocabulary
-    places = [rng.choice((rng.randrange(n), rng.randrange(min(n, 2000)), n - 1 - rng.randrange(min(n, 4000)))) for _ in range(4)]
-    return replace(head, patches=[(place, rng.choice((0, 1, 255, rng.randrange(256)))) for place in places[: rng.randrange(1, 5)]])
+    places = [
+        rng.choice((rng.randrange(n), rng.randrange(min(n, 2000)), n - 1 - rng.randrange(min(n, 4000))))
+        for _ in range(4)
+    ]
+    return replace(
+        head, patches=[(place, rng.choice((0, 1, 255, rng.randrange(256)))) for place in places[: rng.randrange(1, 5)]]
+    )
 
 
 def _other_counts(head: Head, rng: random.Random) -> Head:
@@ -331,7 +432,10 @@ def _other_counts(head: Head, rng: random.Random) -> Head:
     return replace(
         head,
         version=rng.choice((head.version, head.version, 0, 1, 2, 4, 1 << 24)),
-        counts=(rng.choice((tensors, tensors - 1, tensors + 1, *odd)), rng.choice((values, values - 1, values + 1, *odd))),
+        counts=(
+            rng.choice((tensors, tensors - 1, tensors + 1, *odd)),
+            rng.choice((values, values - 1, values + 1, *odd)),
+        ),
     )
 
 
