@@ -129,6 +129,12 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
         has_failed = true;
         return true;
     }
+    if (!ggml_get_type_traits_cpu(tensor->type)->vec_dot) {
+        flash_fail(&error, LLAMA_FLASH_E_FORMAT, "%s: tensor %s is of type %s, which no kernel multiplies: the file is damaged", file->path.c_str(),
+                   tensor->name, ggml_type_name(tensor->type));
+        has_failed = true;
+        return true;
+    }
 
     flash_tensor t = {};
     t.name         = tensor->name;

@@ -411,8 +411,10 @@ def _model(path: Path, engine_works: bool) -> Finding:
         made = plan(path, n_ctx=min(meta.number("context_length", 2048), 2048))
     except FlashBudgetError as error:
         return Finding("model", "problem", str(error), "")
+    except FlashFormatError as error:
+        return Finding("model", "problem", error.problem, error.mend)
     except (FlashError, ValueError, OSError) as error:
-        return Finding("model", "problem", str(error), "get the file anew; verify its checksum")
+        return Finding("model", "problem", str(error), "")
     said = f"{meta.architecture}, {format_size(meta.file_bytes)}"
     if made.mode == "resident":
         return Finding("model", "ok", f"{said}: fits into memory, nothing stays on flash")
