@@ -318,9 +318,9 @@ def _idle(tensor: SourceTensor) -> Bytes:
 
     Raises GgufToolsError if the type has no zero.
     """
-    rows = max(1, min(row_count(tensor), (_POOL >> 2) // raw_row_bytes(tensor)))
+    rows = max(1, min(row_count(tensor), (_POOL >> 4) // raw_row_bytes(tensor)))
     # elements of their own are taken one by one: a row need not be a multiple of more
-    own = tensor.raw(0, rows).reshape(-1, GGML_QUANT_SIZES[tensor.kind][1]).copy()
+    own: Bytes = tensor.raw(0, rows).reshape(-1, GGML_QUANT_SIZES[tensor.kind][1]).copy()
     if tensor.kind in _SCALES:
         own[:, _SCALES[tensor.kind]] = 0
         if _is_zero(own, tensor.kind):
