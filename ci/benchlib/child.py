@@ -253,31 +253,35 @@ def _text(llm: Any, spec: Spec) -> dict[str, Any]:
         evaluate(tokens)
 
     llm.eval = counted
-    said: list[int] = []
+    answers: list[list[int]] = []
     total: Counters = {}
-    n_warm, n_tokens, seconds, warm_seconds, n_passes = 0, 0, 0.0, 0.0, 0
+    n_tokens, seconds, n_passes, n_warm = 0, 0.0, 0, 0
+    warm = True
     for prompt in itertools.cycle(prompts):
-        answer = llm.generate(prompt, temp=0.0)
-        said.append(next(answer))  # with it the prompt is done
-        before, started, n_before, n_said = _counters(llm, spec), time.perf_counter(), passes, len(said)
-        while said[-1] != llm.token_eos() and len(said) - n_said + 1 < spec.per_prompt:
-            said.append(next(answer))
-        took, n = time.perf_counter() - started, len(said) - n_said
-        answer.close()
-        if n_warm < spec.warm_up and warm_seconds < spec.max_seconds:
-            n_warm, warm_seconds = n_warm + n, warm_seconds + took
-            continue
+        tokens = llm.generate(prompt, temp=0.0)
+        said = [next(tokens)]  # with it the prompt is done
+        answers.append(said)
+        before, n_before, started = _counters(llm, spec), passes, time.perf_counter()
+        took, done = 0.0, False
+        while said[-1] != llm.token_eos() and len(said) <= spec.per_prompt and not done:
+            said.append(next(tokens))
+            took, n = time.perf_counter() - started, n_tokens + len(said) - 1
+            done = n >= (spec.warm_up if warm else spec.tokens)
+            done |= n >= spec.min_tokens and seconds + took > spec.max_seconds
+        tokens.close()
+        n_tokens, seconds, n_passes = n_tokens + len(said) - 1, seconds + took, n_passes + passes - n_before
         total = {key: total.get(key, 0.0) + value for key, value in _delta(before, llm, spec).items()}
-        n_tokens, seconds, n_passes = n_tokens + n, seconds + took, n_passes + passes - n_before
-        if n_tokens >= spec.tokens or (n_tokens >= spec.min_tokens and seconds > spec.max_seconds):
+        if done and not warm:
             break
+        if done:
+            warm, n_warm, total, n_tokens, seconds, n_passes = False, n_tokens, {}, 0, 0.0, 0
     return {
         "tokens": n_tokens,
         "warm_up_tokens": n_warm,
         "seconds": seconds,
         "tok_s": n_tokens / seconds,
         "tokens_per_pass": n_tokens / max(1, n_passes),
-        "said": said,
+        "answers": answers,
         **_per_token(total, spec, n_tokens, seconds),
     }
 

@@ -122,9 +122,10 @@ class Outcome:
         return out
 
     def _says_the_same(self) -> bool:
-        """Whether the greedy text is the same, as far as both came."""
-        texts = [run.measured["said"] for run in (*self.of(FLASH), *self.of(RESIDENT)) if run.ok]
-        return bool(texts) and all(a == b for text in texts[1:] for a, b in zip(texts[0], text, strict=False))
+        """Whether greedy answers are the same, as far as both runs came."""
+        runs = [run.measured["answers"] for run in (*self.of(FLASH), *self.of(RESIDENT)) if run.ok]
+        pairs = [pair for answers in runs[1:] for pair in zip(runs[0], answers, strict=False)]
+        return bool(pairs) and all(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
 
     def to_json(self) -> dict[str, Any]:
         limit = self.limit()
