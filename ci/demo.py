@@ -78,7 +78,7 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 def _show(screen: Screen, options: argparse.Namespace, folder: Path) -> int:
     _check_disk(folder, MOE_SKEWED.synthetic(options.layers).n_bytes)
-    screen.part("a chat", "A small pretrained model answers. What has no room in memory is read for each token.")
+    screen.part("a chat", "A small pretrained model. For each token it reads what has no room in memory.")
     works = show_chat(screen, options.question, tokens=48)
     screen.part("a ReLU model", "Most of its neurons are zero for a token. Those are not read, nor computed.")
     show_neurons(screen, tokens=200)
@@ -114,7 +114,7 @@ def _why_no_limit() -> str:
     try:
         run_capped("64MiB", ["true"])
     except FlashCapError:
-        return "memory cannot be limited here (as root it can; `llama-flash doctor` says what else to allow)"
+        return "no limit can be set here, `llama-flash doctor` says what to allow"
     return ""
 
 
