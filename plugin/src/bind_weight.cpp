@@ -46,8 +46,8 @@ static int32_t bind_weight(llama_flash_session & session, const char * name, con
 
 int32_t llama_flash_session_bind_weight(llama_flash_session * session, const char * name, const char * path, uint64_t offset, int32_t type, int64_t ne0,
                                         int64_t ne1, int64_t ne2, llama_flash_error * err) {
-    if (!session || !name || !path) {
-        return flash_fail(err, LLAMA_FLASH_E_INVALID, "bind_weight: no session, name or path");
+    if (!name || !path) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "bind_weight: no name or path");
     }
-    return guarded(err, [&] { return bind_weight(*session, name, path, offset, type, { ne0, ne1, ne2 }, err); });
+    return with_session(session, "bind_weight", err, [&] { return bind_weight(*session, name, path, offset, type, { ne0, ne1, ne2 }, err); });
 }

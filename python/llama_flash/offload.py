@@ -518,6 +518,7 @@ class FlashSession:
             FlashError: the session does not follow limits (`follow=False`), or has nothing on flash.
             ValueError: not a budget.
         """
+        self._check_process()
         replace(self.options, dram_budget=dram_budget)  # checks it
         if self._handle is None or not self.options.follow:
             raise FlashError("there is no flash memory to be moved: everything is resident, or follow=False")
@@ -592,7 +593,12 @@ class FlashSession:
         return self._requirements()
 
     def before_call(self) -> None:
-        """Before each llama_decode or llama_encode."""
+        """Before each llama_decode or llama_encode.
+
+        Raises:
+            FlashError: the process is a child of the one that has loaded the model.
+        """
+        self._check_process()
         self.history.begin()
 
     def after_call(self, n_tokens: int) -> None:
@@ -601,6 +607,7 @@ class FlashSession:
         Raises:
             FlashReadError: a read failed during the call. Its results are void; the model can be used again.
         """
+        self._check_process()
         before = self._progress
         raw = None if self._handle is None else self._raw()
         self.history.end(n_tokens, raw)
@@ -622,7 +629,7 @@ class FlashSession:
             return self._final
         progress = self._progress
         now, in_use, io_engine = progress.seen, 0, "none"
-        if self._handle is not None:
+        if self._handle is not None and not self._forked:
             raw = self._raw()
             now, in_use, io_engine = Counters.from_struct(raw), raw.resident_bytes, _IO_NAMES.get(raw.io_engine, "?")
         done = progress.prompt + progress.decode
@@ -685,10 +692,10 @@ class FlashSession:
             return
         Controller.of_process().end_load(self)
         Controller.of_process().leave(self)
-        if self._in_use:
+        if self._in_use and not self._forked:  # the threads that used it are the parent's
             self._close_later = True
             return
-        if not sys.is_finalizing() and self._pid == os.getpid():  # at the end of the interpreter it was done before
+        if not sys.is_finalizing() and not self._forked:  # at the end of the interpreter it was done before
             self._keep_hot()
             self._keep_usage()
         self._final = self.stats()
@@ -699,6 +706,18 @@ class FlashSession:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
+
+    @property
+    def _forked(self) -> bool:
+        """The process is a child of the one that has loaded the model."""
+        return self._pid != os.getpid()
+
+    def _check_process(self) -> None:
+        if self._handle is not None and self._forked:
+            raise FlashError(
+                f"{self._path}: this process is a child (fork) of the one that has loaded the model, and cannot use it: load "
+                "the model in a child that was started anew (multiprocessing's start method spawn)"
+            )
 
     def _shape(self) -> ContextShape:
         context = self._context_params
@@ -787,7 +806,7 @@ class FlashSession:
 @atexit.register
 def _keep_all() -> None:
     for session in list(_live):
-        if session._handle is not None and session._pid == os.getpid():
+        if session._handle is not None and not session._forked:
             session._keep_hot()
             session._keep_usage()
 
