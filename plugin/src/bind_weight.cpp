@@ -19,7 +19,7 @@ static int32_t bind_weight(llama_flash_session & session, const char * name, con
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         const int e = errno;
-        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s: %s", path, strerror(e));
+        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s: %s", path, why_failed(e).c_str());
         if (err) {
             err->sys_errno = e;
         }

@@ -51,7 +51,7 @@ std::unique_ptr<flash_file> flash_file::reopen(int fd, llama_flash_error * err) 
     struct stat st;
     if (file->fd < 0 || fstat(file->fd, &st) != 0) {
         const int e = errno;
-        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s for direct reads: %s", file->path.c_str(), strerror(e));
+        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s for direct reads: %s", file->path.c_str(), why_failed(e).c_str());
         if (err) {
             err->sys_errno = e;
             snprintf(err->file, sizeof(err->file), "%s", file->path.c_str());
@@ -129,7 +129,7 @@ std::unique_ptr<reader> reader::create(const llama_flash_params & params, llama_
         r->engine = make_pread_engine(threads, no_pread);
     }
     if (!r->engine) {
-        flash_fail(err, LLAMA_FLASH_E_INVALID, "no I/O engine: %s%s%s", no_uring.c_str(), no_pread.empty() ? "" : "; ",
+        flash_fail(err, LLAMA_FLASH_E_INVALID, "no I/O engine: %s%s%s", no_uring.c_str(), no_uring.empty() || no_pread.empty() ? "" : "; ",
                    no_pread.c_str());
         return nullptr;
     }

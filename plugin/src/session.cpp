@@ -806,7 +806,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
             }
             return e.code;
         }
-        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused memory for neurons");
+        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused memory for neurons%s", limits_of(ENOMEM).c_str());
     }
     left -= neuron_most;
 
@@ -835,7 +835,8 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         if (t.n_pinned > 0) {
             if (!make_home(t, pinned)) {
                 drop_all();
-                return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for pinned panels", (unsigned long long) pinned);
+                return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for pinned panels%s", (unsigned long long) pinned,
+                                  limits_of(ENOMEM).c_str());
             }
             memory.pinned += pinned;
             memory.n_pinned += t.n_pinned;
@@ -850,7 +851,8 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         slot_memory.push_back(mapping::allocate((size_t) all_experts[c] * class_bytes[c], (size_t) n * class_bytes[c]));
         if (n && !slot_memory.back().data) {
             drop_all();
-            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for slots", (unsigned long long) n * class_bytes[c]);
+            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for slots%s", (unsigned long long) n * class_bytes[c],
+                              limits_of(ENOMEM).c_str());
         }
         for (uint32_t i = 0; i < n; i++) {
             slot_data.push_back(slot_memory.back().data + (size_t) i * class_bytes[c]);
@@ -865,7 +867,8 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         ring_memory = mapping::allocate(memory.stream);
         if (!ring_memory.data) {
             drop_all();
-            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for the ring", (unsigned long long) memory.stream);
+            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for the ring%s", (unsigned long long) memory.stream,
+                              limits_of(ENOMEM).c_str());
         }
     }
     expert_ring.configure(ring_memory.data, expert_ring_bytes, 4096);

@@ -30,6 +30,7 @@ from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, read_gguf
 from .history import History
+from .limits import check_addresses, check_threads, explain_files
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import recall
@@ -233,6 +234,9 @@ class FlashSession:
             self.plan = replace(self.plan, mode="nothing", tensors=())
         if self.plan.mode == "nothing":
             return
+        needs = self.memory
+        stacks = self._n_threads() * (8 << 20)
+        check_addresses(needs.weights + needs.kv + needs.compute + needs.outputs + self.plan.flash_bytes + stacks)
         import llama_cpp
 
         if model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_MLOCK, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
@@ -300,6 +304,7 @@ class FlashSession:
             except Exception as error:
                 raise error from failure
             self._raise_pending()
+            explain_files(failure, self.meta.files)
             raise
         else:
             self._call("llama_flash_session_bind_end")
@@ -352,6 +357,7 @@ class FlashSession:
             with contextlib.suppress(OSError):  # the file is gone already
                 self._hot_mark = hot.fingerprint(self.meta.files, self._layout())
             Controller.of_process().join(self)
+        check_threads(self._n_threads())
 
     def _divide(self) -> None:
         left = self.budget.total - self.memory.total
@@ -715,9 +721,12 @@ class FlashSession:
     def _check_process(self) -> None:
         if self._handle is not None and self._forked:
             raise FlashError(
-                f"{self._path}: this process is a child (fork) of the one that has loaded the model, and cannot use it: load "
-                "the model in a child that was started anew (multiprocessing's start method spawn)"
+                f"{self._path}: this process is a child (fork) of the one that has loaded the model, and cannot use "
+                "it: load the model in a child that was started anew (multiprocessing's start method spawn)"
             )
+
+    def _n_threads(self) -> int:
+        return max(1, int(self._context_params.n_threads), int(self._context_params.n_threads_batch))
 
     def _shape(self) -> ContextShape:
         context = self._context_params
