@@ -24,6 +24,7 @@ import numpy as np
 
 from . import _bindings, engine, hot, usage
 from .adapters import predictor_with
+from .advice import advice_for
 from .budget import Breakdown, Budget, held_by_process, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
@@ -362,7 +363,7 @@ class FlashSession:
         )
         if self.plan.mode == "resident":
             if self.memory.fixed > self.budget.total:
-                raise refuse(self.budget, self.memory, 0, self.options.reserve)
+                raise refuse(self.budget, self.memory, 0, self.options.reserve, advice=self._advice())
         else:
             self._divide()
         self._say(self._describe())
@@ -372,11 +373,14 @@ class FlashSession:
             Controller.of_process().join(self)
         check_threads(self._n_threads())
 
+    def _advice(self) -> tuple[str, ...]:
+        return advice_for(self.meta, self.plan, self.options, self._shape())
+
     def _divide(self) -> None:
         left = self.budget.total - self.memory.total
         needs = self._choose_predictor(left) if self.plan.bundles else self._requirements()
         if left < needs.min_memory:
-            raise refuse(self.budget, self.memory, needs.min_memory, self.options.reserve)
+            raise refuse(self.budget, self.memory, needs.min_memory, self.options.reserve, advice=self._advice())
         memory = self.memory
         self._beside = memory.fixed - memory.interpreter
         self._granted, self._most = min(left, needs.max_memory), needs.max_memory
