@@ -20,7 +20,7 @@ from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, LIMITS, MATRIX, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
 from benchlib.models import BenchModel
-from benchlib.runs import stop_on_sigterm
+from benchlib.runs import stop_on_signals
 from rich.console import Console
 
 from gguf_tools.routing import measure as measure_routing
@@ -31,7 +31,7 @@ _SHIPPED_MOE = Path(__file__).resolve().parent.parent / "python/llama_flash/mode
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    stop_on_sigterm()
+    stop_on_signals()
     console = Console()
     chosen = _chosen(options.cases)
     outcomes: list[Outcome] = []

@@ -31,6 +31,7 @@ from gguf_tools.format import Dimensions, read_flash
 from gguf_tools.observe import Floats, Observation, Observer
 from gguf_tools.progress import count_progress
 from gguf_tools.source import Source, open_gguf, row_count
+from llama_flash.whole_files import whole_file
 
 Bits = npt.NDArray[np.uint8]  # packed, the first one in the highest bit
 Numbers = npt.NDArray[np.int64]
@@ -219,16 +220,6 @@ def count_bits(active: Bits) -> npt.NDArray[np.uint8]:
     return counts
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file that takes its name only when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _sequences(observer: Observer, text: Path, n_ctx: int, n_tokens: int) -> list[list[int]]:
     """Equally spaced over the text, so that all kinds of text in it have their share; each begins as a prompt does."""
     tokens, first = observer.tokenize(_excerpts(text)), observer.first_tokens
@@ -287,7 +278,8 @@ def _read_state(folder: Path) -> _State | None:
 def _check_state(folder: Path, state: _State) -> None:
     stored = _read_state(folder)
     if stored is None:
-        replace_file(folder / _STATE, lambda file: file.write_text(json.dumps(asdict(state), indent=2)))
+        with whole_file(folder / _STATE) as file:
+            file.write(json.dumps(asdict(state), indent=2).encode())
     elif stored != state:
         raise GgufToolsError(
             "holds the activations of another model or text: remove it, or name another folder", file=folder
@@ -306,11 +298,8 @@ def _save(path: Path, seen: dict[int, Observation], n_left: int) -> None:
     if free < needed + _RESERVE:
         raise GgufToolsError(f"needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free", file=path.parent)
 
-    def write(file: Path) -> None:
-        with file.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-
-    replace_file(path, write)
+    with whole_file(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _narrowed(values: Floats) -> npt.NDArray[np.uint16]:

@@ -49,6 +49,7 @@ llama_flash_session::~llama_flash_session() {
         neuron_slots.data       = nullptr;
         neuron_ring_memory.data = nullptr;
         ring_memory.data = nullptr;
+        rows.memory.data = nullptr;
     }
 }
 
@@ -135,6 +136,11 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     t.file         = file;
     t.offset       = offset;
     t.is_experts   = tensor->ne[2] > 1;
+    if (const auto named = row_names.find(t.name); named != row_names.end()) {
+        t.by_rows   = true;
+        t.only_rows = named->second;
+        rows.add(t.weight.nb[1]);
+    }
     t.kernel       = stock_kernel_for(tensor, t.is_experts);
     by_address[tensor->data] = tensors.size();
     tensors.push_back(std::move(t));
@@ -201,6 +207,15 @@ static bool read_part(const llama_flash_bundle_part & from, uint32_t n_embd, bun
     }
     to.row_bytes = ggml_row_size(to.type, n_embd);
     return true;
+}
+
+int32_t llama_flash_session::add_rows(const char * name, bool only, llama_flash_error * err) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (bound) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_rows: %s, after the model was loaded", name);
+    }
+    row_names[name] = only;
+    return LLAMA_FLASH_OK;
 }
 
 int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flash_error * err) {
@@ -365,7 +380,7 @@ int32_t llama_flash_session::make_records(llama_flash_error * err) {
         flash_tensor & t = tensors[i];
         t.first_record   = (uint32_t) records.size();
 
-        const uint64_t n_experts = (uint64_t) t.weight.ne[2];
+        const uint64_t n_experts = t.only_rows ? 0 : (uint64_t) t.weight.ne[2];
         const int64_t  rows      = t.is_experts ? t.weight.ne[1] : panel_rows(t.weight, panel_bytes);
         for (uint64_t e = 0; e < n_experts; e++) {
             for (int64_t row = 0; row < t.weight.ne[1]; row += rows) {
@@ -658,7 +673,8 @@ bool llama_flash_session::read_neurons() {
 llama_flash_requirements llama_flash_session::requirements() const {
     llama_flash_requirements q = {};
     for (const auto & t : tensors) {
-        (t.is_experts ? q.n_expert_tensors : q.n_panel_tensors)++;
+        q.n_expert_tensors += t.is_experts;
+        q.n_panel_tensors += !t.is_experts && !t.only_rows;
     }
     uint64_t every = 0;
     for (const auto & r : records) {
@@ -676,7 +692,7 @@ llama_flash_requirements llama_flash_session::requirements() const {
         q.neuron_record = std::max<uint64_t>(q.neuron_record, b.cached_bytes);
         every += std::max<uint64_t>(b.tensor_bytes(), b.n_neurons * (slot_bytes_of(bundles) + 64)) + 4 * FLASH_SECTOR;
     }
-    q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false) + neuron_minimum();
+    q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false) + neuron_minimum() + rows.memory_bytes();
     q.max_memory = q.min_memory + every + 4 * HUGE_PAGE + tensors.size() * 2 * FLASH_SECTOR;
     return q;
 }
@@ -712,6 +728,7 @@ void llama_flash_session::drop_all() {
     slot_fresh.clear();
     homes.clear();
     ring_memory = mapping();
+    rows.memory = mapping();
     memory      = {};
     resizing    = {};
     neurons.configure(0, 0, 0, nullptr, nullptr, 0);
@@ -740,7 +757,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
 
     memory.total       = bytes;
     memory.bookkeeping = bookkeeping_bytes() + neuron_bookkeeping();
-    uint64_t left      = bytes - bookkeeping_bytes() - neuron_minimum();
+    uint64_t left      = bytes - bookkeeping_bytes() - neuron_minimum() - rows.memory_bytes();
 
     // rings: their minimum, and of the rest up to an eighth each, enough to keep the device busy while a wave computes
     const bool     everything = bytes >= need.max_memory;
@@ -828,6 +845,14 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
             drop_all();
             return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for the ring", (unsigned long long) memory.stream);
         }
+    }
+    if (rows.rows) {
+        rows.memory = mapping::allocate(rows.memory_bytes());
+        if (!rows.memory.data) {
+            drop_all();
+            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for rows of tables", (unsigned long long) rows.memory_bytes());
+        }
+        memory.stream += rows.memory_bytes();
     }
     expert_ring.configure(ring_memory.data, expert_ring_bytes, 4096);
     panel_ring.configure(ring_memory.data ? ring_memory.data + expert_ring_bytes : nullptr, panel_ring_bytes, 4096);
@@ -1107,6 +1132,13 @@ bool llama_flash_session::settle_reads(bool wait) {
     bool         any = false;
     while (reads->next(done, wait && !any)) {
         any = true;
+        if (done.tag == ROWS_TAG) {
+            rows.pending--;
+            if (done.error != 0) {
+                fail_read(*done.file, rows.table, done.error, done.error_offset, rows.bytes, why_not_read(done.error));
+            }
+            continue;
+        }
         if (done.tag & neuron_store::TAG) {
             const flash_bundle * b = done.tag == PINNED_TAG ? nullptr : neurons.bundle_of(done.tag & ~neuron_store::TAG);
             if (b && done.error != 0 && neurons.nobody_asked(done.tag & ~neuron_store::TAG)) {
