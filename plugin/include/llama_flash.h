@@ -377,6 +377,13 @@ enum llama_flash_use {
     LLAMA_FLASH_USE_ROUTES     = 16, // what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
 };
 
+// which of a model's graphs
+enum llama_flash_graph {
+    LLAMA_FLASH_GRAPH_TOKENS     = 0, // of llama_decode
+    LLAMA_FLASH_GRAPH_ENCODER    = 1, // of llama_encode
+    LLAMA_FLASH_GRAPH_EMBEDDINGS = 2, // of llama_decode, given embeddings (of an image, say) in place of tokens
+};
+
 struct llama_flash_weight_use {
     char     name[128];
     uint32_t uses;
@@ -384,9 +391,9 @@ struct llama_flash_weight_use {
 };
 
 // How the graph of a ubatch of n_tokens tokens uses the tensors that it is given: weights, caches and inputs, by their names.
-// encoder: the graph of llama_encode. *n: how many there are; the first `capacity` are filled. Nothing is computed and no buffer is
-// allocated, so ctx may be of a model without memory (no_alloc).
-LLAMA_FLASH_API int32_t llama_flash_graph_uses(struct llama_context * ctx, uint32_t n_tokens, bool encoder, struct llama_flash_weight_use * out,
+// graph: enum llama_flash_graph. *n: how many there are, 0 if the model has no such graph; the first `capacity` are filled. Nothing is
+// computed and no buffer is allocated, so ctx may be of a model without memory (no_alloc).
+LLAMA_FLASH_API int32_t llama_flash_graph_uses(struct llama_context * ctx, uint32_t n_tokens, uint32_t graph, struct llama_flash_weight_use * out,
                                                uint64_t capacity, uint64_t * n, struct llama_flash_error * err);
 
 // Before the model is loaded: rows of the tensor of this name are picked by number (GET_ROWS), and read one by one. only: nothing

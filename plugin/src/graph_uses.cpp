@@ -1,11 +1,11 @@
 // How graphs use weights: asked of the engine's own graph, of a model that need not be in memory.
 #include "llama_flash.h"
 
+#include "engine_guard.h"
 #include "router.h"
 #include "status.h"
 
 #include "ggml-impl.h"
-#include "llama-ext.h"
 
 #include <cstdio>
 #include <string>
@@ -34,20 +34,22 @@ static uint32_t use_of(const ggml_tensor * node, int i) {
     }
 }
 
-int32_t llama_flash_graph_uses(llama_context * ctx, uint32_t n_tokens, bool encoder, llama_flash_weight_use * out, uint64_t capacity, uint64_t * n,
+int32_t llama_flash_graph_uses(llama_context * ctx, uint32_t n_tokens, uint32_t graph, llama_flash_weight_use * out, uint64_t capacity, uint64_t * n,
                                llama_flash_error * err) {
     if (!ctx || !n || n_tokens == 0 || (capacity > 0 && !out)) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "graph_uses: no context, no tokens or nowhere to tell it");
     }
     return guarded(err, [&] {
-        ggml_cgraph * graph = llama_graph_build(ctx, n_tokens, encoder);
-        if (!graph) {
-            return flash_fail(err, LLAMA_FLASH_E_INTERNAL, "graph_uses: the engine builds no graph of %u tokens", n_tokens);
+        // some architectures assert that they are given tokens, or that they encode
+        ggml_cgraph * built = flash_guarded_graph(ctx, n_tokens, graph == LLAMA_FLASH_GRAPH_ENCODER, graph == LLAMA_FLASH_GRAPH_EMBEDDINGS);
+        *n = 0;
+        if (!built) {
+            return (int32_t) LLAMA_FLASH_OK;
         }
         // by name: a table that is the output matrix, too, may be two tensors
         std::unordered_map<std::string, uint32_t> uses;
-        for (int k = 0; k < ggml_graph_n_nodes(graph); k++) {
-            const ggml_tensor * node = ggml_graph_node(graph, k);
+        for (int k = 0; k < ggml_graph_n_nodes(built); k++) {
+            const ggml_tensor * node = ggml_graph_node(built, k);
             if (node->op == GGML_OP_MUL_MAT_ID) {
                 if (const ggml_tensor * product = router::product(node)) {
                     uses[product->src[0]->name] |= LLAMA_FLASH_USE_ROUTES;

@@ -67,6 +67,12 @@ class llama_flash_use(IntEnum):
     LLAMA_FLASH_USE_ROUTES = 16  # what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
 
 
+class llama_flash_graph(IntEnum):
+    LLAMA_FLASH_GRAPH_TOKENS = 0  # of llama_decode
+    LLAMA_FLASH_GRAPH_ENCODER = 1  # of llama_encode
+    LLAMA_FLASH_GRAPH_EMBEDDINGS = 2  # of llama_decode, given embeddings (of an image, say) in place of tokens
+
+
 class llama_flash_params(ctypes.Structure):
     _fields_: ClassVar = [
         ("io_engine", ctypes.c_uint32),
@@ -586,13 +592,12 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.POINTER(llama_flash_error),
         ],
     ),
-    "llama_flash_row_bytes": (ctypes.c_uint64, [ctypes.c_int32, ctypes.c_int64]),
     "llama_flash_graph_uses": (
         ctypes.c_int32,
         [
             ctypes.c_void_p,
             ctypes.c_uint32,
-            ctypes.c_bool,
+            ctypes.c_uint32,
             ctypes.POINTER(llama_flash_weight_use),
             ctypes.c_uint64,
             ctypes.POINTER(ctypes.c_uint64),

@@ -52,6 +52,8 @@ _TYPE_NUMBERS = {  # of GGUF
 _ARRAY = 9
 _LAYOUTS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
+_Graph = _bindings.llama_flash_graph
+
 _kept: dict[tuple[Any, ...], Graphs] = {}
 
 
@@ -69,7 +71,7 @@ class Use(enum.IntFlag):
 class Graphs:
     """Of a model and a context."""
 
-    uses: Mapping[str, Use]  # by name, the weights that the graphs of a token, of a prompt and of an encoder use
+    uses: Mapping[str, Use]  # by name, the weights that all graphs use, together
     kv: int  # bytes of the KV cache and of recurrent state
     compute: int  # bytes of graph buffers; the work buffer is not among them
 
@@ -106,24 +108,26 @@ def _ask_engine(path: str, meta: GgufMeta, shape: ContextShape) -> Graphs:
     uses: dict[str, Use] = {}
     with no_alloc_context(path, read_bundles(meta), context_params(shape)) as (model, context):
         buffers = buffers_of(context)
-        graphs = [(1, False), (min(_TOKENS, shape.n_ubatch), False)]
+        many = min(_TOKENS, shape.n_ubatch)
+        graphs = [(1, _Graph.LLAMA_FLASH_GRAPH_TOKENS), (many, _Graph.LLAMA_FLASH_GRAPH_TOKENS)]
         if llama_cpp.llama_model_has_encoder(model):
-            graphs.append((graphs[-1][0], True))
-        for n_tokens, encoder in graphs:
+            graphs.append((many, _Graph.LLAMA_FLASH_GRAPH_ENCODER))
+        graphs.append((many, _Graph.LLAMA_FLASH_GRAPH_EMBEDDINGS))
+        for n_tokens, graph in graphs:
             with suppress_stdout_stderr(disable=False):  # the engine tells of each input
-                found = list(_uses_of(context, n_tokens, encoder))
+                found = list(_uses_of(context, n_tokens, graph))
             for name, use in found:
                 if name in meta.tensors:
                     uses[name] = uses.get(name, Use(0)) | use
     return Graphs(uses, buffers.context, buffers.compute)
 
 
-def _uses_of(context: Any, n_tokens: int, encoder: bool) -> Iterator[tuple[str, Use]]:
+def _uses_of(context: Any, n_tokens: int, graph: int) -> Iterator[tuple[str, Use]]:
     error, n = _bindings.llama_flash_error(), ctypes.c_uint64()
     found = (_bindings.llama_flash_weight_use * 0)()
     while True:
         code = engine.library().llama_flash_graph_uses(
-            context, n_tokens, encoder, found, len(found), ctypes.byref(n), ctypes.byref(error)
+            context, n_tokens, graph, found, len(found), ctypes.byref(n), ctypes.byref(error)
         )
         if code != 0:
             engine.raise_error(error)
