@@ -151,14 +151,14 @@ def _measure(case: Case, folder: Path) -> Outcome:
 
 
 def _alter(path: Path, name: str) -> None:
-    """Gives the first row of a matrix the bytes of its second."""
+    """Gives each row of a matrix the bytes of the one before it."""
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
-    row = tensor.n_bytes // int(np.prod(tensor.shape[1:]))
+    row = int(tensor.n_bytes) // int(np.prod(tensor.shape[1:]))
     with path.open("r+b") as file:
-        file.seek(int(tensor.data_offset) + row)
-        data = file.read(row)
         file.seek(int(tensor.data_offset))
-        file.write(data)
+        data = file.read(int(tensor.n_bytes))
+        file.seek(int(tensor.data_offset))
+        file.write(data[-row:] + data[:-row])
 
 
 def _logits(llm: Any) -> Floats:
