@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,8 @@ def _run(cases: Sequence[Case]) -> Iterator[Outcome]:
             noise.seek(0)
             said = [text for text in noise.read().splitlines() if text.strip()]
             why = next((text for text in said if "GGML_ASSERT" in text or "rror" in text), said[-1] if said else "")
+            if worker.returncode == -signal.SIGKILL:
+                why = f"no answer within {_PATIENCE} s, or killed"
             yield Outcome(cases[n_done], error=f"the process ended with {worker.returncode}: {why}")
 
 
