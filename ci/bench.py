@@ -111,7 +111,7 @@ def _measure_model(
             console.print(f"routing of {model.name}: {routing}")
         overrides: dict[str, Any] = {"tokens": options.tokens} if options.tokens else {}
         if options.quick:
-            overrides |= {"warm_up": 8, "max_seconds": 5.0}
+            overrides |= {"warm_up": 8, "max_seconds": 5.0, "patience": 0.0}
         for case in cases:
             if options.quick and case.drafts:
                 console.print(f"{case.name}: left out, two layers are less than drafts need at {case.cap_share:.0%}")

@@ -154,6 +154,8 @@ def _climb(
         "min_tokens": 4,
         "max_seconds": 15.0 if options.quick else 40.0,
     }
+    if options.quick:
+        spec["patience"] = 0.0
     stream = model.stream_file(options.out)
     outcomes = ladder.climb(
         model,
