@@ -22,8 +22,11 @@ from benchlib.measure import FLASH, Outcome, measure, settings_of
 from benchlib.models import BenchModel
 from benchlib.runs import stop_on_signals
 from rich.console import Console
+from rich.markup import escape
 
+from gguf_tools import GgufToolsError
 from gguf_tools.routing import measure as measure_routing
+from llama_flash import FlashError
 
 _MODELS = Path(__file__).resolve().parent.parent / "build" / "bench-models"
 _SHIPPED_MOE = Path(__file__).resolve().parent.parent / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
@@ -50,13 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("[red]stopped[/]")
         results["stopped"] = True
+    except (FlashError, GgufToolsError, OSError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+        results["error"] = str(error)
     finally:
         results["outcomes"] = [outcome.to_json() for outcome in outcomes]
         options.out.write_text(json.dumps(results, indent=2, default=str))
     console.print(tables.verdict_table(outcomes))
     tables.print_failures(console, outcomes)
     console.print(f"written to {options.out}")
-    return 1 if results.get("stopped") else 0
+    return 1 if "stopped" in results or "error" in results else 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
