@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -30,10 +31,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 import llama_flash
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.routing import trace_routing
-from gguf_tools.source import KeyValue, data_bytes, open_gguf, row_count
+from gguf_tools.source import FileTensor, KeyValue, data_bytes, open_gguf, row_count
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
 from gguf_tools.synthetic import ARCHITECTURES, inflate
 from gguf_tools.synthetic.__main__ import main
+from gguf_tools.verify import verify
 
 SHIPPED = Path(llama_flash.__file__).parent / "models"
 # stored in blocks with a scale of their own, in blocks without one, and number by number
@@ -112,6 +114,7 @@ def test_a_trained_model_says_and_routes_the_same_from_flash(name: str, tmp_path
         assert np.array_equal(trace_routing(larger, prompt), trace_routing(path, prompt))
 
 
+@pytest.mark.full
 def test_a_chat_model_that_nobody_here_made_says_the_same(real_model: Path, tmp_path: Path) -> None:
     larger = grown(real_model, tmp_path, 2.0)
     said = []
@@ -183,6 +186,32 @@ def test_lengths_of_all_layers_and_experts_grow_alike(model_file: ModelFile, tmp
     write_gguf(tmp_path / "array.gguf", {**llama.values, key: by_layer}, [copied(t) for t in llama.tensors.values()])
     larger = open_gguf(grown(tmp_path / "array.gguf", tmp_path))
     assert larger.values[key].value == [larger.tensors["blk.0.ffn_down.weight"].shape[0]] * 3
+
+
+@pytest.mark.parametrize("form", ["llama", "gpt-oss", "deepseek2-fused"])
+def test_verify_says_that_it_is_the_same_function_and_by_how_much_it_is_wider(
+    form: str, model_file: ModelFile, tmp_path: Path
+) -> None:
+    path = model_file(form, "F16")
+    larger = grown(path, tmp_path)
+    for one, other in ((path, larger), (larger, path)):
+        result = verify(one, other)
+        assert result.same, (result.values, [t for t in result.tensors if t.status != "identical"])
+        assert any("by neurons that say nothing" in note for note in result.notes)
+    damaged = open_gguf(larger)
+    down = next(t for name, t in damaged.tensors.items() if "ffn_down" in name and name.endswith("weight"))
+    assert isinstance(down, FileTensor)
+    # the last neuron of the last row speaks; then one of the model's own is another
+    for at in (down.offset + data_bytes(down) - 2, down.offset + 4):
+        changed = tmp_path / "changed.gguf"
+        shutil.copyfile(larger, changed)
+        with changed.open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 1]))
+        result = verify(path, changed)
+        assert next(t.name for t in result.tensors if t.status == "differs").startswith("blk.0.ffn_")
 
 
 def test_the_command_takes_sizes_and_factors(model_file: ModelFile, tmp_path: Path, capsys: Any) -> None:

@@ -312,6 +312,27 @@ def whatever_uses_the_context_waits(llm: Any) -> None:
 
 
 @claim
+def what_a_chat_handler_puts_into_the_context_is_there_when_its_stream_is_read(llm: Any) -> None:
+    def handler(*, llama: Any, stream: bool, **_: Any) -> Any:
+        llama.reset()
+        llama.eval(llama.tokenize(b"def read(path):"))
+        return llama.create_completion(llama.input_ids[: llama.n_tokens].tolist(), max_tokens=4, stream=stream)
+
+    expected = text(llm, 1)
+    llm.chat_handler = handler
+    question = [{"role": "user", "content": "x"}]
+    assert llm.create_chat_completion(question)["choices"]
+    stream = llm.create_chat_completion(question, stream=True)
+    waiting = waits(lambda: text(llm, 1))
+    assert joined(stream)
+    assert done(*waiting) == expected
+    stream = llm.create_chat_completion(question, stream=True)
+    waiting = waits(lambda: text(llm, 1))
+    del stream
+    assert done(*waiting) == expected
+
+
+@claim
 def closing_waits_for_what_is_computed_and_refuses_what_would_follow(llm: Any) -> None:
     from llama_flash import FlashError
 

@@ -24,6 +24,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf_tools import ggml
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.format import read_flash
+from gguf_tools.idle import FFN
 from gguf_tools.source import (
     Bytes,
     GgufSource,
@@ -44,7 +45,6 @@ _POOL = 16 << 20  # bytes of a matrix that added rows are drawn from
 _MIXED = 1 / 8  # share of an added row's blocks that come from yet another neuron, one at least
 _ROWS = 32  # neurons are added in multiples of it: kernels work on as many rows at once
 
-_FFN = re.compile(r"(blk\.\d+)\.ffn_(gate_up|gate|up|down)(_exps|_shexp|_chexps|)\.(weight|bias|scale|input_scale)")
 # what else a feed-forward block has and keeps as it is: as wide as the embedding, or as many as the experts
 _BESIDE = re.compile(
     r"blk\.\d+\.(?:(?:post_|pre_)?ffn_norm(?:_\d|_exps)?|ffn_(?:post|pre)_norm(?:_\d)?|ffn_gate_inp(?:_shexp)?"
@@ -168,7 +168,7 @@ def _blocks(source: GgufSource, path: Path) -> list[_Block]:
     """All feed-forward blocks. Raises GgufToolsError for tensors whose place in one is not known."""
     found: dict[str, dict[str, SourceTensor]] = {}
     for name, tensor in source.tensors.items():
-        if match := _FFN.fullmatch(name):
+        if match := FFN.fullmatch(name):
             found.setdefault(f"{match[1]}.ffn{match[3]}", {})[f"{match[2]}.{match[4]}"] = tensor
         elif "ffn" in name and not _BESIDE.fullmatch(name):
             raise GgufToolsError("its place in the feed-forward block is not known here", file=path, tensor=name)
@@ -318,9 +318,9 @@ def _idle(tensor: SourceTensor) -> Bytes:
 
     Raises GgufToolsError if the type has no zero.
     """
-    rows = max(1, min(row_count(tensor), (_POOL >> 2) // raw_row_bytes(tensor)))
+    rows = max(1, min(row_count(tensor), (_POOL >> 4) // raw_row_bytes(tensor)))
     # elements of their own are taken one by one: a row need not be a multiple of more
-    own = tensor.raw(0, rows).reshape(-1, GGML_QUANT_SIZES[tensor.kind][1]).copy()
+    own: Bytes = tensor.raw(0, rows).reshape(-1, GGML_QUANT_SIZES[tensor.kind][1]).copy()
     if tensor.kind in _SCALES:
         own[:, _SCALES[tensor.kind]] = 0
         if _is_zero(own, tensor.kind):

@@ -15,11 +15,15 @@
 //     llama_decode() ...                    after each: llama_flash_session_take_error()
 //   llama_flash_session_free()              before or after the model is freed: the model's buffers hold a reference
 //
-// Threads: bind_begin/bind_end belong to one thread. set_memory, resize, stats, residency and take_error may be called from any thread; they
-// wait until the op in progress has ended. One thread decodes at a time per session: an error is the session's, and the context
-// that meets it must be the one that caused it.
+// Threads: bind_begin, the load of the model and bind_end belong to one thread. All other calls with a session may come from any
+// thread; they wait until the op in progress has ended, but for abort, which waits for nothing. One thread decodes at a time per session:
+// an error is the session's, and the context that meets it must be the one that caused it. Nobody uses a session that was freed.
 //
-// Fork: a child cannot decode with a session of its parent (the op fails), and may free it.
+// Fork: in a child of the process that has made it, a session cannot be used, and nothing waits for what its parent's threads held when
+// they were left behind. Calls that return a code (bind_begin, bind_end, add_bundle, bind_weight, set_neurons, requirements, set_memory,
+// resize, memory, warm, trace, trace_tensor, residency, reuse, take_error, stats) return LLAMA_FLASH_E_INVALID, with a zeroed result where
+// they have one; those that return a number (hot, tensors, trace_take) return 0. abort returns true, so that llama_decode stops
+// before it begins; its results would be void. free closes the files. Sessions that the child makes itself work as any.
 //
 // Errors: functions that return int32_t return LLAMA_FLASH_OK or an error code and fill *err (may be NULL). No
 // exception and no abort crosses this boundary. All sizes are in bytes, all times in nanoseconds.

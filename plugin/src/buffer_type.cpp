@@ -81,6 +81,11 @@ static ggml_backend_buffer_t ggml_backend_flash_buffer_type_alloc_buffer(ggml_ba
     }
     mapping addresses = mapping::reserve(size);
     if (!addresses.data) {
+        if (const session_lock lock(*binding_session); lock && !binding_session->failed()) { // bind_end says it
+            flash_fail(&binding_session->error, LLAMA_FLASH_E_MEMORY, "the kernel refused %zu bytes of addresses for weights that stay in the file%s", size,
+                       limits_of(ENOMEM).c_str());
+            binding_session->has_failed = true;
+        }
         return nullptr;
     }
     auto * context = new (std::nothrow) flash_buffer{ binding_session, std::move(addresses) };
@@ -125,7 +130,10 @@ class tensor_traits : public ggml::cpu::tensor_traits {
 
     bool compute_forward(struct ggml_compute_params * params, struct ggml_tensor * op) override {
         llama_flash_session * s = session_of(op->src[0]);
-        ffn_part              part;
+        if (s->forked()) { // in a child every thread of the pool comes by here; what the op would touch may be half changed
+            return true;   // llama_flash_abort stops the graph
+        }
+        ffn_part       part;
         flash_bundle *        b = s->find_part(op->src[0]->data, part);
         if (b && op->op == op_of(*b) && ggml_are_same_shape(op->src[0], &b->part(part).weight)) {
             flash_ffn(*s, *b, part, params, op);
@@ -208,10 +216,15 @@ static bool bind_tensor(ggml_tensor * tensor, int fd, size_t offset) {
         return false;
     }
     if (tensor->buffer->buft == ggml_backend_flash_buffer_type()) {
-        return session_of(tensor)->bind(tensor, fd, offset);
+        const session_lock lock(*session_of(tensor));
+        return !lock || session_of(tensor)->bind(tensor, fd, offset);
     }
     const bool in_memory = tensor->data && tensor->type != GGML_TYPE_FLASH && ggml_backend_buffer_is_host(tensor->buffer);
-    return binding_session && in_memory && binding_session->load(tensor, fd, offset);
+    if (!binding_session || !in_memory) {
+        return false;
+    }
+    const session_lock lock(*binding_session);
+    return !lock || binding_session->load(tensor, fd, offset);
 }
 
 void flash_register() {

@@ -20,7 +20,7 @@ static int32_t number_at(const ggml_tensor * ids, int64_t i) {
 }
 
 // Reads the wave that begins at row `first` of the output. false: the session has failed.
-static bool read_wave(llama_flash_session & s, const flash_tensor & t, const ggml_tensor * ids) {
+static bool read_wave(llama_flash_session & s, flash_tensor & t, const ggml_tensor * ids) {
     row_buffer &   b     = s.rows;
     const size_t   bytes = t.weight.nb[1];
     const int64_t  n_ids = ids->ne[0];
@@ -49,6 +49,7 @@ static bool read_wave(llama_flash_session & s, const flash_tensor & t, const ggm
         return false;
     }
     b.table = t.name;
+    b.state = file_state::same;
     for (size_t i = 0; i < b.numbers.size(); i++) {
         b.pending++;
         s.reads->read(*t.file, offset_of(i), bytes, at(i), ROWS_TAG, true);
@@ -62,6 +63,12 @@ static bool read_wave(llama_flash_session & s, const flash_tensor & t, const ggm
         return false;
     }
     for (size_t i = 0; i < b.numbers.size(); i++) {
+        uint32_t &       known = t.row_checksums[(size_t) b.numbers[i]];
+        const byte_check check = check_for(b.state, known);
+        if (check != byte_check::none && !check_bytes(check, known, check == byte_check::refuse ? 0 : checksum(at(i), bytes))) {
+            s.fail_bytes(*t.file, t.name, offset_of(i), bytes, known);
+            return false;
+        }
         memcpy(b.row(i, bytes), at(i), bytes);
     }
     return true;
@@ -83,7 +90,7 @@ static void compute_wave(const llama_flash_session & s, const flash_tensor & t, 
     stock_get_rows(params, dst, b.row(0, t.weight.nb[1]), (int64_t) b.numbers.size());
 }
 
-void flash_get_rows(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
+void flash_get_rows(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
     const bool leader = params->ith == 0;
     if (leader) {
         s.begin_op(t.name);

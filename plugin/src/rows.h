@@ -1,6 +1,7 @@
 // GET_ROWS on flash tensors: embedding tables, of which a token needs a row. Rows are read when they are asked for and not kept.
 #pragma once
 
+#include "checksum.h"
 #include "mapping.h"
 
 #include <cstddef>
@@ -26,6 +27,7 @@ struct row_buffer {
     std::vector<int32_t> numbers;     // of the wave's distinct rows
     std::vector<int32_t> ids;         // by row of the op's output: place in `numbers`
     uint32_t             pending = 0; // reads under way
+    file_state           state   = file_state::same; // of their file, when they had arrived
     std::string          table;       // whose rows they are
     int64_t              first   = 0; // of the op's rows, the wave's
     bool                 more    = false;
@@ -42,4 +44,4 @@ struct row_buffer {
 };
 
 // Entered by all threads of the pool. op->src[0] is the tensor, a matrix. On failure the session has an error, op's data is undefined.
-void flash_get_rows(llama_flash_session & s, const flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op);
+void flash_get_rows(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op);

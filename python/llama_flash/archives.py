@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .gguf_meta import kind_of_file
 from .whole_files import whole_file
 
 __all__ = ["check_target", "open_archive", "write_archive"]
@@ -55,6 +56,8 @@ def open_archive(path: str | os.PathLike[str], what: str) -> Iterator[Any]:
         OSError: the file cannot be read.
         ValueError: it is not `what`, also if that shows in the `with` statement.
     """
+    if kind := kind_of_file(path):  # opening a pipe would wait for its writer
+        raise ValueError(f"{os.fspath(path)} is {kind}, not {what} of llama-flash")
     try:
         with np.load(path, allow_pickle=False) as file:
             yield file

@@ -232,7 +232,7 @@ def shared_of(active: float, held: float, missed: float) -> float | None:
 
 
 def _records(
-    kind: Literal["experts", "panels", "neurons"],
+    kind: Literal["experts", "panels", "neurons", "rows"],
     n: float,
     size: float,
     at_once: float,

@@ -1,6 +1,6 @@
 """The types of tensors that the engine knows, and their sizes: to read a file's head without the engine's libraries.
 
-A CPU that the engine was not built for cannot load these, but is to be told so; and a head is read before they are needed.
+A CPU that the engine was not built for cannot load these, but is to be told so; and heads are read before they are.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,17 @@ from typing import BinaryIO
 from .errors import FlashFormatError
 from .ggml_types import tensor_bytes
 
-__all__ = ["MOST_LAYERS", "GgufMeta", "SkippedArray", "TensorInfo", "check_is_model", "read_gguf", "shard_paths"]
+__all__ = [
+    "MOST_LAYERS",
+    "GgufMeta",
+    "SkippedArray",
+    "TensorInfo",
+    "check_is_model",
+    "check_vocabulary",
+    "kind_of_file",
+    "read_gguf",
+    "shard_paths",
+]
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {  # GGUF value type -> struct format
@@ -50,6 +61,7 @@ _SMALLEST_VALUE = 8 + 1 + 4 + 1
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _REPLACED = "\ufffd"  # in place of what is not UTF-8: such names may differ and look alike
+_WIDTHS = ("attention.key_length", "attention.value_length")
 _OTHER_FILES = {  # general.type: what it is, and what to do with it
     "adapter": ("a LoRA adapter", "name the model that it is for, and this file as lora_path"),
     "mmproj": ("the part of a model that looks at images", "name the model's own file"),
@@ -94,7 +106,7 @@ class GgufMeta:
     files: tuple[Path, ...]
     values: dict[str, Value]  # of the first file
     tensors: dict[str, TensorInfo]
-    file_bytes: int  # all shards
+    file_bytes: int  # all shards, without what is behind the last tensor of each
     types: dict[str, str] = field(default_factory=dict)  # of the values: "uint32", "string[]"
 
     @property
@@ -148,6 +160,42 @@ def shard_paths(path: str | os.PathLike[str]) -> list[Path]:
     return shards
 
 
+def kind_of_file(path: str | os.PathLike[str]) -> str:
+    """What is at `path` where that is no ordinary file: "a folder", "a pipe (FIFO)", ...; else "".
+
+    Opening a pipe would wait for somebody to write to it. Raises OSError: there is nothing, or it cannot be looked at.
+    """
+    mode = os.stat(path).st_mode
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe (FIFO)"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "")
+
+
+def check_vocabulary(meta: GgufMeta, *, text: bool = True) -> None:
+    """Refuses a model without a vocabulary, which the engine ends the process for.
+
+    text: it is to take or give text; else only what the engine cannot even load is refused.
+
+    Raises FlashFormatError.
+    """
+    file, kind = meta.files[0], meta.values.get("tokenizer.ggml.model")
+    if kind is None:
+        raise FlashFormatError(
+            f"{file}: has no vocabulary (the key tokenizer.ggml.model is missing): the engine cannot load it; convert "
+            "the model again, with its tokenizer"
+        )
+    if kind == "none" and text:
+        raise FlashFormatError(
+            f"{file}: has no vocabulary (tokenizer.ggml.model is none), so it takes tokens and no text; in Python "
+            "Llama.eval and Llama.generate do that"
+        )
+
+
 def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     """Reads key-values and tensor infos of the model that begins with file `path`.
 
@@ -155,7 +203,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     here: see model_check.py.
 
     Raises:
-        FlashFormatError: not GGUF, damaged, cut off within head or data, shards missing, or not the first shard.
+        FlashFormatError: not GGUF, no ordinary file, damaged, cut off within head or data, shards missing, or not the
+            first shard.
         OSError: if a file cannot be read.
     """
     files = [Path(path)]
@@ -165,6 +214,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     file_bytes = 0
     for index in range(_MOST_SHARDS):
         file = files[index]
+        if kind := kind_of_file(file):
+            raise FlashFormatError(f"{file}: {kind}, not a GGUF file")
         with file.open("rb", buffering=1 << 18) as stream:
             size = os.fstat(stream.fileno()).st_size
             try:
@@ -176,7 +227,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
             finally:
                 # the head has been parsed: what the kernel read ahead only takes memory
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file_bytes += size
+        file_bytes += max((info.offset + info.size for info in infos), default=size)
         if index == 0:
             values, types = shard_values, shard_types
             files = _shards(file, values)
@@ -190,13 +241,13 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
 
 
 def check_is_model(meta: GgufMeta) -> None:
-    """Refuses GGUF files that hold something else than a model.
+    """Refuses GGUF files that hold something else than a model, and heads that cost the engine more than an error.
 
     Raises:
-        FlashFormatError: with what it is, and what it is for.
+        FlashFormatError: with what it is, and what it is for; or with the key that cannot be.
     """
     kind = meta.values.get("general.type", "model")
-    if isinstance(kind, str) and kind in _OTHER_FILES:
+    if isinstance(kind, str) and kind in _OTHER_FILES and "token_embd.weight" not in meta.tensors:
         what, mend = _OTHER_FILES[kind]
         raise FlashFormatError(f"{meta.files[0]}: is no model but {what}", mend=mend)
     if not meta.tensors:
@@ -204,6 +255,14 @@ def check_is_model(meta: GgufMeta) -> None:
             f"{meta.files[0]}: holds no weights, a vocabulary at most",
             mend="name the model's file; Llama(vocab_only=True) loads this one for its vocabulary",
         )
+    # the engine allocates a KV cache of that width before it compares it with the weights
+    widest = max((n for tensor in meta.tensors.values() if tensor.layer is not None for n in tensor.shape), default=0)
+    for key in _WIDTHS:
+        if 0 < widest < (width := meta.number(key)):
+            raise FlashFormatError(
+                f"{meta.files[0]}: key {meta.architecture}.{key} is {width}, the widest weight of a layer has {widest}",
+                mend=_GET_ANEW,
+            )
 
 
 def _shards(file: Path, values: dict[str, Value]) -> list[Path]:
@@ -216,9 +275,9 @@ def _shards(file: Path, values: dict[str, Value]) -> list[Path]:
     match = _SHARD.fullmatch(file.name)
     if match is None or int(match[3]) != count:
         raise FlashFormatError(
-            f"{file}: is the first of {count} shards, but not named so (…-00001-of-{count:05d}.gguf)",
-            mend="shards that were joined byte by byte, or renamed, cannot be loaded: keep them as they are, side by side, "
-            "and name the first; gguf-split --merge joins them",
+            f"{file}: is the first of {count} shards, but not named so (...-00001-of-{count:05d}.gguf)",
+            mend="shards that were joined byte by byte, or renamed, cannot be loaded: keep them as they are, side by "
+            "side, and name the first; gguf-split --merge joins them",
         )
     return shard_paths(file)
 

@@ -1,8 +1,8 @@
 """Loading a model and making a context, with the engine's reason in the error where it fails.
 
-The engine returns a null pointer and has logged why; for what its authors took to be impossible it ends the process. The
-plugin listens to the log, and makes errors of the asserts (plugin/src/engine_guard.cpp). Here what was heard becomes one
-line that says what to do, too.
+The engine returns a null pointer and has logged why; for what its authors took to be impossible it ends the process.
+The plugin listens to the log, and makes errors of the asserts (plugin/src/engine_guard.cpp). Here what was heard
+becomes one line that says what to do, too.
 
 Imported by llama_cpp itself, so nothing here imports llama_cpp at first.
 """
@@ -22,27 +22,29 @@ __all__ = ["load_model", "new_context"]
 
 _STOCK = {"llama_flash_load_model": "llama_model_load_from_file", "llama_flash_new_context": "llama_init_from_model"}
 _MOST_TEXT = 16 << 10  # bytes of the engine's log
-_FUNCTION = re.compile(r"(?:[A-Za-z_][\w:~<>]*: )+(?=\S)")
+_FUNCTION = re.compile(r"^(?:[A-Za-z_][\w:~<>]*: )+(?=\S)")
 _STAGES = re.compile(r"error loading model(?: [a-z]+)*: |failed to initialize the context: |cpp: ")
 _ASSERT = re.compile(r"(?:\S*/)?([\w.-]+\.(?:c|cpp|h|hpp):\d+): (?:GGML_ASSERT\((.*)\) failed)?")
 _SAYS_NOTHING = re.compile(r"failed to (?:load|read) (?:model|header|key-value pairs|tensor info|tensor data|GGUF)\b.*")
 _MEMORY = re.compile(r"alloc|out of memory|std::length_error|vector::", re.IGNORECASE)
 
-_DAMAGED = (
-    "the file is damaged or was not made for this engine: get it anew and compare its checksum, or convert it again"
-)
+_DAMAGED = "the file is damaged or not made for this engine: get it anew and compare its checksum, or convert it again"
 _MENDS = (  # the first that matches
     (
         re.compile(r"unknown model architecture"),
         "this version of the engine does not have it: update, or use the program that the file is for",
     ),
     (
+        re.compile(r"split file"),
+        "name the first shard, whose name ends in -00001-of-..., with the others beside it under their own names",
+    ),
+    (
         re.compile(r"CLIP|mmproj"),
         "it is the part of a model that looks at images: name the model itself",
     ),
     (
-        re.compile(r"missing tensor|wrong number of tensors|tensors expected but"),
-        "the file is not whole, or its converter knew another version of the architecture: get it anew, or convert it again",
+        re.compile(r"tensor '.*' not found|wrong number of tensors|tensors expected but"),
+        "the file is not whole, or its converter was of another version: get it anew, or convert it again",
     ),
 )
 

@@ -29,8 +29,9 @@ from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, check_is_model, read_gguf
+from .gguf_meta import GgufMeta, check_is_model, check_vocabulary, kind_of_file, read_gguf
 from .history import History
+from .limits import check_addresses, check_threads, explain_files
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import recall
@@ -142,12 +143,14 @@ def open_session(
     Raises:
         FlashBudgetError: the budget cannot work.
         FlashFormatError: not a GGUF file, shards missing, neuron bundles that contradict themselves; with flash offload
-            off: a file with neuron bundles, which cannot be loaded without.
+            off: no file at all (a folder, a pipe), or one with neuron bundles, which cannot be loaded without.
         FlashError: the plugin is missing.
         TypeError, ValueError: see FlashOffload.
     """
     options = FlashOffload.coerce(flash_offload)
     if options is None:
+        if kind := kind_of_file(model_path):  # of which the engine would wait for the writer
+            raise FlashFormatError(f"{model_path}: {kind}, not a GGUF file")
         if not model_params.vocab_only and holds_bundles(model_path):
             raise FlashFormatError(
                 f"{model_path} holds neuron bundles: load it with flash_offload=True, or convert it back with "
@@ -214,6 +217,7 @@ class FlashSession:
         self.meta: GgufMeta = read_gguf(model_path)
         if not model_params.vocab_only:
             check_is_model(self.meta)
+        check_vocabulary(self.meta, text=False)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
             logger.warning(
@@ -236,6 +240,9 @@ class FlashSession:
             self.plan = replace(self.plan, mode="nothing", tensors=())
         if self.plan.mode == "nothing":
             return
+        needs = self.memory
+        stacks = self._n_threads() * (8 << 20)
+        check_addresses(needs.weights + needs.kv + needs.compute + needs.outputs + self.plan.flash_bytes + stacks)
         import llama_cpp
 
         if model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_MLOCK, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
@@ -310,6 +317,7 @@ class FlashSession:
             finally:
                 with contextlib.suppress(FlashError):  # what is missing is so because the engine stopped
                     self._call("llama_flash_session_bind_end")
+            explain_files(failure, self.meta.files)
             raise
         else:
             self._call("llama_flash_session_bind_end")
@@ -362,6 +370,7 @@ class FlashSession:
             with contextlib.suppress(OSError):  # the file is gone already
                 self._hot_mark = hot.fingerprint(self.meta.files, self._layout())
             Controller.of_process().join(self)
+        check_threads(self._n_threads())
 
     def _divide(self) -> None:
         left = self.budget.total - self.memory.total
@@ -528,6 +537,7 @@ class FlashSession:
             FlashError: the session does not follow limits (`follow=False`), or has nothing on flash.
             ValueError: not a budget.
         """
+        self._check_process()
         replace(self.options, dram_budget=dram_budget)  # checks it
         if self._handle is None or not self.options.follow:
             raise FlashError("there is no flash memory to be moved: everything is resident, or follow=False")
@@ -602,7 +612,12 @@ class FlashSession:
         return self._requirements()
 
     def before_call(self) -> None:
-        """Before each llama_decode or llama_encode."""
+        """Before each llama_decode or llama_encode.
+
+        Raises:
+            FlashError: the process is a child of the one that has loaded the model.
+        """
+        self._check_process()
         self.history.begin()
 
     def after_call(self, n_tokens: int) -> None:
@@ -611,6 +626,7 @@ class FlashSession:
         Raises:
             FlashReadError: a read failed during the call. Its results are void; the model can be used again.
         """
+        self._check_process()
         before = self._progress
         raw = None if self._handle is None else self._raw()
         self.history.end(n_tokens, raw)
@@ -632,7 +648,7 @@ class FlashSession:
             return self._final
         progress = self._progress
         now, in_use, io_engine = progress.seen, 0, "none"
-        if self._handle is not None:
+        if self._handle is not None and not self._forked:
             raw = self._raw()
             now, in_use, io_engine = Counters.from_struct(raw), raw.resident_bytes, _IO_NAMES.get(raw.io_engine, "?")
         done = progress.prompt + progress.decode
@@ -695,10 +711,10 @@ class FlashSession:
             return
         Controller.of_process().end_load(self)
         Controller.of_process().leave(self)
-        if self._in_use:
+        if self._in_use and not self._forked:  # the threads that used it are the parent's
             self._close_later = True
             return
-        if not sys.is_finalizing() and self._pid == os.getpid():  # at the end of the interpreter it was done before
+        if not sys.is_finalizing() and not self._forked:  # at the end of the interpreter it was done before
             self._keep_hot()
             self._keep_usage()
         self._final = self.stats()
@@ -709,6 +725,21 @@ class FlashSession:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
+
+    @property
+    def _forked(self) -> bool:
+        """The process is a child of the one that has loaded the model."""
+        return self._pid != os.getpid()
+
+    def _check_process(self) -> None:
+        if self._handle is not None and self._forked:
+            raise FlashError(
+                f"{self._path}: this process is a child (fork) of the one that has loaded the model, and cannot use "
+                "it: load the model in a child that was started anew (multiprocessing's start method spawn)"
+            )
+
+    def _n_threads(self) -> int:
+        return max(1, int(self._context_params.n_threads), int(self._context_params.n_threads_batch))
 
     def _shape(self) -> ContextShape:
         context = self._context_params
@@ -797,7 +828,7 @@ class FlashSession:
 @atexit.register
 def _keep_all() -> None:
     for session in list(_live):
-        if session._handle is not None and session._pid == os.getpid():
+        if session._handle is not None and not session._forked:
             session._keep_hot()
             session._keep_usage()
 

@@ -318,7 +318,7 @@ def least_for_neurons(bundles: Bundles, *, exact: bool = False) -> int:
     columns = max(1, bundles.n_expert_used)  # of a token
     rows = columns * (bundles.format.n_embd + (widest if bundles.format.gated else 0)) + 1024
     rows += bundles.format.n_embd if bundles.n_expert_used else 0
-    tables = 24 * bundles.n_neurons + (bundles.n_neurons * bundles.format.parts[0].row_bytes if exact else 0)
+    tables = 28 * bundles.n_neurons + (bundles.n_neurons * bundles.format.parts[0].row_bytes if exact else 0)
     return 3 * 256 * bundles.format.record_bytes + 4 * 512 * rows + tables + (6 << 20)
 
 

@@ -20,7 +20,7 @@ from .cost import Cost, expect, expert_slots
 from .device_profile import DeviceProfile
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, read_gguf
+from .gguf_meta import GgufMeta, check_vocabulary, read_gguf
 from .offload import FlashSession, experts_ahead, held_by_all, io_choice
 from .options import FlashOffload
 from .placement import KV_TYPES, ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
@@ -135,6 +135,7 @@ def plan(
     if dram_budget != "auto":
         options = replace(options, dram_budget=dram_budget)
     meta = read_gguf(model)
+    check_vocabulary(meta, text=False)
     shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn)
     import llama_cpp  # noqa: F401  # so that its size is counted
 
@@ -263,7 +264,7 @@ class _Planner:
             interpreter=self._base + self._sizes.heap + _SLACK,
             weights=placed.resident_bytes
             - (self._bundles.predictor_bytes if self._bundles else 0)
-            + self._sizes.doubled,
+            + (0 if False in placed.tables.values() else self._sizes.doubled),  # an embedding that is the output, too
             kv=self._sizes.kv,
             compute=self._sizes.compute + work_bytes(self._meta, self._shape),
             outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab),

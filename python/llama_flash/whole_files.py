@@ -65,7 +65,7 @@ def temporary_folder(path: Path, *, say: Say | None = None) -> Iterator[Path]:
     remove_abandoned(path, say)
 
     def make(name: Path) -> int:
-        name.mkdir()
+        name.mkdir(mode=0o700)
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     folder, lock = _begin(path, make)
