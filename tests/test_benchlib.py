@@ -54,3 +54,23 @@ def test_answers_to_real_prompts_are_residents_and_only_they_are_measured(tmp_pa
     assert flash["flash_counters"]["calls"] == flash["tokens"] and flash["hit_rate"] > 0
     drafted = answers(tmp_path, "flash", flash={"what": "experts"}, draft=4)
     assert drafted["tokens"] >= 20 and drafted["tokens_per_pass"] > 1
+
+
+STOPPED = """
+import os, sys
+from benchlib.runs import _execute, stop_on_sigterm
+stop_on_sigterm()
+child = "import os, signal, sys, time; os.kill(int(sys.argv[1]), signal.SIGTERM); time.sleep(50)"
+try:
+    _execute([sys.executable, "-c", child, str(os.getpid())], int(sys.argv[1]) or None, True)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize("cap", [0, 256 << 20])
+def test_a_plain_kill_ends_the_benchmark_and_not_only_the_run(cap: int) -> None:
+    """Otherwise it would go on with the next run, with the readahead set otherwise."""
+    folder = Path(__file__).parents[1] / "ci"
+    command = [sys.executable, "-c", STOPPED, str(cap)]
+    assert subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120).stdout == "stopped\n"

@@ -112,6 +112,8 @@ def _execute(argv: list[str], cap: int | None, show: bool) -> _Ended:
         )
         return _Ended(done.returncode, done.stderr or "", 0, 0)
     capped = run_capped(cap, argv, timeout=_TIMEOUT, capture_output=not show, env=env)
+    if capped.interrupted or capped.returncode == -signal.SIGTERM:  # both are passed on to the child and go no further
+        raise KeyboardInterrupt
     return _Ended(capped.returncode, capped.stderr or "", capped.peak_bytes or 0, capped.oom_kills)
 
 
