@@ -21,7 +21,7 @@ from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
 from benchlib.models import BenchModel, InflatedModel
-from benchlib.runs import stop_on_sigterm
+from benchlib.runs import stop_on_signals
 from realmodel import RealModelError
 from rich.console import Console
 
@@ -34,7 +34,7 @@ _SHIPPED_MOE = Path(__file__).resolve().parent.parent / "python/llama_flash/mode
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    stop_on_sigterm()
+    stop_on_signals()
     console = Console()
     chosen = _chosen(options.cases)
     outcomes: list[Outcome] = []

@@ -4,8 +4,9 @@
 
 Modes: naive (stock, mmap, not repacked), flash (flash_offload), cached (the same with all of it in DRAM), resident
 (stock with its defaults), single (flash, where another run beside it has drafts). Work: decode (forced tokens), prompt,
-generate (text), first (load, prompt, one token), copy (an answer that repeats most of its prompt, with drafts of a
-prompt lookup if `draft`), text (greedy answers to real prompts one after the other, with such drafts if `draft`).
+generate (text), chat (an answer), first (load, prompt, one token), copy (an answer that repeats most of its prompt,
+with drafts of a prompt lookup if `draft`), text (greedy answers to real prompts one after the other, with such drafts
+if `draft`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import resource
 import sys
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 Mode = Literal["naive", "flash", "cached", "resident", "single"]
-Work = Literal["decode", "prompt", "generate", "first", "copy", "text"]
+Work = Literal["decode", "prompt", "generate", "chat", "first", "copy", "text"]
 
 FLASH_MODES = ("flash", "cached", "single")
 _WARM_PROMPTS = 3
@@ -45,8 +47,9 @@ class Spec:
     tokens: int = 128  # tokens decoded, or the prompt's length
     max_seconds: float = 30.0  # for the warm-up, and again for the measurement
     min_tokens: int = 8
-    prompt: str = ""  # work "generate"
+    prompt: str = ""  # work "generate": what comes before; "chat": the question
     draft: int = 0  # works "copy" and "text": tokens of a draft
+    answers: bool = False  # work "decode": keep the likeliest next token of each, warm-up included
     # a JSON list. Work "decode": the tokens to decode; none: random ones. Work "text": the prompts, as text
     stream: str = ""
     per_prompt: int = 32  # work "text": tokens of an answer
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     llm = _load(spec)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
-    works = {"decode": _decode, "prompt": _prompt, "generate": _generate, "first": _first, "copy": _copy}
+    works = {"decode": _decode, "prompt": _prompt, "generate": _generate, "chat": _chat, "first": _first, "copy": _copy}
     works["text"] = _text
     result |= works[spec.work](llm, spec)
     result["max_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -118,11 +121,13 @@ def _decode(llm: Any, spec: Spec) -> dict[str, Any]:
     else:
         stream = np.random.default_rng(1).integers(0, llm.n_vocab(), n_tokens).tolist()
     llm.eval(stream[:16])
-    warm = _timed_tokens(llm, stream[16 : 16 + spec.warm_up], spec)
+    answers: list[int] = []
+    warm = _timed_tokens(llm, stream[16 : 16 + spec.warm_up], spec, answers)
     before = _counters(llm, spec)
     start = 16 + len(warm)
-    seconds = _timed_tokens(llm, stream[start : start + spec.tokens], spec)
+    seconds = _timed_tokens(llm, stream[start : start + spec.tokens], spec, answers)
     return {
+        "answers": answers,
         "tokens": len(seconds),
         "warm_up_tokens": len(warm),
         "seconds": sum(seconds),
@@ -133,8 +138,8 @@ def _decode(llm: Any, spec: Spec) -> dict[str, Any]:
     }
 
 
-def _timed_tokens(llm: Any, tokens: list[int], spec: Spec) -> list[float]:
-    """Seconds of each token, until max_seconds have passed."""
+def _timed_tokens(llm: Any, tokens: list[int], spec: Spec, answers: list[int]) -> list[float]:
+    """Seconds of each token, until max_seconds have passed. answers: the likeliest tokens are added, if wanted."""
     seconds: list[float] = []
     for token in tokens:
         if len(seconds) >= spec.min_tokens and sum(seconds) > spec.max_seconds:
@@ -142,6 +147,9 @@ def _timed_tokens(llm: Any, tokens: list[int], spec: Spec) -> list[float]:
         started = time.perf_counter()
         llm.eval([token])
         seconds.append(time.perf_counter() - started)
+        if spec.answers:
+            logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),))
+            answers.append(int(logits.argmax()))
     return seconds
 
 
@@ -174,13 +182,25 @@ def _prompt(llm: Any, spec: Spec) -> dict[str, Any]:
 
 def _generate(llm: Any, spec: Spec) -> dict[str, Any]:
     """Generates text, and prints it as it comes."""
+    print(spec.prompt, end="", flush=True)
+    chunks = llm(spec.prompt, max_tokens=spec.tokens, temperature=0.7, seed=3, stream=True)
+    return _printed(llm, spec, (chunk["choices"][0]["text"] for chunk in chunks))
+
+
+def _chat(llm: Any, spec: Spec) -> dict[str, Any]:
+    """Answers one question with the model's own chat template, and prints the answer as it comes."""
+    question = [{"role": "user", "content": spec.prompt}]
+    chunks = llm.create_chat_completion(question, max_tokens=spec.tokens, temperature=0.0, stream=True)
+    return _printed(llm, spec, (chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks))
+
+
+def _printed(llm: Any, spec: Spec, pieces: Iterable[str]) -> dict[str, Any]:
     before = _counters(llm, spec)
     started = time.perf_counter()
     n_tokens = 0
-    print(spec.prompt, end="", flush=True)
-    for chunk in llm(spec.prompt, max_tokens=spec.tokens, temperature=0.7, seed=3, stream=True):
-        print(chunk["choices"][0]["text"], end="", flush=True)
-        n_tokens += 1
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        n_tokens += bool(piece)
     print()
     seconds = time.perf_counter() - started
     return {

@@ -21,9 +21,9 @@ FLASH, CACHED, RESIDENT, SINGLE = Setting("flash"), Setting("cached"), Setting("
 
 
 def naive_settings(model: Path) -> list[Setting]:
-    """The machine's readahead and Linux's usual one, the better of which counts."""
+    """The machine's readahead and, where it can be set, Linux's usual one; the better of which counts."""
     settings = [Setting("naive")]
-    if machine.readahead_kb(model) not in (None, machine.LINUX_READAHEAD_KB):
+    if machine.readahead_kb(model) != machine.LINUX_READAHEAD_KB and machine.can_set_readahead(model):
         settings.append(Setting("naive", machine.LINUX_READAHEAD_KB))
     return settings
 
