@@ -5,6 +5,7 @@ A command is a function with typer's annotations; `app.command("name")(function)
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Collection, Sequence
@@ -45,6 +46,9 @@ DownType = Annotated[str | None, typer.Option("--down-type", help="Type of down.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Errors that a user can do something about are one line, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed command leaves no partial file
     try:
         app(args=argv)

@@ -15,11 +15,15 @@
 //     llama_decode() ...                    after each: llama_flash_session_take_error()
 //   llama_flash_session_free()              before or after the model is freed: the model's buffers hold a reference
 //
-// Threads: bind_begin/bind_end belong to one thread. set_memory, resize, stats, residency and take_error may be called from any thread; they
-// wait until the op in progress has ended. One thread decodes at a time per session: an error is the session's, and the context
-// that meets it must be the one that caused it.
+// Threads: bind_begin, the load of the model and bind_end belong to one thread. All other calls with a session may come from any
+// thread; they wait until the op in progress has ended, but for abort, which waits for nothing. One thread decodes at a time per session:
+// an error is the session's, and the context that meets it must be the one that caused it. Nobody uses a session that was freed.
 //
-// Fork: a child cannot decode with a session of its parent (the op fails), and may free it.
+// Fork: in a child of the process that has made it, a session cannot be used, and nothing waits for what its parent's threads held when
+// they were left behind. Calls that return a code (bind_begin, bind_end, add_bundle, bind_weight, set_neurons, requirements, set_memory,
+// resize, memory, warm, trace, trace_tensor, residency, reuse, take_error, stats) return LLAMA_FLASH_E_INVALID, with a zeroed result where
+// they have one; those that return a number (hot, tensors, trace_take) return 0. abort returns true, so that llama_decode stops
+// before it begins; its results would be void. free closes the files. Sessions that the child makes itself work as any.
 //
 // Errors: functions that return int32_t return LLAMA_FLASH_OK or an error code and fill *err (may be NULL). No
 // exception and no abort crosses this boundary. All sizes are in bytes, all times in nanoseconds.
@@ -190,6 +194,7 @@ struct llama_flash_stats {
     uint64_t misses;          // experts and neurons that had to be read
     uint64_t panel_hits;      // pinned panels used
     uint64_t panel_reads;     // panels streamed
+    uint64_t rows_read;       // rows of embedding tables
     uint64_t evictions;
     uint64_t wait_ns;         // compute threads idle for a read
     uint64_t repack_ns;       // bringing records into the kernels' layout
@@ -366,6 +371,38 @@ struct llama_flash_probe {
 // not used: each chunk is one read.
 LLAMA_FLASH_API int32_t llama_flash_probe_reads(const char * path, uint32_t chunk, uint32_t duration_ms, const struct llama_flash_params * params,
                                                 struct llama_flash_probe * out, struct llama_flash_error * err);
+
+// How a graph uses a weight: bits of llama_flash_weight_use.uses
+enum llama_flash_use {
+    LLAMA_FLASH_USE_MUL_MAT    = 1, // a matrix, first source of a MUL_MAT with float32
+    LLAMA_FLASH_USE_MUL_MAT_ID = 2, // matrices of experts, first source of a MUL_MAT_ID with float32
+    LLAMA_FLASH_USE_GET_ROWS   = 4, // a table whose rows are picked by number
+    LLAMA_FLASH_USE_OTHER      = 8, // anything else; views of it, too
+    LLAMA_FLASH_USE_ROUTES     = 16, // what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
+};
+
+// which of a model's graphs
+enum llama_flash_graph {
+    LLAMA_FLASH_GRAPH_TOKENS     = 0, // of llama_decode
+    LLAMA_FLASH_GRAPH_ENCODER    = 1, // of llama_encode
+    LLAMA_FLASH_GRAPH_EMBEDDINGS = 2, // of llama_decode, given embeddings (of an image, say) in place of tokens
+};
+
+struct llama_flash_weight_use {
+    char     name[128];
+    uint32_t uses;
+    uint32_t reserved;
+};
+
+// How the graph of a ubatch of n_tokens tokens uses the tensors that it is given: weights, caches and inputs, by their names.
+// graph: enum llama_flash_graph. *n: how many there are, 0 if the model has no such graph; the first `capacity` are filled. Nothing is
+// computed and no buffer is allocated, so ctx may be of a model without memory (no_alloc).
+LLAMA_FLASH_API int32_t llama_flash_graph_uses(struct llama_context * ctx, uint32_t n_tokens, uint32_t graph, struct llama_flash_weight_use * out,
+                                               uint64_t capacity, uint64_t * n, struct llama_flash_error * err);
+
+// Before the model is loaded: rows of the tensor of this name are picked by number (GET_ROWS), and read one by one. only: nothing
+// else is done with it, so that it has no panels.
+LLAMA_FLASH_API int32_t llama_flash_session_add_rows(struct llama_flash_session * session, const char * name, bool only, struct llama_flash_error * err);
 
 // Binds a weight to the bytes at `offset` of a file without a model: between session_new (add_bundle) and bind_end, so that
 // requirements can be asked before anything is loaded. Such a session cannot compute. type: enum ggml_type; ne: as ggml's.

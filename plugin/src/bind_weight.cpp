@@ -19,7 +19,7 @@ static int32_t bind_weight(llama_flash_session & session, const char * name, con
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         const int e = errno;
-        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s: %s", path, strerror(e));
+        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s: %s", path, why_failed(e).c_str());
         if (err) {
             err->sys_errno = e;
         }
@@ -46,8 +46,8 @@ static int32_t bind_weight(llama_flash_session & session, const char * name, con
 
 int32_t llama_flash_session_bind_weight(llama_flash_session * session, const char * name, const char * path, uint64_t offset, int32_t type, int64_t ne0,
                                         int64_t ne1, int64_t ne2, llama_flash_error * err) {
-    if (!session || !name || !path) {
-        return flash_fail(err, LLAMA_FLASH_E_INVALID, "bind_weight: no session, name or path");
+    if (!name || !path) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "bind_weight: no name or path");
     }
-    return guarded(err, [&] { return bind_weight(*session, name, path, offset, type, { ne0, ne1, ne2 }, err); });
+    return with_session(session, "bind_weight", err, [&] { return bind_weight(*session, name, path, offset, type, { ne0, ne1, ne2 }, err); });
 }

@@ -2,6 +2,7 @@
 
 #include "engine_guard.h"
 #include "mul_mat.h"
+#include "rows.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
@@ -80,6 +81,11 @@ static ggml_backend_buffer_t ggml_backend_flash_buffer_type_alloc_buffer(ggml_ba
     }
     mapping addresses = mapping::reserve(size);
     if (!addresses.data) {
+        if (const session_lock lock(*binding_session); lock && !binding_session->failed()) { // bind_end says it
+            flash_fail(&binding_session->error, LLAMA_FLASH_E_MEMORY, "the kernel refused %zu bytes of addresses for weights that stay in the file%s", size,
+                       limits_of(ENOMEM).c_str());
+            binding_session->has_failed = true;
+        }
         return nullptr;
     }
     auto * context = new (std::nothrow) flash_buffer{ binding_session, std::move(addresses) };
@@ -106,6 +112,10 @@ static ggml_op op_of(const flash_bundle & b) {
     return b.n_expert > 0 ? GGML_OP_MUL_MAT_ID : GGML_OP_MUL_MAT;
 }
 
+static bool computed_here(ggml_op op) {
+    return op == GGML_OP_MUL_MAT || op == GGML_OP_MUL_MAT_ID || op == GGML_OP_GET_ROWS;
+}
+
 namespace ggml::cpu::flash {
 
 class tensor_traits : public ggml::cpu::tensor_traits {
@@ -115,12 +125,15 @@ class tensor_traits : public ggml::cpu::tensor_traits {
             return part != ffn_part::down && stock_work_size(b->part(part).kernel, n_threads, op, size);
         }
         const flash_tensor * t = session_of(op->src[0])->find(op->src[0]->data);
-        return t && stock_work_size(t->kernel, n_threads, op, size);
+        return t && op->op != GGML_OP_GET_ROWS && stock_work_size(t->kernel, n_threads, op, size);
     }
 
     bool compute_forward(struct ggml_compute_params * params, struct ggml_tensor * op) override {
         llama_flash_session * s = session_of(op->src[0]);
-        ffn_part              part;
+        if (s->forked()) { // in a child every thread of the pool comes by here; what the op would touch may be half changed
+            return true;   // llama_flash_abort stops the graph
+        }
+        ffn_part       part;
         flash_bundle *        b = s->find_part(op->src[0]->data, part);
         if (b && op->op == op_of(*b) && ggml_are_same_shape(op->src[0], &b->part(part).weight)) {
             flash_ffn(*s, *b, part, params, op);
@@ -133,7 +146,9 @@ class tensor_traits : public ggml::cpu::tensor_traits {
             }
             return true;
         }
-        if (op->op == GGML_OP_MUL_MAT_ID) {
+        if (op->op == GGML_OP_GET_ROWS) {
+            flash_get_rows(*s, *t, params, op);
+        } else if (op->op == GGML_OP_MUL_MAT_ID) {
             flash_mul_mat_id(*s, *t, params, op);
         } else {
             flash_mul_mat(*s, *t, params, op);
@@ -147,9 +162,12 @@ class extra_buffer_type : public ggml::cpu::extra_buffer_type {
         GGML_UNUSED(dev);
         const ggml_tensor * weight = op->src[0];
         // the loader asks with an empty buffer: flash tensors are chosen by name, not by it
-        if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || !weight->buffer ||
-            weight->buffer->buft != ggml_backend_flash_buffer_type() || weight->buffer->size == 0) {
+        if (!computed_here(op->op) || !weight->buffer || weight->buffer->buft != ggml_backend_flash_buffer_type() || weight->buffer->size == 0) {
             return false;
+        }
+        if (op->op == GGML_OP_GET_ROWS) {
+            const flash_tensor * t = session_of(weight)->find(weight->data);
+            return t && t->by_rows && ggml_is_vector(op->src[1]);
         }
         if (op->src[1]->type != GGML_TYPE_F32 || (op->src[1]->buffer && !ggml_backend_buft_is_host(op->src[1]->buffer->buft))) {
             return false;
@@ -159,12 +177,12 @@ class extra_buffer_type : public ggml::cpu::extra_buffer_type {
             return op->op == op_of(*b);
         }
         const flash_tensor * t = session_of(weight)->find(weight->data);
-        return t && t->is_experts == (op->op == GGML_OP_MUL_MAT_ID);
+        return t && !t->only_rows && t->is_experts == (op->op == GGML_OP_MUL_MAT_ID);
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const struct ggml_tensor * op) override {
         static tensor_traits traits;
-        if (op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID) {
+        if (computed_here(op->op)) {
             if (op->src[0]->buffer && op->src[0]->buffer->buft == ggml_backend_flash_buffer_type()) {
                 return &traits;
             }
@@ -198,10 +216,15 @@ static bool bind_tensor(ggml_tensor * tensor, int fd, size_t offset) {
         return false;
     }
     if (tensor->buffer->buft == ggml_backend_flash_buffer_type()) {
-        return session_of(tensor)->bind(tensor, fd, offset);
+        const session_lock lock(*session_of(tensor));
+        return !lock || session_of(tensor)->bind(tensor, fd, offset);
     }
     const bool in_memory = tensor->data && tensor->type != GGML_TYPE_FLASH && ggml_backend_buffer_is_host(tensor->buffer);
-    return binding_session && in_memory && binding_session->load(tensor, fd, offset);
+    if (!binding_session || !in_memory) {
+        return false;
+    }
+    const session_lock lock(*binding_session);
+    return !lock || binding_session->load(tensor, fd, offset);
 }
 
 void flash_register() {

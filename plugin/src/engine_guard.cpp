@@ -9,6 +9,7 @@
 #include "status.h"
 
 #include "ggml-impl.h"
+#include "llama-ext.h"
 #include "llama.h"
 
 #include <algorithm>
@@ -135,6 +136,10 @@ void flash_guard_engine() {
 
 llama_model * llama_flash_load_model(const char * path, const llama_model_params * params, char * reason, size_t size) {
     return guard(reason, size, [&] { return llama_model_load_from_file(path, *params); });
+}
+
+ggml_cgraph * flash_guarded_graph(llama_context * ctx, uint32_t n_tokens, bool encoder, bool embd) {
+    return guard(nullptr, 0, [&] { return llama_graph_build(ctx, n_tokens, encoder, embd); });
 }
 
 llama_context * llama_flash_new_context(llama_model * model, const llama_context_params * params, char * reason, size_t size) {

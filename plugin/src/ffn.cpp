@@ -392,7 +392,7 @@ static bool for_chunk(llama_flash_session & s, const flash_bundle & b, const ggm
         });
         ggml_barrier(params->threadpool);
         if (params->ith == 0) {
-            s.neurons.end_landing();
+            s.neurons.end_landing(s);
             w.left.erase(std::remove_if(w.left.begin(), w.left.end(), [&](uint32_t i) { return s.neurons.find(b, i) != nullptr; }), w.left.end());
             s.neurons.pump(s);
             s.stats.manage_ns += (uint64_t) (flash_now_ns() - t0);
@@ -830,6 +830,19 @@ static void keep_most_used(llama_flash_session & s, const flash_bundle & b, cons
     s.neurons.keep(b, run, w.uses.data(), most, w.n_tokens, b.tokens);
 }
 
+// All: whether the run that has come holds what it held before. false: the op has failed.
+static bool check_run(llama_flash_session & s, const ggml_compute_params * params) {
+    uint32_t first;
+    uint32_t last;
+    share(s.ffn.run->count, params, first, last);
+    s.neurons.check_run(first, last);
+    ggml_barrier(params->threadpool);
+    if (params->ith == 0) {
+        s.neurons.is_run_sound(s);
+    }
+    return agreed(s, params);
+}
+
 // All: one pass over b's records. Between begin() and end(). false: the op has failed.
 static bool pass_over(llama_flash_session & s, flash_bundle & b, const ggml_compute_params * params, const layer_pass & pass) {
     ffn_work & w      = s.ffn;
@@ -863,6 +876,9 @@ static bool pass_over(llama_flash_session & s, flash_bundle & b, const ggml_comp
                 return false;
             }
             count = w.run->count;
+            if (done >= b.n_pinned && !check_run(s, params)) {
+                return false;
+            }
             for (size_t part = 0; part < 2; part++) {
                 if (pass.rows[part]) {
                     run_rows(s, b, part, params, pass.rows[part], e);

@@ -13,7 +13,8 @@ std::unique_ptr<weight_loader> weight_loader::create(const llama_flash_params & 
     }
     l->memory = mapping::allocate(PIECES * PIECE);
     if (!l->memory.data) {
-        flash_fail(err, LLAMA_FLASH_E_MEMORY, "no memory to load weights through (%llu bytes)", (unsigned long long) (PIECES * PIECE));
+        flash_fail(err, LLAMA_FLASH_E_MEMORY, "no memory to load weights through: the kernel refused %llu bytes%s",
+                   (unsigned long long) (PIECES * PIECE), limits_of(ENOMEM).c_str());
         return nullptr;
     }
     return l;

@@ -64,6 +64,46 @@ static void repack(llama_flash_session & s) {
     }
 }
 
+// Bytes that are read first, or again after something has touched their file, are checked by all threads before they are repacked.
+
+static void plan_checks(llama_flash_session & s) {
+    int64_t total = 0;
+    s.op.check_ends.clear();
+    for (uint32_t index : s.op.checking) {
+        total += (int64_t) ((s.records[index].bytes + CHECKSUM_PIECE - 1) / CHECKSUM_PIECE);
+        s.op.check_ends.push_back(total);
+    }
+    s.op.check_sums.assign(s.op.checking.size(), 0);
+    s.op.check_next.store(0, std::memory_order_relaxed);
+}
+
+// false: the op has failed (all threads)
+static bool check_wave(llama_flash_session & s, const ggml_compute_params * params) {
+    const int64_t total = s.op.check_ends.back();
+    for (;;) {
+        const int64_t i = s.op.check_next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= total) {
+            break;
+        }
+        const size_t         k     = (size_t) (std::upper_bound(s.op.check_ends.begin(), s.op.check_ends.end(), i) - s.op.check_ends.begin());
+        const flash_record & r     = s.records[s.op.checking[k]];
+        const size_t         piece = (size_t) (i - (k ? s.op.check_ends[k - 1] : 0));
+        const size_t         at    = piece * CHECKSUM_PIECE;
+        const uint32_t       sum   = checksum_piece(r.data + at, std::min<size_t>(CHECKSUM_PIECE, r.bytes - at), (uint32_t) piece);
+        __atomic_fetch_add(&s.op.check_sums[k], sum, __ATOMIC_RELAXED);
+    }
+    ggml_barrier(params->threadpool);
+    if (params->ith == 0) {
+        for (size_t k = 0; k < s.op.checking.size(); k++) {
+            s.check_record(s.records[s.op.checking[k]], checksum_of_sum(s.op.check_sums[k]));
+        }
+        s.op.checking.clear();
+        s.op.stop = s.failed();
+    }
+    ggml_barrier(params->threadpool);
+    return !s.op.stop;
+}
+
 static void note_repacked(llama_flash_session & s) {
     for (uint32_t index : s.op.arrived) {
         s.records[index].state = record_state::ready;
@@ -124,10 +164,12 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
         s.op.more = false;
         s.op.fresh.clear(); // of an op that has failed
         s.op.arrived.clear();
+        s.op.checking.clear();
         s.op.wave.clear();
         if (!s.failed()) {
             first();
         }
+        plan_checks(s);
         plan_repacking(s);
         s.op.fresh_next.store(0, std::memory_order_relaxed);
         s.op.stop = s.failed();
@@ -140,6 +182,10 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
         }
         if (!s.op.fresh.empty()) {
             populate_fresh(s, params);
+        }
+        if (!s.op.checking.empty() && !check_wave(s, params)) {
+            ggml_barrier(params->threadpool);
+            break;
         }
         const bool more = s.op.more;
         if (s.op.any) {
@@ -162,6 +208,7 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             s.op.wave.clear();
             if (more) {
                 next();
+                plan_checks(s);
                 plan_repacking(s);
                 s.op.stop = s.failed();
             }
@@ -178,6 +225,7 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             }
             s.op.wave.clear();
             s.op.arrived.clear();
+            s.op.checking.clear();
         } else {
             // a file that changed while it was read; and the device has work until the next op
             s.op.checked = nullptr;
@@ -243,6 +291,9 @@ static void add_to_wave(llama_flash_session & s, const flash_tensor & t, uint32_
     flash_record & r                   = s.records[index];
     s.op.table[index - t.first_record] = r.data;
     s.op.any                           = true;
+    if (r.check != byte_check::none) {
+        s.op.checking.push_back(index);
+    }
     if (r.state == record_state::raw) {
         s.op.arrived.push_back(index);
     }
@@ -747,6 +798,9 @@ static void next_panel(llama_flash_session & s, const flash_tensor & t, uint32_t
             s.panel_next = (size_t) (std::find(s.panel_order.begin(), s.panel_order.end(), index) - s.panel_order.begin());
         }
     }
+    if (r.check != byte_check::none) {
+        s.op.checking.push_back(index);
+    }
     if (r.state == record_state::raw) {
         s.op.arrived.push_back(index);
     }
@@ -790,6 +844,7 @@ void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute
 }
 
 void flash_fail_unbound(llama_flash_session & s, const ggml_tensor * weight) {
-    std::lock_guard<std::mutex> lock(s.mutex);
-    s.fail_op(LLAMA_FLASH_E_INTERNAL, weight->name, "the graph uses a part of it: it must not stay on flash");
+    if (const session_lock lock(s); lock) {
+        s.fail_op(LLAMA_FLASH_E_INTERNAL, weight->name, "the graph uses a part of it: it must not stay on flash");
+    }
 }

@@ -218,6 +218,7 @@ uint32_t neuron_store::new_read(const flash_bundle & b, const bundle_stream * st
     r.entry  = ring::NONE;
     r.jobs   = 0;
     r.failed = false;
+    r.state  = file_state::same;
     r.items.clear();
     return index;
 }
@@ -299,9 +300,10 @@ bool neuron_store::nobody_asked(uint32_t index) const {
     });
 }
 
-void neuron_store::arrived(uint32_t index, bool error) {
+void neuron_store::arrived(uint32_t index, bool error, file_state state) {
     read & r = reads[index];
     r.failed = r.failed || error;
+    r.state  = std::max(r.state, state);
     if (--r.jobs > 0 || !r.stream) {
         return; // a run waits in `runs`
     }
@@ -325,7 +327,7 @@ bool neuron_store::begin_landing() {
         for (uint32_t i = 0; i < reads[index].items.size(); i++) {
             const item & it = reads[index].items[i];
             if (slot_of[reads[index].bundle->first + it.neuron] == it.slot) {
-                landing.push_back({ index, i });
+                landing.push_back({ index, i, false });
             }
         }
     }
@@ -340,9 +342,23 @@ uint8_t * neuron_store::copy(const read & r, uint32_t k) const {
     return dst;
 }
 
-void neuron_store::end_landing() {
+void neuron_store::end_landing(llama_flash_session & s) {
     for (const landing_item & l : landing) {
-        note_here(reads[l.read].items[l.item].slot);
+        const read & r = reads[l.read];
+        const item & i = r.items[l.item];
+        if (slot_of[r.bundle->first + i.neuron] != i.slot) {
+            continue; // another of its streams was not sound
+        }
+        if (l.sound) {
+            note_here(i.slot);
+            continue;
+        }
+        if (r.ahead && !asked_for[(size_t) i.slot]) {
+            s.stats.errors++;
+        } else {
+            fail_neuron(s, *r.bundle, i.neuron, *r.stream);
+        }
+        give_up(*r.bundle, i);
     }
     for (uint32_t index : landing_reads) {
         n_started--;
@@ -350,6 +366,54 @@ void neuron_store::end_landing() {
     }
     landing.clear();
     landing_reads.clear();
+}
+
+// checksums
+
+void neuron_store::forget_checksums(const std::vector<flash_bundle> & bundles) {
+    size_t n = 0;
+    first_checksum.clear();
+    for (const auto & b : bundles) {
+        first_checksum.push_back(n);
+        n += b.n_neurons * b.streams.size();
+    }
+    checksums.assign(n, 0);
+}
+
+bool neuron_store::is_sound(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream, const uint8_t * data, file_state state) {
+    uint32_t &       known = checksum_of(b, neuron, stream);
+    const byte_check check = check_for(state, known);
+    return check == byte_check::none || (check != byte_check::refuse && check_bytes(check, known, checksum(data, stream.bytes)));
+}
+
+void neuron_store::fail_neuron(llama_flash_session & s, const flash_bundle & b, uint32_t neuron, const bundle_stream & stream) {
+    s.fail_bytes(*b.file, b.name, b.offset + stream.base + neuron * stream.stride, stream.bytes, checksum_of(b, neuron, stream));
+}
+
+void neuron_store::check_run(uint32_t first, uint32_t last) {
+    const read &         r = reads[runs.front()];
+    const flash_bundle & b = *r.bundle;
+    for (const auto & stream : b.streams) {
+        const size_t p = (size_t) (std::find_if(std::begin(b.parts), std::end(b.parts),
+                                                [&](const bundle_part & q) { return q.cached && q.slot_offset == stream.slot_offset; }) -
+                                   std::begin(b.parts));
+        for (uint32_t k = first; k < last; k++) {
+            if (!is_sound(b, r.whole.first + k, stream, r.whole.data[p] + k * r.whole.stride[p], r.state)) {
+                unsound.store((int64_t) k * (int64_t) FFN_PARTS + (&stream - b.streams.data()), std::memory_order_relaxed);
+                return;
+            }
+        }
+    }
+}
+
+bool neuron_store::is_run_sound(llama_flash_session & s) {
+    const int64_t found = unsound.exchange(-1, std::memory_order_relaxed);
+    if (found < 0) {
+        return true;
+    }
+    const read & r = reads[runs.front()];
+    fail_neuron(s, *r.bundle, r.whole.first + (uint32_t) (found / (int64_t) FFN_PARTS), r.bundle->streams[(size_t) found % FFN_PARTS]);
+    return false;
 }
 
 // streaming
@@ -437,7 +501,7 @@ void neuron_store::let_land(llama_flash_session & s) {
         pump(s);
         if (begin_landing()) {
             land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
-            end_landing();
+            end_landing(s);
         } else {
             s.wait_for_reads();
         }

@@ -1,4 +1,4 @@
-// Neurons of bundles in slots, and the reads that bring them there. Thread 0's, under the session's mutex, but for land().
+// Neurons of bundles in slots, and the reads that bring them there. Thread 0's, under the session's lock, but for land().
 //
 // A missing neuron gets a slot at once; neighbours in the file are read together into a ring and copied from there. Which neurons
 // stay is the cache's business (cache.h); with a window, a neuron that none of the last `window` tokens used gives up its slot.
@@ -63,6 +63,12 @@ class neuron_store {
     // number of the last token that used a neuron of the session's + 1, 0: none
     uint64_t used_by(uint32_t neuron) const { return last_use[neuron]; }
 
+    // Checksums, by neuron and stream. What each was read as when it was read first; 0: it was not.
+    void       forget_checksums(const std::vector<flash_bundle> & bundles);
+    uint32_t & checksum_of(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream) {
+        return checksums[first_checksum[b.index] + neuron * b.streams.size() + (size_t) (&stream - b.streams.data())];
+    }
+
     // Lets go of what demand() held.
     void release() { cache.end_op(); }
 
@@ -83,8 +89,8 @@ class neuron_store {
     // read `index` is of neurons that nobody has demanded yet: if it fails, nobody misses them
     bool nobody_asked(uint32_t index) const;
 
-    // the reader is done with read `index`; error: its neurons lose their slots
-    void arrived(uint32_t index, bool error);
+    // the reader is done with read `index`, of a file that was in this state then; error: its neurons lose their slots
+    void arrived(uint32_t index, bool error, file_state state);
 
     // Any thread: takes neurons of arrived reads one by one and copies them; calls f(bundle, neuron, slot data, stream) for each.
     template <typename F> void land(F f) {
@@ -93,15 +99,20 @@ class neuron_store {
             if (i >= (int64_t) landing.size()) {
                 return;
             }
-            const landing_item & item = landing[(size_t) i];
-            const read &         r    = reads[item.read];
-            uint8_t *            dst  = copy(r, item.item);
-            f(*r.bundle, r.items[item.item].neuron, dst, r.stream);
+            landing_item & item = landing[(size_t) i];
+            const read &   r    = reads[item.read];
+            uint8_t *      dst  = copy(r, item.item);
+            item.sound          = is_sound(*r.bundle, r.items[item.item].neuron, *r.stream, dst + r.stream->slot_offset, r.state);
+            if (item.sound) {
+                f(*r.bundle, r.items[item.item].neuron, dst, r.stream);
+            }
         }
     }
 
     bool begin_landing();                        // thread 0: gathers what has arrived; false: nothing
-    void end_landing();                          // thread 0: after all threads are through land()
+    // Thread 0: after all threads are through land(). Neurons whose bytes are not what they were lose their slots; if anybody
+    // has asked for them the session has failed.
+    void end_landing(llama_flash_session & s);
     bool under_way() const { return n_started > 0 || !planned.empty(); } // demanded or expected, and not yet landed
 
     // whole runs of records, for evaluations that use all neurons: in order, through the same ring
@@ -121,6 +132,10 @@ class neuron_store {
     // Waits for the next run; nullptr: the session has failed. To be given back with stream_give() once computed.
     const run * stream_next(llama_flash_session & s);
     void        stream_give();
+    // Any thread: checks rows [first, last) of the run that stream_next() has given, for is_run_sound().
+    void        check_run(uint32_t first, uint32_t last);
+    bool        is_run_sound(llama_flash_session & s); // thread 0, after all have checked; false: the session has failed
+    file_state  run_state() const { return reads[runs.front()].state; }
     // Ends reading ahead; waits for what is under way.
     void        stream_end(llama_flash_session & s);
 
@@ -173,12 +188,14 @@ class neuron_store {
         uint32_t              jobs;   // the reader has not yet ended
         bool                  ahead;  // nobody has demanded it yet
         bool                  failed;
+        file_state            state;  // of the file, when it had arrived
         std::vector<item>     items;
     };
 
     struct landing_item {
         uint32_t read;
         uint32_t item;
+        bool     sound; // its bytes are what they were
     };
 
     struct use_note {
@@ -201,6 +218,8 @@ class neuron_store {
     bool      start_run(llama_flash_session & s);
     void      stream_after(llama_flash_session & s, const flash_bundle & b);
     void      let_land(llama_flash_session & s);
+    bool      is_sound(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream, const uint8_t * data, file_state state);
+    void      fail_neuron(llama_flash_session & s, const flash_bundle & b, uint32_t neuron, const bundle_stream & stream);
 
     slot_cache            cache;
     ring                  neuron_ring;
@@ -222,6 +241,9 @@ class neuron_store {
     std::vector<uint32_t> landing_reads;
     std::vector<landing_item> landing;
     std::atomic<int64_t>  next_item{ 0 };
+    std::vector<uint32_t> checksums;       // threads write those of different neurons
+    std::vector<size_t>   first_checksum;  // by bundle
+    std::atomic<int64_t>  unsound{ -1 };   // of the run: row times FFN_PARTS, plus the stream
     uint32_t              n_started = 0; // reads of neurons in the ring
     uint32_t              n_coming  = 0; // slots whose neuron is not there yet
 

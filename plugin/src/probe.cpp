@@ -35,7 +35,7 @@ uint64_t ns_since(steady::time_point start) {
 }
 
 int32_t fail_read(llama_flash_error * err, const char * path, int32_t error, uint64_t offset, uint64_t size) {
-    flash_fail(err, LLAMA_FLASH_E_READ, "cannot read %s: %s", path, strerror(error));
+    flash_fail(err, LLAMA_FLASH_E_READ, "cannot read %s: %s", path, why_failed(error).c_str());
     if (err) {
         err->sys_errno = error;
         err->offset    = offset;
@@ -70,7 +70,8 @@ int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_fla
     // as slots and rings are: a large read into small pages would be split by what a request may list
     const mapping memory = mapping::allocate(n_places * chunk);
     if (!memory.data) {
-        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "probe_reads: no memory for %llu chunks", (unsigned long long) n_places);
+        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "probe_reads: no memory for %llu chunks%s", (unsigned long long) n_places,
+                          limits_of(ENOMEM).c_str());
     }
     memset(memory.data, 0, n_places * chunk); // page faults are not the device's
     auto reads = reader::create(params, err); // destroyed before the memory it reads to

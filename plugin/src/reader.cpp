@@ -24,27 +24,34 @@ static bool reads_sectors(int fd) {
     return n > 0 || (n < 0 && errno != EINVAL);
 }
 
+static std::string link_of(int fd) {
+    return "/proc/self/fd/" + std::to_string(fd);
+}
+
+static std::string name_of(const std::string & link) {
+    char          name[4096];
+    const ssize_t n = readlink(link.c_str(), name, sizeof(name));
+    return n > 0 ? std::string(name, (size_t) n) : link;
+}
+
 std::unique_ptr<flash_file> flash_file::reopen(int fd, llama_flash_error * err) {
     std::unique_ptr<flash_file> file(new flash_file());
 
-    char link[64];
-    snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
-    char    name[4096];
-    ssize_t n  = readlink(link, name, sizeof(name) - 1);
-    file->path = n > 0 ? std::string(name, (size_t) n) : std::string(link);
+    const std::string link = link_of(fd);
+    file->path             = name_of(link);
 
-    file->fd     = open(link, O_RDONLY | O_DIRECT | O_CLOEXEC);
+    file->fd     = open(link.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
     file->direct = file->fd >= 0 && reads_sectors(file->fd);
     if (!file->direct) {
         if (file->fd >= 0) {
-            close(file->fd);
+            ::close(file->fd);
         }
-        file->fd = open(link, O_RDONLY | O_CLOEXEC);
+        file->fd = open(link.c_str(), O_RDONLY | O_CLOEXEC);
     }
     struct stat st;
     if (file->fd < 0 || fstat(file->fd, &st) != 0) {
         const int e = errno;
-        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s for direct reads: %s", file->path.c_str(), strerror(e));
+        flash_fail(err, LLAMA_FLASH_E_READ, "cannot open %s for direct reads: %s", file->path.c_str(), why_failed(e).c_str());
         if (err) {
             err->sys_errno = e;
             snprintf(err->file, sizeof(err->file), "%s", file->path.c_str());
@@ -54,20 +61,54 @@ std::unique_ptr<flash_file> flash_file::reopen(int fd, llama_flash_error * err) 
     file->size     = (uint64_t) st.st_size;
     file->device   = (uint64_t) st.st_dev;
     file->inode    = (uint64_t) st.st_ino;
-    file->mtime_s  = st.st_mtim.tv_sec;
-    file->mtime_ns = st.st_mtim.tv_nsec;
+    file->status_now(file->opened);
+    file->opened.name = file->path;
+    file->seen        = file->opened;
     return file;
 }
 
 flash_file::~flash_file() {
+    close();
+}
+
+void flash_file::close() {
     if (fd >= 0) {
-        close(fd);
+        ::close(fd);
+        fd = -1;
     }
 }
 
-bool flash_file::unchanged() const {
+bool flash_file::status_now(status & now) const {
     struct stat st;
-    return fstat(fd, &st) == 0 && (uint64_t) st.st_size == size && st.st_mtim.tv_sec == mtime_s && st.st_mtim.tv_nsec == mtime_ns;
+    if (fstat(fd, &st) != 0) {
+        return false;
+    }
+    now.mtime_s  = st.st_mtim.tv_sec;
+    now.mtime_ns = st.st_mtim.tv_nsec;
+    now.ctime_s  = st.st_ctim.tv_sec;
+    now.ctime_ns = st.st_ctim.tv_nsec;
+    now.size     = (uint64_t) st.st_size;
+    now.links    = (uint64_t) st.st_nlink;
+    now.mode     = (uint32_t) st.st_mode;
+    now.user     = (uint32_t) st.st_uid;
+    now.group    = (uint32_t) st.st_gid;
+    return true;
+}
+
+file_state flash_file::look() const {
+    status now;
+    if (!status_now(now) || now.size != opened.size || now.mtime_s != opened.mtime_s || now.mtime_ns != opened.mtime_ns) {
+        state = file_state::doubtful; // should it look again as it did
+        return file_state::changed;
+    }
+    if (now.ctime_s == seen.ctime_s && now.ctime_ns == seen.ctime_ns) {
+        return state;
+    }
+    now.name             = name_of(link_of(fd));
+    const bool explained = now.links != seen.links || now.mode != seen.mode || now.user != seen.user || now.group != seen.group || now.name != seen.name;
+    state                = explained ? std::max(state, file_state::touched) : file_state::doubtful;
+    seen                 = now;
+    return state;
 }
 
 // reader
@@ -88,7 +129,7 @@ std::unique_ptr<reader> reader::create(const llama_flash_params & params, llama_
         r->engine = make_pread_engine(threads, no_pread);
     }
     if (!r->engine) {
-        flash_fail(err, LLAMA_FLASH_E_INVALID, "no I/O engine: %s%s%s", no_uring.c_str(), no_pread.empty() ? "" : "; ",
+        flash_fail(err, LLAMA_FLASH_E_INVALID, "no I/O engine: %s%s%s", no_uring.c_str(), no_uring.empty() || no_pread.empty() ? "" : "; ",
                    no_pread.c_str());
         return nullptr;
     }
@@ -142,13 +183,16 @@ void reader::requeue(read_piece * piece) {
     }
 }
 
-void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag) {
+void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag, bool first_of_all) {
     const uint64_t first = flash_sector_floor(offset);
     const uint64_t last  = offset + size;
     uint8_t *      base  = dst - (offset - first);
 
     read_job * job = new_job();
     *job           = { tag, 0, 0, 0, &file, nullptr };
+
+    read_piece * head = nullptr;
+    read_piece * tail = nullptr;
 
     for (uint64_t at = first; at < last; at += piece_size) {
         read_piece * piece = new_piece();
@@ -166,12 +210,19 @@ void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8
         piece->next   = nullptr;
         job->pending++;
 
-        if (queue_tail) {
-            queue_tail->next = piece;
-        } else {
-            queue_head = piece;
-        }
-        queue_tail = piece;
+        (tail ? tail->next : head) = piece;
+        tail                       = piece;
+    }
+    if (!head) {
+        return;
+    }
+    if (first_of_all) {
+        tail->next = queue_head;
+        queue_head = head;
+        queue_tail = queue_tail ? queue_tail : tail;
+    } else {
+        (queue_tail ? queue_tail->next : queue_head) = head;
+        queue_tail                                   = tail;
     }
 }
 

@@ -6,6 +6,7 @@
 // Not thread safe: the session serialises its callers. The reader knows neither ggml nor which record a job is for.
 #pragma once
 
+#include "checksum.h"
 #include "llama_flash.h"
 
 #include <cstddef>
@@ -25,8 +26,11 @@ class flash_file {
     flash_file(const flash_file &)             = delete;
     flash_file & operator=(const flash_file &) = delete;
 
-    // false if size or modification time differ from those at reopen()
-    bool unchanged() const;
+    // What became of it since reopen(), or since the last look. By one thread at a time.
+    file_state look() const;
+
+    // without waiting for anything; the file cannot be read any more
+    void close();
 
     int         fd     = -1;
     uint64_t    size   = 0;     // bytes
@@ -38,8 +42,25 @@ class flash_file {
   private:
     flash_file() = default;
 
-    int64_t mtime_s  = 0;
-    int64_t mtime_ns = 0;
+    // of what fstat and the descriptor's name say
+    struct status {
+        int64_t     mtime_s;
+        int64_t     mtime_ns;
+        int64_t     ctime_s;
+        int64_t     ctime_ns;
+        uint64_t    size;
+        uint64_t    links;
+        uint32_t    mode;
+        uint32_t    user;
+        uint32_t    group;
+        std::string name;
+    };
+
+    bool status_now(status & now) const; // all but the name
+
+    status             opened = {};
+    mutable status     seen   = {}; // at the last look
+    mutable file_state state  = file_state::same;
 };
 
 // Offsets, sizes and addresses of direct reads are multiples of this, whatever the device's sector is.
@@ -101,8 +122,8 @@ class reader {
     ~reader();
 
     // Queues a read of `size` bytes at `offset` of `file` to dst, where dst is congruent with offset modulo FLASH_SECTOR and the
-    // sectors around [dst, dst + size) are ours to overwrite.
-    void read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag);
+    // sectors around [dst, dst + size) are ours to overwrite. first_of_all: before what is queued.
+    void read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag, bool first_of_all = false);
 
     // Hands queued pieces to the device, as many as its depth allows.
     void submit();

@@ -1,6 +1,8 @@
 // A pool of threads that call pread: works wherever there is a file.
 #include "reader.h"
 
+#include "status.h"
+
 #include <cerrno>
 #include <condition_variable>
 #include <mutex>
@@ -113,7 +115,7 @@ std::unique_ptr<io_engine> make_pread_engine(uint32_t threads, std::string & why
     try {
         return std::make_unique<pread_engine>(threads);
     } catch (const std::system_error & e) {
-        why_not = std::string("cannot start reader threads: ") + e.what();
+        why_not = "cannot start reader threads: " + why_failed(e.code().value());
         return nullptr;
     }
 }

@@ -1,11 +1,12 @@
 // io_uring: one ring per session, no threads of ours.
 #include "reader.h"
 
+#include "status.h"
+
 #ifdef LLAMA_FLASH_HAVE_URING
 
 #    include <algorithm>
 #    include <cerrno>
-#    include <cstring>
 #    include <liburing.h>
 #    include <unistd.h>
 
@@ -83,7 +84,7 @@ std::unique_ptr<io_engine> make_uring_engine(uint32_t depth, std::string & why_n
     int  error  = 0;
     auto engine = std::make_unique<uring_engine>(depth, error);
     if (error != 0) {
-        why_not = std::string("io_uring is not allowed here: ") + strerror(-error);
+        why_not = "io_uring is not allowed here: " + why_failed(-error);
         return nullptr;
     }
     return engine;

@@ -32,6 +32,9 @@ uint64_t llama_flash_session::describe_tensors(llama_flash_tensor * out, uint64_
         n++;
     };
     for (const auto & t : tensors) {
+        if (t.only_rows) {
+            continue;
+        }
         uint32_t bytes = 0;
         for (uint32_t i = t.first_record; i < t.first_record + t.n_records; i++) {
             bytes = std::max(bytes, records[i].bytes);
@@ -60,10 +63,6 @@ static uint32_t age_of(uint64_t now, uint64_t used) {
 }
 
 int32_t llama_flash_session::residency(uint8_t * place, uint32_t * age, uint64_t n_records, llama_flash_error * err) const {
-    if (forked()) {
-        return flash_fail(err, LLAMA_FLASH_E_INVALID, "residency: in a child of the process that loaded the model");
-    }
-    std::lock_guard<std::mutex> lock(mutex);
     if (memory.total == 0 || n_records != records.size() + n_neurons_of(bundles)) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "residency: before set_memory, or of %llu records where there are %llu",
                           (unsigned long long) n_records, (unsigned long long) (records.size() + n_neurons_of(bundles)));

@@ -119,9 +119,8 @@ void llama_flash_session::plan_resize(uint64_t bytes) {
 }
 
 int32_t llama_flash_session::resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err) {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (memory.total == 0 || forked()) {
-        return flash_fail(err, LLAMA_FLASH_E_INVALID, "resize: before set_memory, or in a child of the process that loaded the model");
+    if (memory.total == 0) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "resize: before set_memory");
     }
     out       = {};
     out.least = resize_least();
@@ -311,7 +310,7 @@ bool llama_flash_session::pin_next_panel(flash_tensor & t) {
         return false; // the read failed, and the session with it
     }
     op.checked = nullptr;
-    if (!check_file(r)) { // it may have changed while it was read
+    if (!check_file(r) || !check_record(r)) { // it may have changed while it was read
         release(index);
         return false;
     }
@@ -351,7 +350,7 @@ bool llama_flash_session::pin_more(flash_bundle & b) {
         settle_reads(true);
     }
     op.checked = nullptr;
-    if (failed() || !check_file(*b.file, b.name, b.offset, b.tensor_bytes())) { // it may have changed while it was read
+    if (failed() || !check_file(*b.file, b.name, b.offset, b.tensor_bytes()) || !check_pinned(b, b.n_pinned, n)) { // it may have changed while it was read
         return false;
     }
     b.n_pinned += n;

@@ -9,8 +9,9 @@
 #include <ctime>
 #include <fcntl.h>
 #include <map>
+#include <pthread.h>
 #include <sys/stat.h>
-#include <unistd.h>
+#include <utility>
 
 int64_t flash_now_ns() {
     struct timespec ts;
@@ -20,11 +21,25 @@ int64_t flash_now_ns() {
 
 // life
 
+static std::atomic<uint64_t> n_forks{ 0 };
+
+[[maybe_unused]] static const int watching_forks = pthread_atfork(nullptr, nullptr, [] { n_forks++; });
+
+bool llama_flash_session::forked() const {
+    return n_forks.load(std::memory_order_relaxed) != process;
+}
+
+session_lock::session_lock(const llama_flash_session & session) {
+    if (!session.forked()) {
+        lock = std::unique_lock<std::mutex>(session.mutex);
+    }
+}
+
 llama_flash_session * llama_flash_session::create(const llama_flash_params & params, llama_flash_error * err) {
-    auto * s  = new llama_flash_session();
-    s->params = params;
-    s->pid    = getpid();
-    s->reads  = reader::create(params, err);
+    auto * s   = new llama_flash_session();
+    s->params  = params;
+    s->process = n_forks;
+    s->reads   = reader::create(params, err);
     if (!s->reads) {
         delete s;
         return nullptr;
@@ -33,38 +48,28 @@ llama_flash_session * llama_flash_session::create(const llama_flash_params & par
     return s;
 }
 
-llama_flash_session::~llama_flash_session() {
-    if (forked()) {
-        // the reads under way, and the threads, are the parent's
-        (void) reads.release();
-        for (auto & m : slot_memory) {
-            m.data = nullptr;
-        }
-        for (auto & m : homes) {
-            m.data = nullptr;
-        }
-        for (auto & m : neuron_homes) {
-            m.data = nullptr;
-        }
-        neuron_slots.data       = nullptr;
-        neuron_ring_memory.data = nullptr;
-        ring_memory.data = nullptr;
-    }
-}
-
-bool llama_flash_session::forked() const {
-    return getpid() != pid;
-}
-
 void llama_flash_session::unref() {
-    if (--refs == 0) {
+    if (--refs > 0) {
+        return;
+    }
+    if (!forked()) {
         delete this;
+    } else if (bound) {
+        // The rest stays: the reads under way and their threads are the parent's, the memory that they read to is not there, and
+        // a thread of the parent may have been at work on anything else.
+        for (auto & f : files) {
+            f->close();
+        }
     }
 }
 
-// of a read that has ended with this error
+// of a read that has ended with this error; ESTALE: its bytes are not to be used
 static const char * why_not_read(int32_t error) {
-    return error == ENODATA ? "the file ends before it" : strerror(error);
+    switch (error) {
+        case ENODATA: return "the file ends before it";
+        case ESTALE:  return "the file changed since it was loaded: load the model again";
+        default:      return strerror(error);
+    }
 }
 
 // binding
@@ -89,9 +94,8 @@ const flash_file * llama_flash_session::file_of(int fd) {
 }
 
 bool llama_flash_session::load(ggml_tensor * tensor, int fd, uint64_t offset) {
-    std::lock_guard<std::mutex> lock(mutex);
-    uint32_t                    bundle;
-    size_t                      part;
+    uint32_t bundle;
+    size_t   part;
     if (find_named_part(tensor, bundle, part)) {
         return false; // the bundle's bytes are no rows of the weight's
     }
@@ -111,8 +115,7 @@ bool llama_flash_session::load(ggml_tensor * tensor, int fd, uint64_t offset) {
 }
 
 bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offset) {
-    std::lock_guard<std::mutex> lock(mutex);
-    const flash_file *          file = file_of(fd);
+    const flash_file * file = file_of(fd);
     if (!file) {
         return true; // end_binding reports it; the loader need not read the tensor
     }
@@ -141,6 +144,12 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     t.file         = file;
     t.offset       = offset;
     t.is_experts   = tensor->ne[2] > 1;
+    if (const auto named = row_names.find(t.name); named != row_names.end()) {
+        t.by_rows   = true;
+        t.only_rows = named->second;
+        rows.add(t.weight.nb[1]);
+        t.row_checksums.assign((size_t) t.weight.ne[1], 0);
+    }
     t.kernel       = stock_kernel_for(tensor, t.is_experts);
     by_address[tensor->data] = tensors.size();
     tensors.push_back(std::move(t));
@@ -209,8 +218,15 @@ static bool read_part(const llama_flash_bundle_part & from, uint32_t n_embd, bun
     return true;
 }
 
+int32_t llama_flash_session::add_rows(const char * name, bool only, llama_flash_error * err) {
+    if (bound) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_rows: %s, after the model was loaded", name);
+    }
+    row_names[name] = only;
+    return LLAMA_FLASH_OK;
+}
+
 int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flash_error * err) {
-    std::lock_guard<std::mutex> lock(mutex);
     if (bound || (!bundles.empty() && bundles.back().layer >= d.layer)) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_bundle: layers come in order, before the model is loaded");
     }
@@ -331,10 +347,10 @@ void llama_flash_session::lay_out_bundles() {
         }
         b.forget_evaluation();
     }
+    neurons.forget_checksums(bundles);
 }
 
 int32_t llama_flash_session::set_neurons(const llama_flash_neuron_params & p, llama_flash_error * err) {
-    std::lock_guard<std::mutex> lock(mutex);
     if (!bound || p.mode > LLAMA_FLASH_NEURONS_OFF || p.n_ubatch == 0) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "set_neurons: before bind_end, or an unknown mode, or no n_ubatch");
     }
@@ -371,7 +387,7 @@ int32_t llama_flash_session::make_records(llama_flash_error * err) {
         flash_tensor & t = tensors[i];
         t.first_record   = (uint32_t) records.size();
 
-        const uint64_t n_experts = (uint64_t) t.weight.ne[2];
+        const uint64_t n_experts = t.only_rows ? 0 : (uint64_t) t.weight.ne[2];
         const int64_t  rows      = t.is_experts ? t.weight.ne[1] : panel_rows(t.weight, panel_bytes);
         for (uint64_t e = 0; e < n_experts; e++) {
             for (int64_t row = 0; row < t.weight.ne[1]; row += rows) {
@@ -419,7 +435,6 @@ int32_t llama_flash_session::make_records(llama_flash_error * err) {
 }
 
 int32_t llama_flash_session::end_binding(llama_flash_error * err) {
-    std::lock_guard<std::mutex> lock(mutex);
     loader.reset();
     if (has_failed) {
         if (err) {
@@ -427,6 +442,16 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
         }
         has_failed = false;
         return error.code;
+    }
+    for (const auto & f : files) {
+        if (f->look() >= file_state::doubtful) {
+            flash_fail(err, LLAMA_FLASH_E_READ, "%s changed while it was loaded: load the model again", f->path.c_str());
+            if (err) {
+                err->sys_errno = ESTALE;
+                snprintf(err->file, sizeof(err->file), "%s", f->path.c_str());
+            }
+            return LLAMA_FLASH_E_READ;
+        }
     }
     int32_t code = check_bundles(err);
     if (code == LLAMA_FLASH_OK) {
@@ -464,7 +489,11 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
 // memory
 
 uint64_t llama_flash_session::bookkeeping_bytes() const {
-    return records.size() * (sizeof(flash_record) + 64) + class_bytes.size() * 4096 + tensors.size() * sizeof(flash_tensor) + (1u << 18);
+    uint64_t rows_known = 0;
+    for (const auto & t : tensors) {
+        rows_known += t.row_checksums.size() * sizeof(uint32_t);
+    }
+    return rows_known + records.size() * (sizeof(flash_record) + 64) + class_bytes.size() * 4096 + tensors.size() * sizeof(flash_tensor) + (1u << 18);
 }
 
 uint64_t llama_flash_session::ring_minimum(bool experts) const {
@@ -510,7 +539,11 @@ uint64_t llama_flash_session::neuron_bookkeeping() const {
         return 0;
     }
     // tables by neuron, active sets, and what evaluations share
-    return n_neurons_of(bundles) * 24 + ffn.bytes(bundles, neuron_params.n_ubatch) + (1u << 20);
+    size_t streams = 0; // whose checksums are kept
+    for (const auto & b : bundles) {
+        streams += b.n_neurons * b.streams.size();
+    }
+    return n_neurons_of(bundles) * 24 + streams * sizeof(uint32_t) + ffn.bytes(bundles, neuron_params.n_ubatch) + (1u << 20);
 }
 
 // two runs: one is computed while the next is read
@@ -635,6 +668,10 @@ bool llama_flash_session::read_neurons() {
                 if (!run) {
                     break;
                 }
+                if (check_for(neurons.run_state(), 0) == byte_check::refuse) { // of what stays resident nothing is kept
+                    fail_bytes(*b.file, b.name, b.offset + run->first * b.record_bytes, run->count * b.record_bytes, 0);
+                    break;
+                }
                 for (size_t p = 0; p < FFN_PARTS; p++) {
                     const bundle_part & part = b.parts[p];
                     if (!part.resident) {
@@ -657,6 +694,27 @@ bool llama_flash_session::read_neurons() {
         if (failed() || !check_file(*b.file, b.name, b.offset, b.tensor_bytes())) { // it may have changed while it was read
             return false;
         }
+        // of what is read while nothing has touched the file, a checksum is kept when it passes by: pinned records may never do so
+        if (b.file->look() != file_state::same && !check_pinned(b, 0, b.n_pinned)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Pinned records that have just arrived. false (and failed): they are not what they were.
+bool llama_flash_session::check_pinned(const flash_bundle & b, uint32_t first, uint32_t n) {
+    const file_state      state  = b.file->look();
+    const bundle_stream & stream = b.streams[0];
+    for (uint32_t i = first; i < first + n; i++) {
+        uint32_t &       known = neurons.checksum_of(b, i, stream);
+        const byte_check check = check_for(state, known);
+        const uint8_t *  data  = b.home + i * b.record_bytes + stream.base;
+        if (check == byte_check::none || check_bytes(check, known, check == byte_check::refuse ? 0 : checksum(data, stream.bytes))) {
+            continue;
+        }
+        fail_bytes(*b.file, b.name, b.offset + i * stream.stride + stream.base, stream.bytes, known);
+        return false;
     }
     return true;
 }
@@ -664,7 +722,8 @@ bool llama_flash_session::read_neurons() {
 llama_flash_requirements llama_flash_session::requirements() const {
     llama_flash_requirements q = {};
     for (const auto & t : tensors) {
-        (t.is_experts ? q.n_expert_tensors : q.n_panel_tensors)++;
+        q.n_expert_tensors += t.is_experts;
+        q.n_panel_tensors += !t.is_experts && !t.only_rows;
     }
     uint64_t every = 0;
     for (const auto & r : records) {
@@ -682,7 +741,7 @@ llama_flash_requirements llama_flash_session::requirements() const {
         q.neuron_record = std::max<uint64_t>(q.neuron_record, b.cached_bytes);
         every += std::max<uint64_t>(b.tensor_bytes(), b.n_neurons * (slot_bytes_of(bundles) + 64)) + 4 * FLASH_SECTOR;
     }
-    q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false) + neuron_minimum();
+    q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false) + neuron_minimum() + rows.memory_bytes();
     q.max_memory = q.min_memory + every + 4 * HUGE_PAGE + tensors.size() * 2 * FLASH_SECTOR;
     return q;
 }
@@ -718,6 +777,7 @@ void llama_flash_session::drop_all() {
     slot_fresh.clear();
     homes.clear();
     ring_memory = mapping();
+    rows.memory = mapping();
     memory      = {};
     resizing    = {};
     neurons.configure(0, 0, 0, nullptr, nullptr, 0);
@@ -732,7 +792,6 @@ void llama_flash_session::drop_all() {
 }
 
 int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err) {
-    std::lock_guard<std::mutex> lock(mutex);
     if (!bound) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "set_memory before bind_end");
     }
@@ -746,7 +805,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
 
     memory.total       = bytes;
     memory.bookkeeping = bookkeeping_bytes() + neuron_bookkeeping();
-    uint64_t left      = bytes - bookkeeping_bytes() - neuron_minimum();
+    uint64_t left      = bytes - bookkeeping_bytes() - neuron_minimum() - rows.memory_bytes();
 
     // rings: their minimum, and of the rest up to an eighth each, enough to keep the device busy while a wave computes
     const bool     everything = bytes >= need.max_memory;
@@ -773,7 +832,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
             }
             return e.code;
         }
-        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused memory for neurons");
+        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused memory for neurons%s", limits_of(ENOMEM).c_str());
     }
     left -= neuron_most;
 
@@ -802,7 +861,8 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         if (t.n_pinned > 0) {
             if (!make_home(t, pinned)) {
                 drop_all();
-                return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for pinned panels", (unsigned long long) pinned);
+                return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for pinned panels%s", (unsigned long long) pinned,
+                                  limits_of(ENOMEM).c_str());
             }
             memory.pinned += pinned;
             memory.n_pinned += t.n_pinned;
@@ -817,7 +877,8 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         slot_memory.push_back(mapping::allocate((size_t) all_experts[c] * class_bytes[c], (size_t) n * class_bytes[c]));
         if (n && !slot_memory.back().data) {
             drop_all();
-            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for slots", (unsigned long long) n * class_bytes[c]);
+            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for slots%s", (unsigned long long) n * class_bytes[c],
+                              limits_of(ENOMEM).c_str());
         }
         for (uint32_t i = 0; i < n; i++) {
             slot_data.push_back(slot_memory.back().data + (size_t) i * class_bytes[c]);
@@ -832,8 +893,18 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
         ring_memory = mapping::allocate(memory.stream);
         if (!ring_memory.data) {
             drop_all();
-            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for the ring", (unsigned long long) memory.stream);
+            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for the ring%s", (unsigned long long) memory.stream,
+                              limits_of(ENOMEM).c_str());
         }
+    }
+    if (rows.rows) {
+        rows.memory = mapping::allocate(rows.memory_bytes());
+        if (!rows.memory.data) {
+            drop_all();
+            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for rows of tables%s",
+                              (unsigned long long) rows.memory_bytes(), limits_of(ENOMEM).c_str());
+        }
+        memory.stream += rows.memory_bytes();
     }
     expert_ring.configure(ring_memory.data, expert_ring_bytes, 4096);
     panel_ring.configure(ring_memory.data ? ring_memory.data + expert_ring_bytes : nullptr, panel_ring_bytes, 4096);
@@ -950,7 +1021,7 @@ void llama_flash_session::fail_read(const flash_file & file, const std::string &
 }
 
 void llama_flash_session::begin_op(const std::string & tensor) {
-    mutex.lock();
+    op.lock     = session_lock(*this);
     op.begin_ns = flash_now_ns();
     op.stamp++;
     op.checked = nullptr;
@@ -959,8 +1030,6 @@ void llama_flash_session::begin_op(const std::string & tensor) {
     stats.ops++;
     if (memory.total == 0) {
         fail_op(LLAMA_FLASH_E_INVALID, tensor, "the session has no memory: call llama_flash_session_set_memory before decoding");
-    } else if (forked()) {
-        fail_op(LLAMA_FLASH_E_INVALID, tensor, "a model with weights on flash does not survive a fork: load it in the child");
     } else if (resizing.active && !failed()) {
         resize_step(op.begin_ns + RESIZE_NS);
     }
@@ -969,7 +1038,7 @@ void llama_flash_session::begin_op(const std::string & tensor) {
 
 void llama_flash_session::end_op() {
     stats.op_ns += (uint64_t) (flash_now_ns() - op.begin_ns);
-    mutex.unlock();
+    const session_lock ended = std::move(op.lock);
 }
 
 void llama_flash_session::fail_op(int32_t code, const std::string & tensor, const char * what) {
@@ -1004,29 +1073,43 @@ bool llama_flash_session::check_file(const flash_file & file, const std::string 
     if (&file == op.checked) {
         return true;
     }
-    if (file.unchanged()) {
+    if (file.look() != file_state::changed) { // what only may have changed is checked when it has arrived
         op.checked = &file;
         return true;
     }
     file_changed = true;
-    fail_read(file, tensor, ESTALE, offset, size, "the file changed since it was loaded: load the model again");
+    fail_read(file, tensor, ESTALE, offset, size, why_not_read(ESTALE));
     return false;
 }
 
+void llama_flash_session::fail_bytes(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size, uint32_t known) {
+    file_changed = true;
+    fail_read(file, tensor, ESTALE, offset, size,
+              known ? "the file changed since it was loaded, though its modification time was put back: load the model again"
+                    : "the file may have changed since it was loaded (its status time did, its modification time did not), and these bytes were "
+                      "not read before: load the model again");
+}
+
+bool llama_flash_session::check_record(flash_record & r) {
+    return r.check == byte_check::none || check_record(r, r.check == byte_check::refuse ? 0 : checksum(r.data, r.bytes));
+}
+
+bool llama_flash_session::check_record(flash_record & r, uint32_t sum) {
+    const flash_tensor & t = tensors[r.tensor];
+    if (!check_bytes(r.check, r.checksum, sum)) {
+        fail_bytes(*t.file, t.name, r.offset, r.bytes, r.checksum);
+        return false;
+    }
+    r.check = byte_check::none;
+    return true;
+}
+
 int32_t llama_flash_session::take_error(llama_flash_error * err) {
-    std::lock_guard<std::mutex> lock(mutex);
     if (!failed()) {
         if (err) {
             *err = {};
         }
         return LLAMA_FLASH_OK;
-    }
-    if (forked()) { // the reads under way are the parent's
-        if (err) {
-            *err = error;
-        }
-        has_failed = false;
-        return error.code;
     }
     // reads still under way belong to the call that failed: their errors must not meet the next one
     while (!reads->idle()) {
@@ -1080,6 +1163,7 @@ void llama_flash_session::fetch(uint32_t index) {
 
 void llama_flash_session::forget(flash_record & r) {
     r.state   = record_state::absent;
+    r.check   = byte_check::none;
     r.place   = record_place::none;
     r.data    = nullptr;
     r.index   = -1;
@@ -1109,10 +1193,29 @@ void llama_flash_session::drop_ring(ring & ring) {
 }
 
 bool llama_flash_session::settle_reads(bool wait) {
-    reader::done done;
-    bool         any = false;
-    while (reads->next(done, wait && !any)) {
-        any = true;
+    ended.clear();
+    for (reader::done done; reads->next(done, wait && ended.empty());) {
+        ended.push_back(done);
+    }
+    const flash_file * looked = nullptr; // after all of its reads had ended
+    file_state         state  = file_state::same;
+    for (reader::done & done : ended) {
+        if (done.file != looked) {
+            looked = done.file;
+            state  = looked->look();
+        }
+        if (done.error == 0 && state == file_state::changed) {
+            done.error   = ESTALE;
+            file_changed = true;
+        }
+        if (done.tag == ROWS_TAG) {
+            rows.pending--;
+            rows.state = std::max(rows.state, state);
+            if (done.error != 0) {
+                fail_read(*done.file, rows.table, done.error, done.error_offset, rows.bytes, why_not_read(done.error));
+            }
+            continue;
+        }
         if (done.tag & neuron_store::TAG) {
             const flash_bundle * b = done.tag == PINNED_TAG ? nullptr : neurons.bundle_of(done.tag & ~neuron_store::TAG);
             if (b && done.error != 0 && neurons.nobody_asked(done.tag & ~neuron_store::TAG)) {
@@ -1121,7 +1224,7 @@ bool llama_flash_session::settle_reads(bool wait) {
                 fail_read(*done.file, b ? b->name : "ffn_bundle", done.error, done.error_offset, b ? b->record_bytes : 0, why_not_read(done.error));
             }
             if (b) {
-                neurons.arrived(done.tag & ~neuron_store::TAG, done.error != 0);
+                neurons.arrived(done.tag & ~neuron_store::TAG, done.error != 0, state);
             }
             continue;
         }
@@ -1129,15 +1232,24 @@ bool llama_flash_session::settle_reads(bool wait) {
         if (r.place == record_place::slot) {
             cache.set_reading(r.index, false);
         }
-        if (done.error == 0) {
-            if (r.place == record_place::pinned) {
-                continue; // set_memory goes on from here
+        const flash_tensor & t = tensors[r.tensor];
+        if (r.place == record_place::pinned && done.error == 0) { // all of the tensor's at once; set_memory goes on from here
+            for (uint32_t i = t.first_record; i < t.first_record + t.n_pinned; i++) {
+                records[i].check = check_for(state, records[i].checksum);
+                if (!check_record(records[i])) {
+                    break;
+                }
             }
-            r.state = tensors[r.tensor].kernel.extra ? record_state::raw : record_state::ready;
             continue;
         }
-        const flash_tensor & t = tensors[r.tensor];
-        if (r.warmed) {
+        r.check = check_for(state, r.checksum);
+        if (done.error == 0 && r.check != byte_check::refuse) {
+            r.state = t.kernel.extra ? record_state::raw : record_state::ready;
+            continue;
+        }
+        if (done.error == 0 && !r.warmed) {
+            fail_bytes(*t.file, t.name, r.offset, r.bytes, 0);
+        } else if (r.warmed) {
             stats.errors++;
         } else {
             fail_read(*t.file, t.name, done.error, done.error_offset, r.bytes, why_not_read(done.error));
@@ -1154,5 +1266,5 @@ bool llama_flash_session::settle_reads(bool wait) {
     stats.bytes_read = reads->bytes;
     stats.reads      = reads->reads;
     stats.retries    = reads->retries;
-    return any || !reads->idle();
+    return !ended.empty() || !reads->idle();
 }

@@ -1,7 +1,8 @@
 // The flash tensors of one model: what is bound, where each record is, and what the memory given is used for.
 //
-// Locking: `mutex` is held from the begin to the end of a flash op (by the pool's thread 0) and by every call that changes the
-// session. Whatever is written under it by thread 0 is read by the pool's other threads after a ggml_barrier.
+// Locking: session_lock is held from the begin to the end of a flash op (by the pool's thread 0) and during every call of the C
+// interface, which takes it (with_session); the functions below expect it to be held. Whatever is written under it by thread 0 is read
+// by the pool's other threads after a ggml_barrier.
 #pragma once
 
 #include "bundle.h"
@@ -14,7 +15,9 @@
 #include "reader.h"
 #include "ring.h"
 #include "router.h"
+#include "rows.h"
 #include "shadow.h"
+#include "status.h"
 #include "trace.h"
 
 #include "ggml.h"
@@ -25,7 +28,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <sys/types.h>
 #include <unordered_map>
 #include <vector>
 
@@ -58,8 +60,10 @@ struct flash_record {
     uint32_t     row;          // first row of the matrix (panels)
     uint32_t     rows;
     int32_t      index;        // slot or ring entry
+    uint32_t     checksum;     // of its bytes in the file; 0: none is kept
     record_place place;
     record_state state;
+    byte_check   check;        // to be done before it is computed on
     bool         fetched;      // read for an op that has not asked for it yet
     bool         warmed;       // read by warm() or ahead of a router, and no op has asked for it yet
 };
@@ -80,15 +84,35 @@ struct flash_tensor {
     uint8_t *          home;         // panels: reserved addresses, congruent with offset
     int32_t            home_memory;  // in session::homes, if there is a home
     bool               is_experts;
+    bool               by_rows;      // rows are picked by number
+    bool               only_rows;    // and nothing else is done: it has no records
+    std::vector<uint32_t> row_checksums; // by row, of its first read; 0: it was not read yet
     bool               same_input;   // experts: of its layer's first tensor, as was seen in the pass before
 };
+
+// The only way to a session's mutex. In a child (fork) of the process that has made the session it is not locked, and false: the mutex
+// may be in the hands of a thread that is there in the parent only, and what it guards may be half changed for ever.
+class session_lock {
+  public:
+    session_lock() = default;
+    explicit session_lock(const llama_flash_session & session);
+
+    explicit operator bool() const { return lock.owns_lock(); }
+
+  private:
+    std::unique_lock<std::mutex> lock;
+};
+
+// what is wrong where session_lock is false
+constexpr const char * FORKED = "this process is a child (fork) of the one that has loaded the model, and cannot use it: load the model in "
+                                "a child that was started anew (spawn)";
 
 struct llama_flash_session {
     // life
 
     static llama_flash_session * create(const llama_flash_params & params, llama_flash_error * err);
     void ref() { refs++; }
-    void unref(); // deletes with the last reference
+    void unref(); // deletes with the last reference; in a forked child it closes files and leaves the rest as it is
 
     // binding (buffer_type.cpp calls these while the model loads)
 
@@ -101,6 +125,7 @@ struct llama_flash_session {
         return it == by_address.end() ? nullptr : &tensors[it->second];
     }
 
+    int32_t add_rows(const char * name, bool only, llama_flash_error * err);
     int32_t add_bundle(const llama_flash_bundle & description, llama_flash_error * err);
 
     // the bundle whose part has these addresses
@@ -146,9 +171,9 @@ struct llama_flash_session {
 
     int32_t take_error(llama_flash_error * err);
 
-    // ops (mul_mat.cpp, ffn.cpp): thread 0 only, under the mutex
+    // ops (mul_mat.cpp, ffn.cpp): thread 0 only, under the lock
 
-    void begin_op(const std::string & tensor); // takes the mutex; may fail
+    void begin_op(const std::string & tensor); // takes the lock; may fail
     void end_op();                             // gives it back
     void fail_op(int32_t code, const std::string & tensor, const char * what);
     bool wait_for_reads();                     // false: none was under way
@@ -161,14 +186,17 @@ struct llama_flash_session {
     void      fail(const llama_flash_error & e);
     bool      check_file(const flash_record & wanted); // false (and failed) if its file changed since it was bound
     bool      check_file(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size);
+    bool      check_record(flash_record & r);  // does r.check; false (and failed): its bytes are not what they were
+    bool      check_record(flash_record & r, uint32_t sum);
+    // bytes are not those that were read before; known: their checksum then, 0: they were not, so that nobody can tell
+    void      fail_bytes(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size, uint32_t known);
 
-    bool forked() const; // this process is a child of the one that made the session
+    bool forked() const; // this process is a child of the one that made the session; costs no system call
 
     bool failed() const { return has_failed.load(std::memory_order_acquire); }
 
     // state
 
-    mutable std::mutex       mutex;
     std::atomic<uint32_t>    refs{ 1 };
     std::atomic<bool>        has_failed{ false };
     llama_flash_error        error  = {};
@@ -178,12 +206,13 @@ struct llama_flash_session {
     bool                     bound  = false;
     bool                     file_changed = false; // seen during the call that has failed
 
-    pid_t                                    pid = 0;
+    uint64_t                                 process = 0; // forks between this program's begin and the process that made the session
     std::unique_ptr<weight_loader>           loader; // until end_binding
     std::vector<std::unique_ptr<flash_file>> files;
     std::vector<flash_tensor>                tensors;
     std::vector<flash_record>                records;
     std::unordered_map<const void *, size_t> by_address;
+    std::unordered_map<std::string, bool>    row_names;   // tables whose rows are picked by number; true: only that
     std::vector<std::vector<uint32_t>>       groups;      // tensors by group
     std::vector<uint32_t>                    class_bytes;   // slot size by class
     std::vector<uint32_t>                    class_tensors; // how many tensors share it
@@ -204,6 +233,7 @@ struct llama_flash_session {
 
     // the op in progress, see mul_mat.cpp
     struct op_state {
+        session_lock              lock;
         uint64_t                  stamp = 0;
         const flash_file *        checked = nullptr; // known to be unchanged, for this op
         const flash_record *      read    = nullptr; // a record of the op's tensor that it has waited for
@@ -219,6 +249,10 @@ struct llama_flash_session {
         std::vector<uint32_t>     distinct;
         std::atomic<int64_t>      repack_next{ 0 };
         std::vector<int64_t>      repack_ends; // running count of row groups in `arrived`
+        std::vector<uint32_t>     checking; // records of this wave whose bytes are to be checked
+        std::vector<int64_t>      check_ends; // running count of pieces in `checking`
+        std::vector<uint32_t>     check_sums; // of their pieces
+        std::atomic<int64_t>      check_next{ 0 };
         std::vector<std::pair<uint8_t *, uint8_t *>> fresh; // in a huge page each: what is to be read to for the first time
         std::atomic<size_t>       fresh_next{ 0 };
         bool                      any  = false; // the wave has something to compute
@@ -277,16 +311,25 @@ struct llama_flash_session {
     mapping                    neuron_ring_memory;
     std::vector<mapping>       neuron_homes; // resident parts and pinned records
 
+    row_buffer rows; // of what is picked by number
+
     // order in which panels are streamed
     std::vector<uint32_t> panel_order;       // unpinned panel records in order of use
     bool                  panel_order_known = false;
     size_t                panel_next        = 0; // next to fetch
 
+    std::vector<reader::done> ended; // of settle_reads
+
     std::unique_ptr<reader> reads; // after the memory it writes to: destroyed (drained) first
 
   private:
+    friend class session_lock;
+
     llama_flash_session() = default;
-    ~llama_flash_session();
+    ~llama_flash_session() = default;
+
+    mutable std::mutex mutex;
+
 
     int32_t  make_records(llama_flash_error * err);
     const flash_file * file_of(int fd);
@@ -300,6 +343,7 @@ struct llama_flash_session {
     uint64_t neuron_minimum() const;
     bool     give_neurons_memory(uint64_t bytes, uint64_t spare);
     bool     read_neurons();
+    bool     check_pinned(const flash_bundle & b, uint32_t first, uint32_t n);
     uint64_t panel_span() const;
     std::vector<uint32_t> expert_slots_in(uint64_t bytes) const;
     bool     make_home(flash_tensor & t, uint64_t least);
@@ -326,3 +370,14 @@ size_t   slot_bytes_of(const std::vector<flash_bundle> & bundles); // of a neuro
 uint64_t n_neurons_of(const std::vector<flash_bundle> & bundles);
 
 int64_t flash_now_ns();
+
+// What calls of the C interface are made of: f(), which returns a code, under the session's lock. call: its name, for errors.
+template <typename F> int32_t with_session(const llama_flash_session * session, const char * call, llama_flash_error * err, F f) {
+    if (!session) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "%s: no session", call);
+    }
+    return guarded(err, [&] {
+        const session_lock lock(*session);
+        return lock ? f() : flash_fail(err, LLAMA_FLASH_E_INVALID, "%s: %s", call, FORKED);
+    });
+}

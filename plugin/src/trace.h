@@ -1,5 +1,5 @@
 // What ops ask of the cache, in the order in which they ask, for whoever wants to know: a bounded buffer that is drained between
-// decodes. Under the session's mutex.
+// decodes. Under the session's lock.
 #pragma once
 
 #include "llama_flash.h"

@@ -11,10 +11,6 @@ constexpr uint64_t NEURON     = 1ull << 63; // ids of neurons; else of records
 constexpr uint64_t WARM_BYTES = 4u << 20;   // of one call
 
 uint64_t llama_flash_session::hot(uint64_t * ids, uint64_t capacity) const {
-    if (forked()) {
-        return 0; // the mutex may be another thread's, that there is only in the parent
-    }
-    std::lock_guard<std::mutex>              lock(mutex);
     std::vector<std::pair<double, uint64_t>> found;
     for (uint32_t i = 0; i < records.size(); i++) {
         if (records[i].place == record_place::slot && std::isfinite(cache.score(i))) { // else read ahead for nobody
@@ -33,9 +29,8 @@ uint64_t llama_flash_session::hot(uint64_t * ids, uint64_t capacity) const {
 }
 
 int32_t llama_flash_session::warm(const uint64_t * ids, uint64_t n, uint64_t & done, llama_flash_error * err) {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (memory.total == 0 || forked()) {
-        return flash_fail(err, LLAMA_FLASH_E_INVALID, "warm: before set_memory, or in a child of the process that loaded the model");
+    if (memory.total == 0) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "warm: before set_memory");
     }
     done = n;
     if (failed()) {

@@ -236,14 +236,20 @@ void reads_outlive_the_thread_that_asked_for_them(llama_flash_io_engine engine) 
 void a_changed_file_is_noticed() {
     temporary_file source(FILE_BYTES);
     auto           file = reopen(source.fd);
-    CHECK(file->unchanged(), "nothing happened to it");
+    CHECK(file->look() == file_state::same, "nothing happened to it");
     struct stat st;
     fstat(source.fd, &st);
-    const timespec other[2] = { st.st_atim, { st.st_mtim.tv_sec - 1, 0 } };
-    CHECK(futimens(source.fd, other) == 0 && !file->unchanged(), "another time stamp");
+    usleep(20000); // times are as coarse as the kernel's ticks
+    CHECK(fchmod(source.fd, 0400) == 0 && file->look() == file_state::touched && file->look() == file_state::touched, "another mode");
+    usleep(20000);
     const timespec same[2] = { st.st_atim, st.st_mtim };
-    CHECK(futimens(source.fd, same) == 0 && file->unchanged(), "as it was");
-    CHECK(ftruncate(source.fd, FILE_BYTES - 1) == 0 && futimens(source.fd, same) == 0 && !file->unchanged(), "a byte less");
+    CHECK(futimens(source.fd, same) == 0 && file->look() == file_state::doubtful, "times were put back, nobody knows after what");
+    usleep(20000);
+    CHECK(fchmod(source.fd, 0600) == 0 && file->look() == file_state::doubtful, "another mode makes nothing certain again");
+    const timespec other[2] = { st.st_atim, { st.st_mtim.tv_sec - 1, 0 } };
+    CHECK(futimens(source.fd, other) == 0 && file->look() == file_state::changed, "another time stamp");
+    CHECK(futimens(source.fd, same) == 0 && file->look() == file_state::doubtful, "as it was, as far as one can see");
+    CHECK(ftruncate(source.fd, FILE_BYTES - 1) == 0 && futimens(source.fd, same) == 0 && file->look() == file_state::changed, "a byte less");
 }
 
 bool available(llama_flash_io_engine engine) {

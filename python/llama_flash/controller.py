@@ -27,6 +27,7 @@ from typing import Literal, Protocol
 from .budget import Room, held_by_process, rooms
 from .cgroup import Controller as Group
 from .cgroup import Gauge, PressureWatch, memory_controller
+from .limits import threads_hint
 from .sizes import format_size
 from .status import StatusFile
 
@@ -283,9 +284,15 @@ class Controller:
         """Under the lock."""
         if self._stopping or (self._thread is not None and self._thread.is_alive()):
             return
-        self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name="llama-flash", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="llama-flash", daemon=True)
+        try:
+            self._called = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            thread.start()
+        except (OSError, RuntimeError) as error:  # the models run, each with the memory that it was given
+            self._close_files()
+            logger.warning("llama-flash: memory limits are not followed: %s (%s)", error, threads_hint())
+            return
+        self._thread = thread
 
     def _call(self) -> None:
         self._news = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,9 @@ __all__ = [
     "SkippedArray",
     "TensorInfo",
     "check_is_model",
+    "check_vocabulary",
     "claims_wide_heads",
+    "kind_of_file",
     "read_gguf",
     "shard_paths",
 ]
@@ -158,14 +161,51 @@ def shard_paths(path: str | os.PathLike[str]) -> list[Path]:
     return shards
 
 
+def kind_of_file(path: str | os.PathLike[str]) -> str:
+    """What is at `path` where that is no ordinary file: "a folder", "a pipe (FIFO)", ...; else "".
+
+    Opening a pipe would wait for somebody to write to it. Raises OSError: there is nothing, or it cannot be looked at.
+    """
+    mode = os.stat(path).st_mode
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe (FIFO)"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "")
+
+
+def check_vocabulary(meta: GgufMeta, *, text: bool = True) -> None:
+    """Refuses a model without a vocabulary, which the engine ends the process for.
+
+    text: it is to take or give text; else only what the engine cannot even load is refused.
+
+    Raises FlashFormatError.
+    """
+    file, kind = meta.files[0], meta.values.get("tokenizer.ggml.model")
+    if kind is None:
+        raise FlashFormatError(
+            f"{file}: has no vocabulary (the key tokenizer.ggml.model is missing): the engine cannot load it; convert "
+            "the model again, with its tokenizer"
+        )
+    if kind == "none" and text:
+        raise FlashFormatError(
+            f"{file}: has no vocabulary (tokenizer.ggml.model is none), so it takes tokens and no text; in Python "
+            "Llama.eval and Llama.generate do that"
+        )
+
+
 def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     """Reads key-values and tensor infos of the model that begins with file `path`.
 
     What only the engine can judge (whether it knows the architecture, whether all tensors are there) is not judged
-    here: see model_check.py.
+    here: see dry_run.check_model.
 
     Raises:
-        FlashFormatError: not GGUF, damaged, cut off within head or data, shards missing, or not the first shard.
+        FlashFormatError: not GGUF, no ordinary file, damaged, cut off within head or data, shards missing, or not the
+            first shard.
         OSError: if a file cannot be read.
     """
     files = [Path(path)]
@@ -175,6 +215,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     file_bytes = 0
     for index in range(_MOST_SHARDS):
         file = files[index]
+        if kind := kind_of_file(file):
+            raise FlashFormatError(f"{file}: {kind}, not a GGUF file")
         with file.open("rb", buffering=1 << 18) as stream:
             size = os.fstat(stream.fileno()).st_size
             try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import sys
@@ -28,8 +29,16 @@ from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, check_is_model, claims_wide_heads, read_gguf
+from .gguf_meta import (
+    GgufMeta,
+    check_is_model,
+    check_vocabulary,
+    claims_wide_heads,
+    kind_of_file,
+    read_gguf,
+)
 from .history import History
+from .limits import check_addresses, check_threads, explain_files
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
 from .profiles import recall
@@ -141,12 +150,14 @@ def open_session(
     Raises:
         FlashBudgetError: the budget cannot work.
         FlashFormatError: not a GGUF file, shards missing, neuron bundles that contradict themselves; with flash offload
-            off: a file with neuron bundles, which cannot be loaded without.
+            off: no file at all (a folder, a pipe), or one with neuron bundles, which cannot be loaded without.
         FlashError: the plugin is missing.
         TypeError, ValueError: see FlashOffload.
     """
     options = FlashOffload.coerce(flash_offload)
     if options is None:
+        if kind := kind_of_file(model_path):  # of which the engine would wait for the writer
+            raise FlashFormatError(f"{model_path}: {kind}, not a GGUF file")
         if not model_params.vocab_only and holds_bundles(model_path):
             raise FlashFormatError(
                 f"{model_path} holds neuron bundles: load it with flash_offload=True, or convert it back with "
@@ -217,6 +228,7 @@ class FlashSession:
                 from .dry_run import check_model  # which needs this module
 
                 check_model(model_path)
+        check_vocabulary(self.meta, text=False)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
             logger.warning(
@@ -239,11 +251,15 @@ class FlashSession:
             self.plan = replace(self.plan, mode="nothing", tensors=())
         if self.plan.mode == "nothing":
             return
+        needs = self.memory
+        stacks = self._n_threads() * (8 << 20)
+        check_addresses(needs.weights + needs.kv + needs.compute + needs.outputs + self.plan.flash_bytes + stacks)
         import llama_cpp
 
         if model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_MLOCK, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
             logger.warning("use_mlock has no effect together with flash_offload")
         model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_DIRECT_IO
+        model_params.lazy_mode = llama_cpp.LLAMA_LAZY_MODE_OFF  # tables that would be mapped go to flash
         if self.plan.mode == "flash":
             self._open()
             self._override(model_params)
@@ -252,14 +268,16 @@ class FlashSession:
 
     def _make_plan(self) -> Plan:
         try:
-            return make_plan(self.meta, self.options, self.budget, self._shape(), self._base)
-        except FlashBudgetError as error:
+            return make_plan(self.meta, self.options, self.budget, self._shape(), self._base - engine.settled())
+        except FlashBudgetError as refused:
             if Controller.of_process().squeeze():  # other models have more than they need
                 self._base = held_by_all(self)
                 return self._make_plan()
             from . import planner  # which needs this module
 
-            raise planner.smallest_budget_of(self.meta, self.options, self._shape(), self._base, error) from None
+            held = functools.partial(held_by_all, self)
+            new = planner.smallest_budget_of(self.meta, self.options, self.budget, self._shape(), held, refused)
+            raise new from None
 
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
@@ -274,6 +292,8 @@ class FlashSession:
         if not self._handle:
             engine.raise_error(error)
         _live.add(self)
+        for name, only in self.plan.tables.items():
+            self._call("llama_flash_session_add_rows", name.encode(), only)
         for bundle in self.plan.bundles.descriptions() if self.plan.bundles else ():
             self._call("llama_flash_session_add_bundle", ctypes.byref(bundle))
 
@@ -308,6 +328,7 @@ class FlashSession:
             finally:
                 with contextlib.suppress(FlashError):  # what is missing is so because the engine stopped
                     self._call("llama_flash_session_bind_end")
+            explain_files(failure, self.meta.files)
             raise
         else:
             self._call("llama_flash_session_bind_end")
@@ -360,6 +381,7 @@ class FlashSession:
             with contextlib.suppress(OSError):  # the file is gone already
                 self._hot_mark = hot.fingerprint(self.meta.files, self._layout())
             Controller.of_process().join(self)
+        check_threads(self._n_threads())
 
     def _divide(self) -> None:
         left = self.budget.total - self.memory.total
@@ -526,6 +548,7 @@ class FlashSession:
             FlashError: the session does not follow limits (`follow=False`), or has nothing on flash.
             ValueError: not a budget.
         """
+        self._check_process()
         replace(self.options, dram_budget=dram_budget)  # checks it
         if self._handle is None or not self.options.follow:
             raise FlashError("there is no flash memory to be moved: everything is resident, or follow=False")
@@ -600,7 +623,12 @@ class FlashSession:
         return self._requirements()
 
     def before_call(self) -> None:
-        """Before each llama_decode or llama_encode."""
+        """Before each llama_decode or llama_encode.
+
+        Raises:
+            FlashError: the process is a child of the one that has loaded the model.
+        """
+        self._check_process()
         self.history.begin()
 
     def after_call(self, n_tokens: int) -> None:
@@ -609,6 +637,7 @@ class FlashSession:
         Raises:
             FlashReadError: a read failed during the call. Its results are void; the model can be used again.
         """
+        self._check_process()
         before = self._progress
         raw = None if self._handle is None else self._raw()
         self.history.end(n_tokens, raw)
@@ -630,7 +659,7 @@ class FlashSession:
             return self._final
         progress = self._progress
         now, in_use, io_engine = progress.seen, 0, "none"
-        if self._handle is not None:
+        if self._handle is not None and not self._forked:
             raw = self._raw()
             now, in_use, io_engine = Counters.from_struct(raw), raw.resident_bytes, _IO_NAMES.get(raw.io_engine, "?")
         done = progress.prompt + progress.decode
@@ -693,10 +722,10 @@ class FlashSession:
             return
         Controller.of_process().end_load(self)
         Controller.of_process().leave(self)
-        if self._in_use:
+        if self._in_use and not self._forked:  # the threads that used it are the parent's
             self._close_later = True
             return
-        if not sys.is_finalizing() and self._pid == os.getpid():  # at the end of the interpreter it was done before
+        if not sys.is_finalizing() and not self._forked:  # at the end of the interpreter it was done before
             self._keep_hot()
             self._keep_usage()
         self._final = self.stats()
@@ -707,6 +736,21 @@ class FlashSession:
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             self.close()
+
+    @property
+    def _forked(self) -> bool:
+        """The process is a child of the one that has loaded the model."""
+        return self._pid != os.getpid()
+
+    def _check_process(self) -> None:
+        if self._handle is not None and self._forked:
+            raise FlashError(
+                f"{self._path}: this process is a child (fork) of the one that has loaded the model, and cannot use "
+                "it: load the model in a child that was started anew (multiprocessing's start method spawn)"
+            )
+
+    def _n_threads(self) -> int:
+        return max(1, int(self._context_params.n_threads), int(self._context_params.n_threads_batch))
 
     def _shape(self) -> ContextShape:
         context = self._context_params
@@ -795,7 +839,7 @@ class FlashSession:
 @atexit.register
 def _keep_all() -> None:
     for session in list(_live):
-        if session._handle is not None and session._pid == os.getpid():
+        if session._handle is not None and not session._forked:
             session._keep_hot()
             session._keep_usage()
 
