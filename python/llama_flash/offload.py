@@ -30,7 +30,14 @@ from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, check_is_model, check_vocabulary, kind_of_file, read_gguf
+from .gguf_meta import (
+    GgufMeta,
+    check_is_model,
+    check_vocabulary,
+    claims_wide_heads,
+    kind_of_file,
+    read_gguf,
+)
 from .history import History
 from .limits import check_addresses, check_threads, explain_files
 from .options import FlashOffload
@@ -218,6 +225,10 @@ class FlashSession:
         self.meta: GgufMeta = read_gguf(model_path)
         if not model_params.vocab_only:
             check_is_model(self.meta)
+            if claims_wide_heads(self.meta):
+                from .dry_run import check_model  # which needs this module
+
+                check_model(model_path)
         check_vocabulary(self.meta, text=False)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
