@@ -35,8 +35,8 @@ lint: build  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-sanitize: build  ## engine and plugin under ASan, UBSan and TSan
-	@$(BIN)/python $(ENGINE)/sanitize.py
+sanitize: build  ## engine and plugin under ASan, UBSan and TSan (ARGS="--kind address", and pytest's)
+	@$(BIN)/python $(ENGINE)/sanitize.py $(ARGS)
 
 bench: build  ## the speed table, as JSON and text (ARGS="--help" for its options)
 	$(BIN)/python ci/bench.py $(ARGS)
@@ -45,7 +45,7 @@ reproduce: build  ## the paper's figures and tables on this machine, in build/re
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/python -m pip install --quiet "matplotlib>=3.8"
 	$(BIN)/python ci/reproduce.py $(ARGS)
 
-demo: build  ## a model larger than its memory cap: naive, with flash offload, resident
+demo: build  ## flash offload at work: a chat, and a model twice as large as its memory (ARGS="--help" for its options)
 	$(BIN)/python ci/demo.py $(ARGS)
 
 bindings: build  ## python/llama_flash/_bindings.py from the plugin's header

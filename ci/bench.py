@@ -1,7 +1,8 @@
 """Measures naive, flash offload and resident side by side: `make bench`. Prints tables and writes JSON.
 
 The naive side keeps its weights in the page cache under the same cap, at the machine's readahead and at 128 KiB; the
-better one counts. Every run is a process of its own with the page cache emptied, and decodes the same random tokens.
+better one counts. Every run is a process of its own with the page cache emptied, and decodes the same random tokens, or
+answers the same real prompts (cases "real").
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any
 
 from benchlib import machine, tables
 from benchlib.bookkeeping import count_all
-from benchlib.cases import CASES, LIMITS, MATRIX, WHOLE, Case
+from benchlib.cases import CASES, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
-from benchlib.models import BenchModel
-from benchlib.runs import stop_on_sigterm
+from benchlib.models import BenchModel, InflatedModel
+from benchlib.runs import stop_on_signals
+from realmodel import RealModelError
 from rich.console import Console
 
+from gguf_tools.errors import GgufToolsError
 from gguf_tools.routing import measure as measure_routing
 
 _MODELS = Path(__file__).resolve().parent.parent / "build" / "bench-models"
@@ -31,7 +34,7 @@ _SHIPPED_MOE = Path(__file__).resolve().parent.parent / "python/llama_flash/mode
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    stop_on_sigterm()
+    stop_on_signals()
     console = Console()
     chosen = _chosen(options.cases)
     outcomes: list[Outcome] = []
@@ -50,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("[red]stopped[/]")
         results["stopped"] = True
+    except (RealModelError, GgufToolsError) as error:
+        results["stopped"] = True
+        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
     finally:
         results["outcomes"] = [outcome.to_json() for outcome in outcomes]
         options.out.write_text(json.dumps(results, indent=2, default=str))
@@ -61,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ci/bench.py", description=__doc__)
-    names = ", ".join(case.name for case in (*CASES, *LIMITS, *WHOLE))
+    names = ", ".join(case.name for case in (*CASES, *LIMITS, *REAL, *WHOLE))
     groups = (
-        "naive (flash offload beside naive), limits (beside the physical limit), matrix (of caps), all of these; "
+        "naive (flash offload beside naive), limits (beside the physical limit), "
+        "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
@@ -73,14 +80,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file (default: bench.json)")
     parser.add_argument("--models", type=Path, default=_MODELS, help="folder for the models")
     parser.add_argument("--keep-models", action="store_true", help="do not delete the models at the end")
-    parser.add_argument("--quick", action="store_true", help="models of two layers, one run, no targets worth reading")
+    parser.add_argument(
+        "--quick", action="store_true", help="models of two layers or 1 GB, one run, no targets worth reading"
+    )
     return parser.parse_args(argv)
 
 
 def _chosen(names: str) -> list[Case]:
-    known = {case.name: [case] for case in (*CASES, *LIMITS, *WHOLE)}
-    known |= {"naive": list(CASES), "limits": list(LIMITS), "matrix": list(MATRIX), "all": [*CASES, *LIMITS, *MATRIX]}
-    known |= {"whole": list(WHOLE)}
+    known = {case.name: [case] for case in (*CASES, *LIMITS, *REAL, *WHOLE)}
+    known |= {
+        "naive": list(CASES),
+        "limits": list(LIMITS),
+        "matrix": list(MATRIX),
+        "all": [*CASES, *LIMITS, *REAL, *MATRIX],
+    }
+    known |= {"real": list(REAL), "whole": list(WHOLE)}
     chosen: list[Case] = []
     for name in names.split(","):
         if name not in known:
@@ -106,14 +120,15 @@ def _measure_model(
         console.print(tables.machine_table(results["machine"], rates))
         if model.is_moe:
             with console.status(f"{model.name}: measuring how it routes"):
-                routing = measure_routing(files.flash, n_tokens=100 if options.quick else 400)
+                text = model.text if isinstance(model, InflatedModel) else None
+                routing = measure_routing(files.flash, n_tokens=100 if options.quick else 400, text=text)
             results["routing"][model.name] = asdict(routing)
             console.print(f"routing of {model.name}: {routing}")
         overrides: dict[str, Any] = {"tokens": options.tokens} if options.tokens else {}
         if options.quick:
             overrides |= {"warm_up": 8, "max_seconds": 5.0}
         for case in cases:
-            if options.quick and case.drafts:
+            if options.quick and case.drafts and not isinstance(model, InflatedModel):
                 console.print(f"{case.name}: left out, two layers are less than drafts need at {case.cap_share:.0%}")
                 continue
             settings = [FLASH] if case in MATRIX else settings_of(case, files, naive=options.naive)

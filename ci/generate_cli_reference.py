@@ -30,6 +30,9 @@ HEAD = """\
   error there is none.
 - **Progress** is shown on stderr: a bar on a terminal, else a line every ten seconds.
 - **Completion**: `llama-flash --install-completion` sets it up for the shell it runs in (bash, zsh, fish, PowerShell).
+- **Files** take their names when they are complete. What a command that was killed (`kill -9`) has left half done, the
+  next one that writes the same file removes, and says so; a calibration goes on from it.
+- **Text** is UTF-8, in arguments, files and pipes. A terminal that cannot show a character shows its number.
 - **Environment**: `LLAMA_FLASH_CACHE` is the folder of profiles, warm starts and what plans learn of runs,
   `LLAMA_FLASH_RUNTIME` that of what `top` shows, `LLAMA_FLASH_WARM_START=0` switches warm starts and that learning off.
 

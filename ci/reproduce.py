@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchlib import machine
-from benchlib.runs import stop_on_sigterm
+from benchlib.runs import stop_on_signals
 from reproducelib import figures, ladder, rates, report, windows
 from reproducelib.models import FILES, WHOLE_LAYERS, WHOLE_VOCAB, ReproducedModel
 from reproducelib.rates import Rates
@@ -35,7 +35,7 @@ _PARTS = ("figure2", "figure4", "ladder")
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    stop_on_sigterm()
+    stop_on_signals()
     console = Console(width=None if sys.stdout.isatty() else 200)
     if find_spec("matplotlib") is None:
         console.print("[red]error:[/] matplotlib is missing: pip install 'matplotlib>=3.8' (the extra `reproduce`)")

@@ -31,6 +31,8 @@ from gguf_tools.format import Dimensions, read_flash
 from gguf_tools.observe import Floats, Observation, Observer
 from gguf_tools.progress import count_progress
 from gguf_tools.source import Source, open_gguf, row_count
+from llama_flash.gguf_meta import kind_of_file
+from llama_flash.whole_files import whole_file
 
 Bits = npt.NDArray[np.uint8]  # packed, the first one in the highest bit
 Numbers = npt.NDArray[np.int64]
@@ -167,6 +169,7 @@ def record(
             holds a recording of something else.
         OSError: a file cannot be read or written.
     """
+    excerpts = _excerpts(text)
     source = open_gguf(path)
     dimensions = Dimensions.of(source.values, path)
     vocabulary = source.values.get("tokenizer.ggml.tokens")
@@ -182,11 +185,13 @@ def record(
         n_threads=n_threads,
     )
     try:
-        sequences = _sequences(observer, text, n_ctx, n_tokens)
+        sequences = _sequences(observer, text, excerpts, n_ctx, n_tokens)
         state = _State(_VERSION, fingerprint(source), n_ctx, len(sequences), _hash_of(sequences))
         folder.mkdir(parents=True, exist_ok=True)
         _check_state(folder, state)
         missing = [number for number in range(len(sequences)) if not _sequence_file(folder, number).exists()]
+        if say and len(missing) < len(sequences):
+            say(f"going on with {folder}: {len(sequences) - len(missing)} of {len(sequences)} sequences are recorded")
         what = f"recording {path.name}" if say else None
         with count_progress(what, len(missing) * n_ctx, "tokens") as advance:
             for number in missing:
@@ -219,19 +224,9 @@ def count_bits(active: Bits) -> npt.NDArray[np.uint8]:
     return counts
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file that takes its name only when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sequences(observer: Observer, text: Path, n_ctx: int, n_tokens: int) -> list[list[int]]:
+def _sequences(observer: Observer, text: Path, excerpts: bytes, n_ctx: int, n_tokens: int) -> list[list[int]]:
     """Equally spaced over the text, so that all kinds of text in it have their share; each begins as a prompt does."""
-    tokens, first = observer.tokenize(_excerpts(text)), observer.first_tokens
+    tokens, first = observer.tokenize(excerpts), observer.first_tokens
     length = n_ctx - len(first)
     available = len(tokens) // length
     count = min(available, n_tokens // n_ctx)
@@ -245,17 +240,27 @@ def _sequences(observer: Observer, text: Path, n_ctx: int, n_tokens: int) -> lis
 
 
 def _excerpts(text: Path) -> bytes:
-    """The text, or lines from all over it if it is too long."""
+    """The text, or lines from all over it if it is too long. Raises GgufToolsError where it is no text."""
+    if kind := kind_of_file(text):
+        raise GgufToolsError(f"{kind}, not a text", file=text)
     size = text.stat().st_size
     with text.open("rb") as stream:
         if size <= _LONGEST_TEXT:
-            return stream.read()
-        pieces = []
-        for i in range(_EXCERPTS):
-            stream.seek(i * size // _EXCERPTS)
-            stream.readline(1 << 16)  # the rest of a line
-            pieces.append(stream.read(_LONGEST_TEXT // _EXCERPTS).rpartition(b"\n")[0])
-        return b"\n".join(pieces)
+            found = stream.read()
+        else:
+            pieces = []
+            for i in range(_EXCERPTS):
+                stream.seek(i * size // _EXCERPTS)
+                stream.readline(1 << 16)  # the rest of a line
+                piece = stream.read(_LONGEST_TEXT // _EXCERPTS).rpartition(b"\n")[0]
+                pieces.append(piece.lstrip(bytes(range(0x80, 0xC0))))  # the rest of a character
+            found = b"\n".join(pieces)
+    try:
+        found.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = found[max(0, error.start - 20) : error.start]
+        raise GgufToolsError(f"not UTF-8: 0x{found[error.start]:02x} after {before!r}", file=text) from None
+    return found
 
 
 @dataclass(frozen=True)
@@ -287,7 +292,8 @@ def _read_state(folder: Path) -> _State | None:
 def _check_state(folder: Path, state: _State) -> None:
     stored = _read_state(folder)
     if stored is None:
-        replace_file(folder / _STATE, lambda file: file.write_text(json.dumps(asdict(state), indent=2)))
+        with whole_file(folder / _STATE) as file:
+            file.write(json.dumps(asdict(state), indent=2).encode())
     elif stored != state:
         raise GgufToolsError(
             "holds the activations of another model or text: remove it, or name another folder", file=folder
@@ -306,11 +312,8 @@ def _save(path: Path, seen: dict[int, Observation], n_left: int) -> None:
     if free < needed + _RESERVE:
         raise GgufToolsError(f"needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free", file=path.parent)
 
-    def write(file: Path) -> None:
-        with file.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-
-    replace_file(path, write)
+    with whole_file(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def _narrowed(values: Floats) -> npt.NDArray[np.uint16]:

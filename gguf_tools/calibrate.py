@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from gguf_tools.activations import Recording, Say, record, remove_recording, replace_file
+from gguf_tools.activations import Recording, Say, record, remove_recording
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.fitting import Settings, StoredPredictor, fit
 from gguf_tools.format import ALIGNMENT, Dimensions, PredictorInfo, bias_name, weight_name
@@ -27,6 +27,7 @@ from gguf_tools.progress import count_progress
 from gguf_tools.source import Bytes, KeyValue
 from gguf_tools.sparse_model import SparseModel
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
+from llama_flash.whole_files import whole_file
 
 TOKENS = 20_000
 _VERSION = 1
@@ -182,11 +183,8 @@ def _done(
         arrays |= {"input": found.input, "output": found.output, "bias": found.bias}
         arrays["kinds"] = np.array([int(found.input_kind), int(found.output_kind)])
 
-    def save(partial: Path) -> None:
-        with partial.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-
-    replace_file(file, save)
+    with whole_file(file) as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
     if say:
         say(
             f"layer {il}: {report.active_share:.1%} active, {report.predicted_share:.1%} predicted at rank "

@@ -5,6 +5,7 @@ A command is a function with typer's annotations; `app.command("name")(function)
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Collection, Sequence
@@ -45,6 +46,9 @@ DownType = Annotated[str | None, typer.Option("--down-type", help="Type of down.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Errors that a user can do something about are one line, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed command leaves no partial file
     try:
         app(args=argv)
@@ -149,12 +153,32 @@ def verify(
     epilog="Examples:  [bold]llama-flash inspect flash.gguf[/]   |   [bold]llama-flash inspect model.gguf --json[/]"
 )
 def inspect(model: Input, as_json: AsJson = False) -> None:
-    """List types and sizes, bundles and predictors, and check the file."""
+    """List types and sizes, bundles and predictors, and check the file.
+
+    The exit status is 1 where a load would refuse it: an adapter is listed, too, but is no model.
+    """
     listing = describe(model)
+    refused = _refusal(model)
     if as_json:
-        print_json(asdict(listing))
+        print_json(asdict(listing) | {"refused": refused})
     else:
         print("\n".join(_listing_lines(listing)))
+    if refused is not None:
+        raise GgufToolsError(refused)
+
+
+def _refusal(model: Path) -> str | None:
+    """Why a load would refuse the file; None if it would not."""
+    from llama_flash.dry_run import check_model  # loads the engine
+    from llama_flash.errors import FlashError, FlashFormatError
+
+    try:
+        check_model(model)
+    except FlashFormatError as error:
+        return str(error)
+    except FlashError as error:  # not the file's fault
+        print(f"not tried with the engine: {_printable(str(error))}", file=sys.stderr)
+    return None
 
 
 def _kind(name: str | None) -> GGMLQuantizationType | None:

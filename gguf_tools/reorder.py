@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from gguf_tools.sparse_model import SparseModel
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
 from gguf_tools.types import FLASH, PLAIN_TYPES
 from gguf_tools.windows import newly_active_sets
+from llama_flash.whole_files import temporary_folder
 
 WINDOW = 5
 _ORDINARY_ALIGNMENT = 32
@@ -74,9 +74,9 @@ def reorder(
         raise GgufToolsError(f"the window must not be negative: {window}")
     subject = SparseModel.open(path)
     _check(subject, target, force)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with temporary_folder(target) as folder:
         if activations is None:
-            recording = record(path, Path(str(text)), Path(folder), n_tokens=n_tokens, n_threads=n_threads, say=say)
+            recording = record(path, Path(str(text)), folder, n_tokens=n_tokens, n_threads=n_threads, say=say)
         else:
             recording = open_recording(Path(activations))
             if recording.model != fingerprint(subject.source):

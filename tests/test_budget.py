@@ -20,6 +20,7 @@ from llama_flash.budget import (
     smallest_budget,
 )
 from llama_flash.gguf_meta import GgufMeta, TensorInfo, read_gguf, shard_paths
+from llama_flash.graphs import Graphs, Use
 from llama_flash.placement import ContextShape, make_plan
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -130,22 +131,39 @@ DENSE = {"ffn_up_exps": 0, "ffn_gate_exps": 0, "ffn_down_exps": 0, "ffn_up_shexp
 SHAPE = ContextShape(n_ctx=256, n_batch=64, n_ubatch=64)
 
 
+def told(meta: GgufMeta, shape: ContextShape) -> Graphs:
+    """What the engine would say of `model()`: its graphs pick rows of the embedding and look at parts of attn_kv_b."""
+    uses = {}
+    for name, tensor in meta.tensors.items():
+        multiplied = Use.MUL_MAT_ID if len(tensor.shape) == 3 else Use.MUL_MAT
+        uses[name] = multiplied
+        if name == "token_embd.weight":
+            uses[name] = Use.GET_ROWS
+        elif "norm" in name or "kv_b" in name:
+            uses[name] = Use.OTHER
+        elif "gate_inp" in name:
+            uses[name] |= Use.ROUTES
+    return Graphs(uses, 1 * MIB, 2 * MIB)
+
+
 def kinds(meta: GgufMeta, total: int, what: str = "auto") -> tuple[str, set[str]]:
     budget = Budget(total, RESERVE_MIN, "dram_budget")
-    plan = make_plan(meta, FlashOffload(what=what), budget, SHAPE, 40 * MIB)  # type: ignore[arg-type]
+    plan = make_plan(meta, FlashOffload(what=what), budget, SHAPE, 40 * MIB, told)  # type: ignore[arg-type]
     if plan.mode == "flash":
         assert plan.flash_bytes + plan.resident_bytes == meta.file_bytes
     return plan.mode, {re.sub(r"blk\.\d+\.|\.weight", "", tensor.name) for tensor in plan.tensors}
 
 
 EXPERTS = {"ffn_up_exps", "ffn_gate_exps", "ffn_down_exps"}
+FEED_FORWARD = {"ffn_up_shexp"}
+EVERYTHING = EXPERTS | FEED_FORWARD | {"attn_q", "output", "token_embd"}
 
 
 def test_everything_stays_resident_where_it_fits() -> None:
     assert kinds(model(), 2 * GIB) == ("resident", set())
 
 
-def test_experts_go_first_then_dense_ffn_then_attention_and_output() -> None:
+def test_experts_and_tables_go_first_then_dense_ffn_then_every_other_matrix() -> None:
     meta = model()
     seen = []
     for total in range(600, 100, -5):
@@ -155,23 +173,23 @@ def test_experts_go_first_then_dense_ffn_then_attention_and_output() -> None:
             break
     assert list(dict.fromkeys((mode, len(which)) for mode, which in seen)) == [
         ("resident", 0),
-        ("flash", 3),
         ("flash", 4),
-        ("flash", 6),
+        ("flash", 5),
+        ("flash", 7),
     ]
-    assert seen[-1][1] == EXPERTS | {"ffn_up_shexp", "attn_q", "output"}
+    assert seen[-1][1] == EVERYTHING
 
 
-def test_embeddings_norms_routers_and_mla_stay_resident_whatever_is_asked() -> None:
-    assert kinds(model(), 2 * GIB, "all") == ("flash", EXPERTS | {"ffn_up_shexp", "attn_q", "output"})
-    assert kinds(model(), 2 * GIB, "ffn") == ("flash", EXPERTS | {"ffn_up_shexp"})
+def test_what_is_used_otherwise_than_as_a_matrix_or_a_table_stays_resident_whatever_is_asked() -> None:
+    assert kinds(model(), 2 * GIB, "all") == ("flash", EVERYTHING)
+    assert kinds(model(), 2 * GIB, "ffn") == ("flash", EXPERTS | FEED_FORWARD)
     assert kinds(model(), 2 * GIB, "experts") == ("flash", EXPERTS)
 
 
 def test_a_dense_model_has_no_experts_to_offload() -> None:
     meta = model(**DENSE)
     assert kinds(meta, 2 * GIB, "experts") == ("nothing", set())
-    assert kinds(meta, 2 * GIB, "ffn") == ("flash", {"ffn_up_shexp"})
+    assert kinds(meta, 2 * GIB, "ffn") == ("flash", FEED_FORWARD)
 
 
 def test_too_small_a_budget_is_refused_with_a_number_that_works() -> None:
@@ -189,7 +207,7 @@ def test_too_small_a_budget_is_refused_with_a_number_that_works() -> None:
 def test_a_plan_is_within_its_budget_or_refused(total: int, what: str) -> None:
     budget = Budget(total * MIB, default_reserve(total * MIB), "dram_budget")
     try:
-        plan = make_plan(model(), FlashOffload(what=what), budget, SHAPE, 40 * MIB)  # type: ignore[arg-type]
+        plan = make_plan(model(), FlashOffload(what=what), budget, SHAPE, 40 * MIB, told)  # type: ignore[arg-type]
     except FlashBudgetError as error:
         assert error.smallest > budget.total
         return
@@ -198,7 +216,7 @@ def test_a_plan_is_within_its_budget_or_refused(total: int, what: str) -> None:
 
 def test_patterns_match_the_flash_tensors_and_no_others() -> None:
     meta = model()
-    plan = make_plan(meta, FlashOffload(what="all"), Budget(2 * GIB, 0, "dram_budget"), SHAPE, 0)
+    plan = make_plan(meta, FlashOffload(what="all"), Budget(2 * GIB, 0, "dram_budget"), SHAPE, 0, told)
     patterns = [re.compile(pattern) for pattern in plan.patterns()]
     flash = {tensor.name for tensor in plan.tensors}
     for name in [*meta.tensors, "blk.10.attn_q.weight", "output_norm.weight", "blk.1.attn_q.bias", "xoutput.weight"]:

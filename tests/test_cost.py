@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_budget import DENSE, MIB, SHAPE, model
+from test_budget import DENSE, MIB, SHAPE, model, told
 
 from llama_flash import DeviceProfile, FlashOffload
 from llama_flash.budget import Breakdown, Budget
@@ -31,7 +31,7 @@ def device(rate: float = RATE) -> DeviceProfile:
 
 
 def placed(meta: GgufMeta, what: str = "all") -> Plan:
-    return make_plan(meta, FlashOffload(what=what), Budget(1 << 31, 0, "dram_budget"), SHAPE, 0)  # type: ignore[arg-type]
+    return make_plan(meta, FlashOffload(what=what), Budget(1 << 31, 0, "dram_budget"), SHAPE, 0, told)  # type: ignore[arg-type]
 
 
 def needs(plan: Plan, n_experts: int = 0, n_panels: int = 0) -> Any:

@@ -301,6 +301,15 @@ def test_also_the_long_commands_run_in(page: Path, place: Page) -> None:
         place.run(block)
 
 
+def test_ci_runs_the_two_commands_and_the_tests_last() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Two commands") :]
+    commands = [line.partition("#")[0].split() for line in FENCE.findall(section)[0][1].splitlines()]
+    script = [line.split() for line in (ROOT / ".ci/run").read_text().splitlines()]
+    assert [line[:2] for line in script if line[:1] == ["make"]] == commands
+    assert script[-1] == commands[-1] == ["make", "test"]
+
+
 def anchors(page: Path) -> set[str]:
     """Of headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)

@@ -171,9 +171,10 @@ def test_inspect_refuses_what_a_reader_would_refuse(tool: Tool, model_file: Mode
 
 def test_names_that_are_not_printable_are_shown_escaped(tool: Tool, tmp_path: Path) -> None:
     path = dense_model(arch="a\udc80\x1b[31m").save(tmp_path / "a.gguf")
-    status, out, _ = tool("inspect", path)
-    assert status == 0
+    status, out, err = tool("inspect", path)
+    assert status == 1, "no engine has this architecture"
     assert r"a\udc80\x1b[31m" in out
+    assert "unknown model architecture" in err and "\x1b" not in err
 
 
 @given(record=st.integers(1, 20000), sector=st.sampled_from([512, 4096]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,12 @@ from engines import give_memory, tokens
 from gguf import GGMLQuantizationType
 from llama_cpp import Llama
 from neurons import bundled, write_model
+from test_capped_models import require_caps
 
 import llama_flash
 from gguf_tools.bundle import bundle
 from gguf_tools.synthetic import tiny, write
-from llama_flash import FlashBudgetError, FlashError, FlashFormatError, FlashOffload, _bindings
+from llama_flash import FlashBudgetError, FlashError, FlashFormatError, FlashOffload, _bindings, run_capped
 from llama_flash.budget import Breakdown, held_by_process
 from llama_flash.cost import expect
 from llama_flash.planner import LoadPlan, cost_of
@@ -55,6 +57,63 @@ def in_a_fresh_process(path: Path, budget: int, options: dict[str, Any], context
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
+
+
+# What is refused names a budget; that very process takes it at once, again and again, and after other refusals.
+NAMED = """
+import json, sys
+import llama_cpp, llama_flash
+path, options, context = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+
+def attempt(budget):
+    try:
+        llm = llama_cpp.Llama(path, flash_offload={**options, "dram_budget": budget}, verbose=False, **context)
+    except llama_flash.FlashBudgetError as error:
+        assert f"The smallest that works is {error.smallest >> 20} MiB." in str(error), error
+        return error.smallest
+    llm.eval(list(range(3, 40)))
+    llm.eval([5])
+    llm.close()
+    return None
+
+first = attempt("8MiB")
+tried = [["first", first, attempt(first)] for _ in range(3)]
+for budget in ("8MiB", "16MiB", "8MiB"):
+    named = attempt(budget)
+    tried.append([budget, named, attempt(named)])
+print(json.dumps(tried))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "context"),
+    [
+        ("stdlib-moe-q8_0.gguf", {}, {"n_ctx": 512}),
+        ("stdlib-arcee-q8_0.gguf", {}, {"n_ctx": 1024}),
+        ("stdlib-opt-q8_0-flash.gguf", {}, {"n_ctx": 512}),
+        ("llama", {"what": "ffn"}, SMALL),
+    ],
+)
+def test_the_budget_that_a_refusal_names_works_in_the_process_that_was_told_it(
+    name: str, options: dict[str, Any], context: dict[str, Any], model_file: ModelFile
+) -> None:
+    path = MODELS / name if name.endswith(".gguf") else model_file(name)
+    command = [sys.executable, "-c", NAMED, str(path), json.dumps(options), json.dumps(context)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for asked, named, refused in json.loads(done.stdout):
+        assert named is not None and refused is None, f"{asked}: {named} bytes were named, then {refused}"
+
+
+@pytest.mark.parametrize("name", ["stdlib-moe-q8_0.gguf", "stdlib-opt-q8_0-flash.gguf"])
+def test_the_budget_that_a_refusal_names_works_as_a_cap_of_a_new_process(name: str) -> None:
+    require_caps()
+    command = [sys.executable, "-m", "llama_flash", "run", str(MODELS / name), "-n", "4", "-c", "512", "--json"]
+    refused = subprocess.run([*command, "--dram-budget", "8MiB"], capture_output=True, text=True, timeout=120)
+    named = re.search(r"smallest that works is (\d+) MiB", refused.stderr)
+    assert named, refused.stderr
+    result = run_capped(int(named[1]) * MIB, command, capture_output=True, timeout=120)
+    assert result.returncode == 0 and result.oom_kills == 0, result
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from benchlib.child import Work
 from benchlib.models import (
     DENSE,
     DENSE_Q4,
+    DENSE_REAL,
     MOE_K_SKEWED,
     MOE_K_UNIFORM,
+    MOE_REAL,
     MOE_SKEWED,
     MOE_UNIFORM,
     RELU,
@@ -94,6 +96,18 @@ LIMITS = (
 )
 # not a slice of its layers: what is needed whatever their number takes a smaller share of the cap
 WHOLE = tuple(_cases("relu-whole", "relu", RELU_WHOLE, _RELU_SPEC | {"max_seconds": 60.0}, _PROMPT)[:1])
+_REAL_TARGETS = Targets(over_naive=1.5, over_limit=0.85)
+# an ubatch of an inflated model's neurons is large
+_REAL_SPEC = {"n_ctx": 256, "n_ubatch": 32, "warm_up": 64, "tokens": 128}
+# real routing and real text, beside the synthetic models' random ones
+REAL = (
+    *(
+        Case(f"{name}-{share:.0%}".rstrip("%"), model, share, "text", _REAL_TARGETS, _REAL_SPEC)
+        for name, model in (("moe-real", MOE_REAL), ("dense-real", DENSE_REAL))
+        for share in (0.5, 0.25)
+    ),
+    Case("dense-real-draft-50", DENSE_REAL, 0.5, "text", Targets(over_limit=0.9), _REAL_SPEC | {"draft": 10}),
+)
 CASES = (
     Case("moe-50-naive", MOE_SKEWED, 0.50, targets=Targets(over_naive=3.0, over_resident=0.35)),
     Case("moe-25-naive", MOE_SKEWED, 0.25, targets=Targets(over_naive=2.5)),

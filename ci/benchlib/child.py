@@ -4,20 +4,23 @@
 
 Modes: naive (stock, mmap, not repacked), flash (flash_offload), cached (the same with all of it in DRAM), resident
 (stock with its defaults), single (flash, where another run beside it has drafts). Work: decode (forced tokens), prompt,
-generate (text), first (load, prompt, one token), copy (an answer that repeats most of its prompt, with drafts of a
-prompt lookup if `draft`).
+generate (text), chat (an answer), first (load, prompt, one token), copy (an answer that repeats most of its prompt,
+with drafts of a prompt lookup if `draft`), text (greedy answers to real prompts one after the other, with such drafts if
+`draft`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import json
 import re
 import resource
 import sys
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 Mode = Literal["naive", "flash", "cached", "resident", "single"]
-Work = Literal["decode", "prompt", "generate", "first", "copy"]
+Work = Literal["decode", "prompt", "generate", "chat", "first", "copy", "text"]
 
 FLASH_MODES = ("flash", "cached", "single")
 _WARM_PROMPTS = 3
@@ -44,9 +47,12 @@ class Spec:
     tokens: int = 128  # tokens decoded, or the prompt's length
     max_seconds: float = 30.0  # for the warm-up, and again for the measurement
     min_tokens: int = 8
-    prompt: str = ""  # work "generate"
-    draft: int = 0  # work "copy": tokens of a draft
-    stream: str = ""  # work "decode": file with the tokens to decode, a JSON list; empty: random ones
+    prompt: str = ""  # work "generate": what comes before; "chat": the question
+    draft: int = 0  # works "copy" and "text": tokens of a draft
+    answers: bool = False  # work "decode": keep the likeliest next token of each, warm-up included
+    # a JSON list. Work "decode": the tokens to decode; none: random ones. Work "text": the prompts, as text
+    stream: str = ""
+    per_prompt: int = 32  # work "text": tokens of an answer
     flash: dict[str, Any] = field(default_factory=dict)  # options of FlashOffload
 
 
@@ -55,7 +61,8 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     llm = _load(spec)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
-    works = {"decode": _decode, "prompt": _prompt, "generate": _generate, "first": _first, "copy": _copy}
+    works = {"decode": _decode, "prompt": _prompt, "generate": _generate, "chat": _chat, "first": _first, "copy": _copy}
+    works["text"] = _text
     result |= works[spec.work](llm, spec)
     result["max_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if spec.mode in FLASH_MODES:
@@ -114,11 +121,13 @@ def _decode(llm: Any, spec: Spec) -> dict[str, Any]:
     else:
         stream = np.random.default_rng(1).integers(0, llm.n_vocab(), n_tokens).tolist()
     llm.eval(stream[:16])
-    warm = _timed_tokens(llm, stream[16 : 16 + spec.warm_up], spec)
+    answers: list[int] = []
+    warm = _timed_tokens(llm, stream[16 : 16 + spec.warm_up], spec, answers)
     before = _counters(llm, spec)
     start = 16 + len(warm)
-    seconds = _timed_tokens(llm, stream[start : start + spec.tokens], spec)
+    seconds = _timed_tokens(llm, stream[start : start + spec.tokens], spec, answers)
     return {
+        "answers": answers,
         "tokens": len(seconds),
         "warm_up_tokens": len(warm),
         "seconds": sum(seconds),
@@ -129,8 +138,8 @@ def _decode(llm: Any, spec: Spec) -> dict[str, Any]:
     }
 
 
-def _timed_tokens(llm: Any, tokens: list[int], spec: Spec) -> list[float]:
-    """Seconds of each token, until max_seconds have passed."""
+def _timed_tokens(llm: Any, tokens: list[int], spec: Spec, answers: list[int]) -> list[float]:
+    """Seconds of each token, until max_seconds have passed. answers: the likeliest tokens are added, if wanted."""
     seconds: list[float] = []
     for token in tokens:
         if len(seconds) >= spec.min_tokens and sum(seconds) > spec.max_seconds:
@@ -138,6 +147,9 @@ def _timed_tokens(llm: Any, tokens: list[int], spec: Spec) -> list[float]:
         started = time.perf_counter()
         llm.eval([token])
         seconds.append(time.perf_counter() - started)
+        if spec.answers:
+            logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),))
+            answers.append(int(logits.argmax()))
     return seconds
 
 
@@ -170,13 +182,25 @@ def _prompt(llm: Any, spec: Spec) -> dict[str, Any]:
 
 def _generate(llm: Any, spec: Spec) -> dict[str, Any]:
     """Generates text, and prints it as it comes."""
+    print(spec.prompt, end="", flush=True)
+    chunks = llm(spec.prompt, max_tokens=spec.tokens, temperature=0.7, seed=3, stream=True)
+    return _printed(llm, spec, (chunk["choices"][0]["text"] for chunk in chunks))
+
+
+def _chat(llm: Any, spec: Spec) -> dict[str, Any]:
+    """Answers one question with the model's own chat template, and prints the answer as it comes."""
+    question = [{"role": "user", "content": spec.prompt}]
+    chunks = llm.create_chat_completion(question, max_tokens=spec.tokens, temperature=0.0, stream=True)
+    return _printed(llm, spec, (chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks))
+
+
+def _printed(llm: Any, spec: Spec, pieces: Iterable[str]) -> dict[str, Any]:
     before = _counters(llm, spec)
     started = time.perf_counter()
     n_tokens = 0
-    print(spec.prompt, end="", flush=True)
-    for chunk in llm(spec.prompt, max_tokens=spec.tokens, temperature=0.7, seed=3, stream=True):
-        print(chunk["choices"][0]["text"], end="", flush=True)
-        n_tokens += 1
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        n_tokens += bool(piece)
     print()
     seconds = time.perf_counter() - started
     return {
@@ -234,6 +258,54 @@ def _copy(llm: Any, spec: Spec) -> dict[str, Any]:
     }
 
 
+def _text(llm: Any, spec: Spec) -> dict[str, Any]:
+    """Answers prompts greedily, each in a context of its own. Prompts are evaluated between the answers, unmeasured.
+
+    Ends an answer where the model would; begins with the first prompt again when there are no more.
+    """
+    prompts = [llm.tokenize(text.encode(), special=True) for text in json.loads(Path(spec.stream).read_text())]
+    passes = 0
+    evaluate = llm.eval
+
+    def counted(tokens: list[int]) -> None:
+        nonlocal passes
+        passes += 1
+        evaluate(tokens)
+
+    llm.eval = counted
+    answers: list[list[int]] = []
+    total: Counters = {}
+    n_tokens, seconds, n_passes, n_warm = 0, 0.0, 0, 0
+    warm = True
+    for prompt in itertools.cycle(prompts):
+        tokens = llm.generate(prompt, temp=0.0)
+        said = [next(tokens)]  # with it the prompt is done
+        answers.append(said)
+        before, n_before, started = _counters(llm, spec), passes, time.perf_counter()
+        took, done = 0.0, False
+        while said[-1] != llm.token_eos() and len(said) <= spec.per_prompt and not done:
+            said.append(next(tokens))
+            took, n = time.perf_counter() - started, n_tokens + len(said) - 1
+            done = n >= (spec.warm_up if warm else spec.tokens)
+            done |= n >= spec.min_tokens and seconds + took > spec.max_seconds
+        tokens.close()
+        n_tokens, seconds, n_passes = n_tokens + len(said) - 1, seconds + took, n_passes + passes - n_before
+        total = {key: total.get(key, 0.0) + value for key, value in _delta(before, llm, spec).items()}
+        if done and not warm:
+            break
+        if done:
+            warm, n_warm, total, n_tokens, seconds, n_passes = False, n_tokens, {}, 0, 0.0, 0
+    return {
+        "tokens": n_tokens,
+        "warm_up_tokens": n_warm,
+        "seconds": seconds,
+        "tok_s": n_tokens / seconds,
+        "tokens_per_pass": n_tokens / max(1, n_passes),
+        "answers": answers,
+        **_per_token(total, spec, n_tokens, seconds),
+    }
+
+
 def _edited_code(n_vocab: int) -> tuple[list[int], list[int]]:
     """Part of the standard library, and the same with one name changed; tokens are words and marks."""
     source = Path(heapq.__file__).read_text()
@@ -257,8 +329,15 @@ def _counters(llm: Any, spec: Spec) -> Counters:
 
 
 def _since(before: Counters, llm: Any, spec: Spec, n_tokens: int, seconds: float) -> dict[str, Any]:
+    return _per_token(_delta(before, llm, spec), spec, n_tokens, seconds)
+
+
+def _delta(before: Counters, llm: Any, spec: Spec) -> Counters:
     after = _counters(llm, spec)
-    delta = {key: after[key] - value for key, value in before.items() if key in after}
+    return {key: after[key] - value for key, value in before.items() if key in after}
+
+
+def _per_token(delta: Counters, spec: Spec, n_tokens: int, seconds: float) -> dict[str, Any]:
     out: dict[str, Any] = {
         "device_bytes_per_token": delta["device_bytes"] / n_tokens,
         "user_seconds_per_token": delta["user"] / n_tokens,

@@ -28,6 +28,11 @@ def readahead_kb(path: Path) -> int | None:
         return None
 
 
+def can_set_readahead(path: Path) -> bool:
+    """False without the right to, and where /sys is read-only, as in most containers."""
+    return os.access(readahead_file(path), os.W_OK)
+
+
 @contextlib.contextmanager
 def readahead(path: Path, kb: int | None) -> Iterator[None]:
     """Sets the readahead of the device that holds `path`, and sets it back. None leaves it as it is.

@@ -21,9 +21,9 @@ FLASH, CACHED, RESIDENT, SINGLE = Setting("flash"), Setting("cached"), Setting("
 
 
 def naive_settings(model: Path) -> list[Setting]:
-    """The machine's readahead and Linux's usual one, the better of which counts."""
+    """The machine's readahead and, where it can be set, Linux's usual one; the better of which counts."""
     settings = [Setting("naive")]
-    if machine.readahead_kb(model) not in (None, machine.LINUX_READAHEAD_KB):
+    if machine.readahead_kb(model) != machine.LINUX_READAHEAD_KB and machine.can_set_readahead(model):
         settings.append(Setting("naive", machine.LINUX_READAHEAD_KB))
     return settings
 
@@ -114,10 +114,18 @@ class Outcome:
             read, most = self.median(FLASH, "device_bytes_per_token"), self.model_bytes - self.cap
             shown = f"{read / 1e6:.0f}" if read is not None else "?"
             out.append((f"{shown} MB read per token (at most {most / 1e6:.0f})", read is not None and read <= most))
+        if self.case.work == "text" and not self.case.drafts and self.of(RESIDENT):
+            out.append(("says what resident says", self._says_the_same()))
         peak = max((run.peak for run in flash), default=0)
         out.append((f"peak {peak / 1e6:.0f} MB of {self.cap / 1e6:.0f}", 0 < peak <= self.cap))
         out.append(("no OOM kill, all runs finished", all(run.ok and not run.oom_killed for run in flash)))
         return out
+
+    def _says_the_same(self) -> bool:
+        """Whether greedy answers are the same, as far as both runs came."""
+        runs = [run.measured["answers"] for run in (*self.of(FLASH), *self.of(RESIDENT)) if run.ok]
+        pairs = [pair for answers in runs[1:] for pair in zip(runs[0], answers, strict=False)]
+        return bool(pairs) and all(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
 
     def to_json(self) -> dict[str, Any]:
         limit = self.limit()
@@ -167,7 +175,7 @@ def measure(
     outcome = Outcome(case, model_bytes, int(model_bytes * case.cap_share))
     remaining = list(settings)
     spec = case.spec | overrides
-    if files.stream and case.work == "decode":
+    if files.stream and case.work in ("decode", "text"):
         spec |= {"stream": str(files.stream)}
     for i in range(repeats):
         for setting in remaining if i % 2 == 0 else remaining[::-1]:

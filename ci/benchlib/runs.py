@@ -23,6 +23,8 @@ _TIMEOUT = 900.0  # seconds; a naive run under a tight cap loads for minutes
 # a run must not begin with what another one has left warm
 os.environ["LLAMA_FLASH_WARM_START"] = "0"
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 # Threads of the measured process spin at barriers, as OpenMP's default is: woken by the kernel instead, a token of
 # 12 ms takes 30.
 _SPINNING = {"OMP_WAIT_POLICY": "active"}
@@ -65,10 +67,23 @@ class Run:
 
 
 def run(
-    setting: Setting, model: Path, cap: int | None, *, busy_limit: float = 0.4, show: bool = False, **spec: Any
+    setting: Setting,
+    model: Path,
+    cap: int | None,
+    *,
+    busy_limit: float = 0.4,
+    patience: float = 60.0,
+    timeout: float = _TIMEOUT,
+    show: bool = False,
+    spin: bool = True,
+    **spec: Any,
 ) -> Run:
-    """Runs `model` once. spec: fields of child.Spec. show: the child's output goes to the terminal."""
-    other_cpus = machine.wait_until_idle(busy_limit)
+    """Runs `model` once. spec: fields of child.Spec. show: the child's output goes to the terminal.
+
+    patience: seconds to wait until at most `busy_limit` CPUs are busy. spin: threads spin at barriers. Raises
+    KeyboardInterrupt when the run was stopped by a signal, FlashCapError where memory cannot be limited.
+    """
+    other_cpus = machine.wait_until_idle(busy_limit, patience)
     dropped = machine.drop_caches(model)
     with (
         tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as folder,
@@ -78,9 +93,9 @@ def run(
         child = Spec(model=str(model), mode=setting.mode, out=str(out), **spec)
         spec_file.write_text(json.dumps(dataclasses.asdict(child)))
         try:
-            ended = _execute([sys.executable, str(_CHILD), str(spec_file)], cap, show)
+            ended = _execute([sys.executable, str(_CHILD), str(spec_file)], cap, show, timeout, spin)
         except subprocess.TimeoutExpired:
-            ended = _Ended(-1, f"not done after {_TIMEOUT:.0f} s", 0, 0)
+            ended = _Ended(-1, f"not done after {timeout:.0f} s", 0, 0)
         measured = json.loads(out.read_text()) if out.exists() else {}
     ok = ended.returncode == 0 and bool(measured)
     return Run(
@@ -104,21 +119,26 @@ class _Ended:
     oom_kills: int
 
 
-def _execute(argv: list[str], cap: int | None, show: bool) -> _Ended:
-    env = os.environ | _SPINNING
+def _execute(argv: list[str], cap: int | None, show: bool, timeout: float = _TIMEOUT, spin: bool = True) -> _Ended:
+    env = os.environ | (_SPINNING if spin else {})
     if cap is None:
         done = subprocess.run(
-            argv, timeout=_TIMEOUT, check=False, capture_output=not show, text=True, errors="replace", env=env
+            argv, timeout=timeout, check=False, capture_output=not show, text=True, errors="replace", env=env
         )
         return _Ended(done.returncode, done.stderr or "", 0, 0)
-    capped = run_capped(cap, argv, timeout=_TIMEOUT, capture_output=not show, env=env)
+    capped = run_capped(cap, argv, timeout=timeout, capture_output=not show, env=env)
+    # run_capped passes signals on to what it runs, which ends; here they end all that was to follow as well
+    if capped.interrupted or -capped.returncode in _STOPPING:
+        raise KeyboardInterrupt
     return _Ended(capped.returncode, capped.stderr or "", capped.peak_bytes or 0, capped.oom_kills)
 
 
-def stop_on_sigterm() -> None:
-    """Lets a plain `kill` unwind like Ctrl-C, so that settings are restored and models deleted."""
+def stop_on_signals() -> None:
+    """Lets `kill` and a closed terminal unwind like Ctrl-C, so that settings are restored and models deleted."""
 
     def stop(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in _STOPPING[1:]:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)

@@ -1,6 +1,7 @@
 """python -m gguf_tools.synthetic --preset qwen3-30b-a3b-12l --routing skewed OUT.gguf
 
 Sparse OPT models with planted activation statistics: python -m gguf_tools.synthetic opt-6.7b-slice --help
+A given model at any size, with the answers it has: python -m gguf_tools.synthetic inflate --help
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from gguf_tools.progress import byte_progress
-from gguf_tools.synthetic import PRESETS, SKEWED, opt_cli, types_named, write
+from gguf_tools.synthetic import PRESETS, SKEWED, inflate_cli, opt_cli, types_named, write
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in opt_cli.OPT_PRESETS:
         return opt_cli.main(argv)
+    if argv and argv[0] == inflate_cli.NAME:
+        return inflate_cli.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m gguf_tools.synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

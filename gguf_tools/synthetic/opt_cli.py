@@ -22,6 +22,7 @@ from gguf_tools.synthetic.codes import token_stream
 from gguf_tools.synthetic.opt import OptModel, OptShape
 from gguf_tools.synthetic.opt_forward import measure_activity
 from gguf_tools.synthetic.opt_writer import write_opt
+from llama_flash.whole_files import whole_file
 
 OPT_PRESETS = {
     "opt-6.7b-slice": OptModel(),
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
         activity = measure_activity(options.out, stream[: options.measure], lambda il, a: print(_line(str(il), a)))
         print(_line("mean", mean_activity(activity)))
     beside = options.out.with_name(options.out.name + ".stream.json")
-    beside.write_text(json.dumps({"tokens": stream, "activity": [asdict(layer) for layer in activity]}))
+    with whole_file(beside) as file:
+        file.write(json.dumps({"tokens": stream, "activity": [asdict(layer) for layer in activity]}).encode())
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from gguf_tools.synthetic.routing import Skew
 from gguf_tools.synthetic.tokenizer import add_tokenizer
 from gguf_tools.synthetic.types import Types
 from gguf_tools.synthetic.weights import BlockPool, rng_for
+from llama_flash.whole_files import remove_abandoned, temporary_folder
 
 _RESERVE = 256 << 20  # disk space left alone
 _GROWTH = 0.35  # variance that a layer of these weights adds to the residual stream, measured
@@ -50,6 +50,7 @@ def write(model: SyntheticModel, path: Path, *, n_shards: int = 1, progress: Pro
     The files appear under their names only when they are complete. Raises OSError when the disk has no room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     free = shutil.disk_usage(path.parent).free
     if free < model.n_bytes + _RESERVE:
         raise OSError(
@@ -58,9 +59,9 @@ def write(model: SyntheticModel, path: Path, *, n_shards: int = 1, progress: Pro
         )
     todo = list(forms.tensors(model.shape))
     pool = BlockPool(model.seed, elements=1 << (18 if model.n_bytes < 64 << 20 else 21))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as partial, _quiet_gguf():
+    with temporary_folder(path) as partial, _quiet_gguf():
         writer = gguf.GGUFWriter(
-            Path(partial) / path.name,
+            partial / path.name,
             model.shape.arch,
             split_max_tensors=-(-len(todo) // n_shards) if n_shards > 1 else 0,
         )
@@ -85,7 +86,7 @@ def write(model: SyntheticModel, path: Path, *, n_shards: int = 1, progress: Pro
             if progress:
                 progress(data.nbytes)
         writer.close()
-        written = sorted(Path(partial).iterdir())
+        written = sorted(partial.iterdir())
         return [file.replace(path.parent / file.name) for file in written]
 
 

@@ -7,9 +7,9 @@
 //   llama_flash_session_new()               one session per model
 //   llama_flash_session_add_bundle()        for each layer whose feed-forward block the file stores as neuron bundles
 //   llama_flash_session_bind_begin()        on the thread that loads the model
-//     llama_model_load_from_file()          with tensor_buft_overrides that name llama_flash_buffer_type()
+//     llama_flash_load_model()              with tensor_buft_overrides that name llama_flash_buffer_type()
 //   llama_flash_session_bind_end()
-//     llama_init_from_model()               with llama_flash_abort as abort callback, the session as its data
+//     llama_flash_new_context()             with llama_flash_abort as abort callback, the session as its data
 //   llama_flash_session_set_neurons()       with bundles: how their active sets are found; before set_memory
 //   llama_flash_session_set_memory()        nothing can be computed before; may be called again between decodes
 //     llama_decode() ...                    after each: llama_flash_session_take_error()
@@ -40,7 +40,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 4
+#define LLAMA_FLASH_API_VERSION 5
 
 // how far llama_flash_session_reuse looks back, in tokens
 #define LLAMA_FLASH_REUSE_TOKENS 256
@@ -50,6 +50,9 @@ extern "C" {
 #endif
 
 struct llama_context;
+struct llama_context_params;
+struct llama_model;
+struct llama_model_params;
 
 // opaque: the flash tensors of one model, their slots and their reader
 struct llama_flash_session;
@@ -191,6 +194,7 @@ struct llama_flash_stats {
     uint64_t misses;          // experts and neurons that had to be read
     uint64_t panel_hits;      // pinned panels used
     uint64_t panel_reads;     // panels streamed
+    uint64_t rows_read;       // rows of embedding tables
     uint64_t evictions;
     uint64_t wait_ns;         // compute threads idle for a read
     uint64_t repack_ns;       // bringing records into the kernels' layout
@@ -368,10 +372,49 @@ struct llama_flash_probe {
 LLAMA_FLASH_API int32_t llama_flash_probe_reads(const char * path, uint32_t chunk, uint32_t duration_ms, const struct llama_flash_params * params,
                                                 struct llama_flash_probe * out, struct llama_flash_error * err);
 
+// How a graph uses a weight: bits of llama_flash_weight_use.uses
+enum llama_flash_use {
+    LLAMA_FLASH_USE_MUL_MAT    = 1, // a matrix, first source of a MUL_MAT with float32
+    LLAMA_FLASH_USE_MUL_MAT_ID = 2, // matrices of experts, first source of a MUL_MAT_ID with float32
+    LLAMA_FLASH_USE_GET_ROWS   = 4, // a table whose rows are picked by number
+    LLAMA_FLASH_USE_OTHER      = 8, // anything else; views of it, too
+    LLAMA_FLASH_USE_ROUTES     = 16, // what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
+};
+
+// which of a model's graphs
+enum llama_flash_graph {
+    LLAMA_FLASH_GRAPH_TOKENS     = 0, // of llama_decode
+    LLAMA_FLASH_GRAPH_ENCODER    = 1, // of llama_encode
+    LLAMA_FLASH_GRAPH_EMBEDDINGS = 2, // of llama_decode, given embeddings (of an image, say) in place of tokens
+};
+
+struct llama_flash_weight_use {
+    char     name[128];
+    uint32_t uses;
+    uint32_t reserved;
+};
+
+// How the graph of a ubatch of n_tokens tokens uses the tensors that it is given: weights, caches and inputs, by their names.
+// graph: enum llama_flash_graph. *n: how many there are, 0 if the model has no such graph; the first `capacity` are filled. Nothing is
+// computed and no buffer is allocated, so ctx may be of a model without memory (no_alloc).
+LLAMA_FLASH_API int32_t llama_flash_graph_uses(struct llama_context * ctx, uint32_t n_tokens, uint32_t graph, struct llama_flash_weight_use * out,
+                                               uint64_t capacity, uint64_t * n, struct llama_flash_error * err);
+
+// Before the model is loaded: rows of the tensor of this name are picked by number (GET_ROWS), and read one by one. only: nothing
+// else is done with it, so that it has no panels.
+LLAMA_FLASH_API int32_t llama_flash_session_add_rows(struct llama_flash_session * session, const char * name, bool only, struct llama_flash_error * err);
+
 // Binds a weight to the bytes at `offset` of a file without a model: between session_new (add_bundle) and bind_end, so that
 // requirements can be asked before anything is loaded. Such a session cannot compute. type: enum ggml_type; ne: as ggml's.
 LLAMA_FLASH_API int32_t llama_flash_session_bind_weight(struct llama_flash_session * session, const char * name, const char * path, uint64_t offset,
                                                         int32_t type, int64_t ne0, int64_t ne1, int64_t ne2, struct llama_flash_error * err);
+
+// llama_model_load_from_file and llama_init_from_model of the engine, with or without flash tensors: where the engine would end the
+// process with an assert, they return NULL. reason: gets the lines of the engine's log that say why they failed, the last of `size`
+// bytes, "" if they did not; may be NULL. What the engine logs goes to its log callback, too.
+LLAMA_FLASH_API struct llama_model * llama_flash_load_model(const char * path, const struct llama_model_params * params, char * reason, size_t size);
+LLAMA_FLASH_API struct llama_context * llama_flash_new_context(struct llama_model * model, const struct llama_context_params * params, char * reason,
+                                                               size_t size);
 
 #ifdef __cplusplus
 }

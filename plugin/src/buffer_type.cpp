@@ -1,6 +1,8 @@
 #include "buffer_type.h"
 
+#include "engine_guard.h"
 #include "mul_mat.h"
+#include "rows.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
@@ -110,6 +112,10 @@ static ggml_op op_of(const flash_bundle & b) {
     return b.n_expert > 0 ? GGML_OP_MUL_MAT_ID : GGML_OP_MUL_MAT;
 }
 
+static bool computed_here(ggml_op op) {
+    return op == GGML_OP_MUL_MAT || op == GGML_OP_MUL_MAT_ID || op == GGML_OP_GET_ROWS;
+}
+
 namespace ggml::cpu::flash {
 
 class tensor_traits : public ggml::cpu::tensor_traits {
@@ -119,7 +125,7 @@ class tensor_traits : public ggml::cpu::tensor_traits {
             return part != ffn_part::down && stock_work_size(b->part(part).kernel, n_threads, op, size);
         }
         const flash_tensor * t = session_of(op->src[0])->find(op->src[0]->data);
-        return t && stock_work_size(t->kernel, n_threads, op, size);
+        return t && op->op != GGML_OP_GET_ROWS && stock_work_size(t->kernel, n_threads, op, size);
     }
 
     bool compute_forward(struct ggml_compute_params * params, struct ggml_tensor * op) override {
@@ -140,7 +146,9 @@ class tensor_traits : public ggml::cpu::tensor_traits {
             }
             return true;
         }
-        if (op->op == GGML_OP_MUL_MAT_ID) {
+        if (op->op == GGML_OP_GET_ROWS) {
+            flash_get_rows(*s, *t, params, op);
+        } else if (op->op == GGML_OP_MUL_MAT_ID) {
             flash_mul_mat_id(*s, *t, params, op);
         } else {
             flash_mul_mat(*s, *t, params, op);
@@ -154,9 +162,12 @@ class extra_buffer_type : public ggml::cpu::extra_buffer_type {
         GGML_UNUSED(dev);
         const ggml_tensor * weight = op->src[0];
         // the loader asks with an empty buffer: flash tensors are chosen by name, not by it
-        if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || !weight->buffer ||
-            weight->buffer->buft != ggml_backend_flash_buffer_type() || weight->buffer->size == 0) {
+        if (!computed_here(op->op) || !weight->buffer || weight->buffer->buft != ggml_backend_flash_buffer_type() || weight->buffer->size == 0) {
             return false;
+        }
+        if (op->op == GGML_OP_GET_ROWS) {
+            const flash_tensor * t = session_of(weight)->find(weight->data);
+            return t && t->by_rows && ggml_is_vector(op->src[1]);
         }
         if (op->src[1]->type != GGML_TYPE_F32 || (op->src[1]->buffer && !ggml_backend_buft_is_host(op->src[1]->buffer->buft))) {
             return false;
@@ -166,12 +177,12 @@ class extra_buffer_type : public ggml::cpu::extra_buffer_type {
             return op->op == op_of(*b);
         }
         const flash_tensor * t = session_of(weight)->find(weight->data);
-        return t && t->is_experts == (op->op == GGML_OP_MUL_MAT_ID);
+        return t && !t->only_rows && t->is_experts == (op->op == GGML_OP_MUL_MAT_ID);
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const struct ggml_tensor * op) override {
         static tensor_traits traits;
-        if (op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID) {
+        if (computed_here(op->op)) {
             if (op->src[0]->buffer && op->src[0]->buffer->buft == ggml_backend_flash_buffer_type()) {
                 return &traits;
             }
@@ -221,5 +232,6 @@ void flash_register() {
     std::call_once(once, [] {
         ggml_backend_cpu_get_extra_buffer_types().push_back(ggml_backend_flash_buffer_type());
         llama_set_tensor_bind(bind_tensor);
+        flash_guard_engine();
     });
 }

@@ -55,6 +55,13 @@ int32_t llama_flash_session_add_bundle(llama_flash_session * session, const llam
     return with_session(session, "add_bundle", err, [&] { return session->add_bundle(*bundle, err); });
 }
 
+int32_t llama_flash_session_add_rows(llama_flash_session * session, const char * name, bool only, llama_flash_error * err) {
+    if (!name) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_rows: no name");
+    }
+    return with_session(session, "add_rows", err, [&] { return session->add_rows(name, only, err); });
+}
+
 int32_t llama_flash_session_set_neurons(llama_flash_session * session, const llama_flash_neuron_params * params, llama_flash_error * err) {
     if (!params) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "set_neurons: no parameters");

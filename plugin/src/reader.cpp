@@ -183,13 +183,16 @@ void reader::requeue(read_piece * piece) {
     }
 }
 
-void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag) {
+void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag, bool first_of_all) {
     const uint64_t first = flash_sector_floor(offset);
     const uint64_t last  = offset + size;
     uint8_t *      base  = dst - (offset - first);
 
     read_job * job = new_job();
     *job           = { tag, 0, 0, 0, &file, nullptr };
+
+    read_piece * head = nullptr;
+    read_piece * tail = nullptr;
 
     for (uint64_t at = first; at < last; at += piece_size) {
         read_piece * piece = new_piece();
@@ -207,12 +210,19 @@ void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8
         piece->next   = nullptr;
         job->pending++;
 
-        if (queue_tail) {
-            queue_tail->next = piece;
-        } else {
-            queue_head = piece;
-        }
-        queue_tail = piece;
+        (tail ? tail->next : head) = piece;
+        tail                       = piece;
+    }
+    if (!head) {
+        return;
+    }
+    if (first_of_all) {
+        tail->next = queue_head;
+        queue_head = head;
+        queue_tail = queue_tail ? queue_tail : tail;
+    } else {
+        (queue_tail ? queue_tail->next : queue_head) = head;
+        queue_tail                                   = tail;
     }
 }
 

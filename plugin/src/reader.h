@@ -122,8 +122,8 @@ class reader {
     ~reader();
 
     // Queues a read of `size` bytes at `offset` of `file` to dst, where dst is congruent with offset modulo FLASH_SECTOR and the
-    // sectors around [dst, dst + size) are ours to overwrite.
-    void read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag);
+    // sectors around [dst, dst + size) are ours to overwrite. first_of_all: before what is queued.
+    void read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag, bool first_of_all = false);
 
     // Hands queued pieces to the device, as many as its depth allows.
     void submit();

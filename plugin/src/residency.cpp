@@ -32,6 +32,9 @@ uint64_t llama_flash_session::describe_tensors(llama_flash_tensor * out, uint64_
         n++;
     };
     for (const auto & t : tensors) {
+        if (t.only_rows) {
+            continue;
+        }
         uint32_t bytes = 0;
         for (uint32_t i = t.first_record; i < t.first_record + t.n_records; i++) {
             bytes = std::max(bytes, records[i].bytes);

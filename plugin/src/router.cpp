@@ -22,25 +22,29 @@ static const ggml_tensor * source(const ggml_tensor * t) {
     return t;
 }
 
+const ggml_tensor * router::product(const ggml_tensor * op) {
+    const ggml_tensor * t = op->src[2];
+    for (int i = 0; t && i < LONGEST_PATH; i++, t = t->src[0]) {
+        if (t->op == GGML_OP_MUL_MAT) {
+            return t;
+        }
+    }
+    return nullptr;
+}
+
 router router::of(const ggml_tensor * op) {
     router              r;
     const ggml_tensor * input = source(op->src[1]);
-    const ggml_tensor * t     = op->src[2];
-    for (int i = 0; t && i < LONGEST_PATH; i++, t = t->src[0]) {
-        if (t->op != GGML_OP_MUL_MAT) {
-            continue;
-        }
-        const ggml_tensor * w = t->src[0];
-        if (!readable(w) || w->ne[1] != op->src[0]->ne[2] || w->ne[0] != op->src[1]->ne[0] || source(t->src[1]) != input) {
-            break; // it looks at something else than the experts do
-        }
-        r.weight   = (const float *) w->data;
-        r.n_embd   = (uint32_t) w->ne[0];
-        r.n_expert = (uint32_t) w->ne[1];
-        if (input->op == GGML_OP_MUL && readable(input->src[1]) && ggml_nelements(input->src[1]) == w->ne[0]) {
-            r.norm = (const float *) input->src[1]->data;
-        }
-        break;
+    const ggml_tensor * t     = product(op);
+    const ggml_tensor * w     = t ? t->src[0] : nullptr;
+    if (!readable(w) || w->ne[1] != op->src[0]->ne[2] || w->ne[0] != op->src[1]->ne[0] || source(t->src[1]) != input) {
+        return r; // there is none, or it looks at something else than the experts do
+    }
+    r.weight   = (const float *) w->data;
+    r.n_embd   = (uint32_t) w->ne[0];
+    r.n_expert = (uint32_t) w->ne[1];
+    if (input->op == GGML_OP_MUL && readable(input->src[1]) && ggml_nelements(input->src[1]) == w->ne[0]) {
+        r.norm = (const float *) input->src[1]->data;
     }
     return r;
 }

@@ -15,6 +15,9 @@ struct router {
     uint32_t      n_expert = 0;
 
     static router of(const ggml_tensor * op);
+
+    // the product that the ids of a MUL_MAT_ID come from; nullptr: none was found
+    static const ggml_tensor * product(const ggml_tensor * op);
 };
 
 // input[n_embd] of the router `here`, rescaled to what the next layer's norm would make of it

@@ -143,6 +143,12 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
         has_failed = true;
         return true;
     }
+    if (!ggml_get_type_traits_cpu(tensor->type)->vec_dot) {
+        flash_fail(&error, LLAMA_FLASH_E_FORMAT, "%s: tensor %s is of type %s, which no kernel multiplies: the file is damaged", file->path.c_str(),
+                   tensor->name, ggml_type_name(tensor->type));
+        has_failed = true;
+        return true;
+    }
 
     flash_tensor t = {};
     t.name         = tensor->name;
@@ -150,6 +156,12 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     t.file         = file;
     t.offset       = offset;
     t.is_experts   = tensor->ne[2] > 1;
+    if (const auto named = row_names.find(t.name); named != row_names.end()) {
+        t.by_rows   = true;
+        t.only_rows = named->second;
+        rows.add(t.weight.nb[1]);
+        t.row_checksums.assign((size_t) t.weight.ne[1], 0);
+    }
     t.kernel       = stock_kernel_for(tensor, t.is_experts);
     by_address[tensor->data] = tensors.size();
     tensors.push_back(std::move(t));
@@ -216,6 +228,14 @@ static bool read_part(const llama_flash_bundle_part & from, uint32_t n_embd, bun
     }
     to.row_bytes = ggml_row_size(to.type, n_embd);
     return true;
+}
+
+int32_t llama_flash_session::add_rows(const char * name, bool only, llama_flash_error * err) {
+    if (bound) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_rows: %s, after the model was loaded", name);
+    }
+    row_names[name] = only;
+    return LLAMA_FLASH_OK;
 }
 
 int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flash_error * err) {
@@ -379,7 +399,7 @@ int32_t llama_flash_session::make_records(llama_flash_error * err) {
         flash_tensor & t = tensors[i];
         t.first_record   = (uint32_t) records.size();
 
-        const uint64_t n_experts = (uint64_t) t.weight.ne[2];
+        const uint64_t n_experts = t.only_rows ? 0 : (uint64_t) t.weight.ne[2];
         const int64_t  rows      = t.is_experts ? t.weight.ne[1] : panel_rows(t.weight, panel_bytes);
         for (uint64_t e = 0; e < n_experts; e++) {
             for (int64_t row = 0; row < t.weight.ne[1]; row += rows) {
@@ -481,7 +501,11 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
 // memory
 
 uint64_t llama_flash_session::bookkeeping_bytes() const {
-    return records.size() * (sizeof(flash_record) + 64) + class_bytes.size() * 4096 + tensors.size() * sizeof(flash_tensor) + (1u << 18);
+    uint64_t rows_known = 0;
+    for (const auto & t : tensors) {
+        rows_known += t.row_checksums.size() * sizeof(uint32_t);
+    }
+    return rows_known + records.size() * (sizeof(flash_record) + 64) + class_bytes.size() * 4096 + tensors.size() * sizeof(flash_tensor) + (1u << 18);
 }
 
 uint64_t llama_flash_session::ring_minimum(bool experts) const {
@@ -710,7 +734,8 @@ bool llama_flash_session::check_pinned(const flash_bundle & b, uint32_t first, u
 llama_flash_requirements llama_flash_session::requirements() const {
     llama_flash_requirements q = {};
     for (const auto & t : tensors) {
-        (t.is_experts ? q.n_expert_tensors : q.n_panel_tensors)++;
+        q.n_expert_tensors += t.is_experts;
+        q.n_panel_tensors += !t.is_experts && !t.only_rows;
     }
     uint64_t every = 0;
     for (const auto & r : records) {
@@ -728,7 +753,7 @@ llama_flash_requirements llama_flash_session::requirements() const {
         q.neuron_record = std::max<uint64_t>(q.neuron_record, b.cached_bytes);
         every += std::max<uint64_t>(b.tensor_bytes(), b.n_neurons * (slot_bytes_of(bundles) + 64)) + 4 * FLASH_SECTOR;
     }
-    q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false) + neuron_minimum();
+    q.min_memory = bookkeeping_bytes() + ring_minimum(true) + ring_minimum(false) + neuron_minimum() + rows.memory_bytes();
     q.max_memory = q.min_memory + every + 4 * HUGE_PAGE + tensors.size() * 2 * FLASH_SECTOR;
     return q;
 }
@@ -764,6 +789,7 @@ void llama_flash_session::drop_all() {
     slot_fresh.clear();
     homes.clear();
     ring_memory = mapping();
+    rows.memory = mapping();
     memory      = {};
     resizing    = {};
     neurons.configure(0, 0, 0, nullptr, nullptr, 0);
@@ -791,7 +817,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
 
     memory.total       = bytes;
     memory.bookkeeping = bookkeeping_bytes() + neuron_bookkeeping();
-    uint64_t left      = bytes - bookkeeping_bytes() - neuron_minimum();
+    uint64_t left      = bytes - bookkeeping_bytes() - neuron_minimum() - rows.memory_bytes();
 
     // rings: their minimum, and of the rest up to an eighth each, enough to keep the device busy while a wave computes
     const bool     everything = bytes >= need.max_memory;
@@ -882,6 +908,15 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
             return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for the ring%s", (unsigned long long) memory.stream,
                               limits_of(ENOMEM).c_str());
         }
+    }
+    if (rows.rows) {
+        rows.memory = mapping::allocate(rows.memory_bytes());
+        if (!rows.memory.data) {
+            drop_all();
+            return flash_fail(err, LLAMA_FLASH_E_MEMORY, "the kernel refused %llu bytes for rows of tables%s",
+                              (unsigned long long) rows.memory_bytes(), limits_of(ENOMEM).c_str());
+        }
+        memory.stream += rows.memory_bytes();
     }
     expert_ring.configure(ring_memory.data, expert_ring_bytes, 4096);
     panel_ring.configure(ring_memory.data ? ring_memory.data + expert_ring_bytes : nullptr, panel_ring_bytes, 4096);
@@ -1184,6 +1219,14 @@ bool llama_flash_session::settle_reads(bool wait) {
         if (done.error == 0 && state == file_state::changed) {
             done.error   = ESTALE;
             file_changed = true;
+        }
+        if (done.tag == ROWS_TAG) {
+            rows.pending--;
+            rows.state = std::max(rows.state, state);
+            if (done.error != 0) {
+                fail_read(*done.file, rows.table, done.error, done.error_offset, rows.bytes, why_not_read(done.error));
+            }
+            continue;
         }
         if (done.tag & neuron_store::TAG) {
             const flash_bundle * b = done.tag == PINNED_TAG ? nullptr : neurons.bundle_of(done.tag & ~neuron_store::TAG);

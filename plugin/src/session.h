@@ -15,6 +15,7 @@
 #include "reader.h"
 #include "ring.h"
 #include "router.h"
+#include "rows.h"
 #include "shadow.h"
 #include "status.h"
 #include "trace.h"
@@ -83,6 +84,9 @@ struct flash_tensor {
     uint8_t *          home;         // panels: reserved addresses, congruent with offset
     int32_t            home_memory;  // in session::homes, if there is a home
     bool               is_experts;
+    bool               by_rows;      // rows are picked by number
+    bool               only_rows;    // and nothing else is done: it has no records
+    std::vector<uint32_t> row_checksums; // by row, of its first read; 0: it was not read yet
     bool               same_input;   // experts: of its layer's first tensor, as was seen in the pass before
 };
 
@@ -120,6 +124,7 @@ struct llama_flash_session {
         return it == by_address.end() ? nullptr : &tensors[it->second];
     }
 
+    int32_t add_rows(const char * name, bool only, llama_flash_error * err);
     int32_t add_bundle(const llama_flash_bundle & description, llama_flash_error * err);
 
     // the bundle whose part has these addresses
@@ -206,6 +211,7 @@ struct llama_flash_session {
     std::vector<flash_tensor>                tensors;
     std::vector<flash_record>                records;
     std::unordered_map<const void *, size_t> by_address;
+    std::unordered_map<std::string, bool>    row_names;   // tables whose rows are picked by number; true: only that
     std::vector<std::vector<uint32_t>>       groups;      // tensors by group
     std::vector<uint32_t>                    class_bytes;   // slot size by class
     std::vector<uint32_t>                    class_tensors; // how many tensors share it
@@ -303,6 +309,8 @@ struct llama_flash_session {
     mapping                    neuron_slots;
     mapping                    neuron_ring_memory;
     std::vector<mapping>       neuron_homes; // resident parts and pinned records
+
+    row_buffer rows; // of what is picked by number
 
     // order in which panels are streamed
     std::vector<uint32_t> panel_order;       // unpinned panel records in order of use

@@ -115,6 +115,16 @@ void stock_mul_mat(const stock_kernel & kernel, const ggml_compute_params * para
     }
 }
 
+void stock_get_rows(const ggml_compute_params * params, const ggml_tensor & op, const void * rows, int64_t n) {
+    static const stock_kernel plain = { stand_in(ggml_backend_cpu_buffer_type()), nullptr };
+
+    ggml_tensor w = shadow_weight(plain, &op, rows, n);
+
+    ggml_tensor dst = op;
+    dst.src[0]      = &w;
+    ggml_compute_forward_get_rows(params, &dst);
+}
+
 void stock_mul_mat_id(const stock_kernel & kernel, const ggml_compute_params * params, const ggml_tensor * op, const void * const * table) {
     ggml_tensor w = shadow_weight(kernel, op, nullptr, op->src[0]->ne[1]);
 

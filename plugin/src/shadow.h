@@ -36,5 +36,8 @@ bool stock_work_size(const stock_kernel & kernel, int n_threads, const ggml_tens
 void stock_mul_mat(const stock_kernel & kernel, const ggml_compute_params * params, const ggml_tensor * op, const void * data,
                    int64_t row, int64_t n);
 
+// GET_ROWS of a table whose n rows lie at `rows`. Entered by all threads.
+void stock_get_rows(const ggml_compute_params * params, const ggml_tensor & op, const void * rows, int64_t n);
+
 // MUL_MAT_ID with the experts that have an address in table[n_expert]. Entered by all threads.
 void stock_mul_mat_id(const stock_kernel & kernel, const ggml_compute_params * params, const ggml_tensor * op, const void * const * table);

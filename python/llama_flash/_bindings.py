@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 4
+LLAMA_FLASH_API_VERSION = 5
 LLAMA_FLASH_REUSE_TOKENS = 256
 
 
@@ -57,6 +57,20 @@ class llama_flash_place(IntEnum):
     LLAMA_FLASH_PASSING = 2  # in the ring
     LLAMA_FLASH_IN_SLOT = 3
     LLAMA_FLASH_PINNED = 4
+
+
+class llama_flash_use(IntEnum):
+    LLAMA_FLASH_USE_MUL_MAT = 1  # a matrix, first source of a MUL_MAT with float32
+    LLAMA_FLASH_USE_MUL_MAT_ID = 2  # matrices of experts, first source of a MUL_MAT_ID with float32
+    LLAMA_FLASH_USE_GET_ROWS = 4  # a table whose rows are picked by number
+    LLAMA_FLASH_USE_OTHER = 8  # anything else; views of it, too
+    LLAMA_FLASH_USE_ROUTES = 16  # what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
+
+
+class llama_flash_graph(IntEnum):
+    LLAMA_FLASH_GRAPH_TOKENS = 0  # of llama_decode
+    LLAMA_FLASH_GRAPH_ENCODER = 1  # of llama_encode
+    LLAMA_FLASH_GRAPH_EMBEDDINGS = 2  # of llama_decode, given embeddings (of an image, say) in place of tokens
 
 
 class llama_flash_params(ctypes.Structure):
@@ -266,6 +280,7 @@ class llama_flash_stats(ctypes.Structure):
         ("misses", ctypes.c_uint64),
         ("panel_hits", ctypes.c_uint64),
         ("panel_reads", ctypes.c_uint64),
+        ("rows_read", ctypes.c_uint64),
         ("evictions", ctypes.c_uint64),
         ("wait_ns", ctypes.c_uint64),
         ("repack_ns", ctypes.c_uint64),
@@ -294,6 +309,7 @@ class llama_flash_stats(ctypes.Structure):
     misses: int  # experts and neurons that had to be read
     panel_hits: int  # pinned panels used
     panel_reads: int  # panels streamed
+    rows_read: int  # rows of embedding tables
     evictions: int
     wait_ns: int  # compute threads idle for a read
     repack_ns: int  # bringing records into the kernels' layout
@@ -417,6 +433,18 @@ class llama_flash_probe(ctypes.Structure):
     reserved: int
 
 
+class llama_flash_weight_use(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("name", ctypes.c_char * 128),
+        ("uses", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+    name: bytes
+    uses: int
+    reserved: int
+
+
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_params,
     llama_flash_bundle_part,
@@ -432,6 +460,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_trace_entry,
     llama_flash_trace_tensor,
     llama_flash_probe,
+    llama_flash_weight_use,
 )
 
 # name: (result, arguments)
@@ -563,6 +592,27 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.POINTER(llama_flash_error),
         ],
     ),
+    "llama_flash_graph_uses": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint32,
+            ctypes.c_uint32,
+            ctypes.POINTER(llama_flash_weight_use),
+            ctypes.c_uint64,
+            ctypes.POINTER(ctypes.c_uint64),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_add_rows": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_bool,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
     "llama_flash_session_bind_weight": (
         ctypes.c_int32,
         [
@@ -577,6 +627,8 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.POINTER(llama_flash_error),
         ],
     ),
+    "llama_flash_load_model": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
+    "llama_flash_new_context": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 import zipfile
 import zlib
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .gguf_meta import kind_of_file
+from .whole_files import whole_file
 
 __all__ = ["check_target", "open_archive", "write_archive"]
 
@@ -42,13 +44,8 @@ def write_archive(path: str | os.PathLike[str], **arrays: Any) -> None:
         with target.open("wb") as file:  # savez would add a suffix of its own to a name
             np.savez_compressed(file, **arrays)
         return
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            np.savez_compressed(file, **arrays)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(target) as file:
+        np.savez_compressed(file, **arrays)
 
 
 @contextmanager
@@ -59,6 +56,8 @@ def open_archive(path: str | os.PathLike[str], what: str) -> Iterator[Any]:
         OSError: the file cannot be read.
         ValueError: it is not `what`, also if that shows in the `with` statement.
     """
+    if kind := kind_of_file(path):  # opening a pipe would wait for its writer
+        raise ValueError(f"{os.fspath(path)} is {kind}, not {what} of llama-flash")
     try:
         with np.load(path, allow_pickle=False) as file:
             yield file

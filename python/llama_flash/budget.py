@@ -12,6 +12,7 @@ is never counted as ours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -181,15 +182,35 @@ def smallest_budget(needed: int, reserve: int | str | None = None) -> int:
     return -(-total // (1 << 20)) << 20
 
 
-def refuse(budget: Budget, breakdown: Breakdown, flash_needed: int, reserve: int | str | None) -> FlashBudgetError:
-    """The error for a budget that leaves less than the `flash_needed` bytes without which nothing can be computed."""
-    smallest = smallest_budget(breakdown.fixed + flash_needed, reserve)
+ADVICE = ("A smaller n_ctx, n_ubatch or KV cache type, or logits_all=False, needs less.",)
+
+
+def refuse(
+    budget: Budget,
+    breakdown: Breakdown,
+    flash_needed: int,
+    reserve: int | str | None,
+    *,
+    smallest: int | None = None,
+    advice: Sequence[str] = ADVICE,
+) -> FlashBudgetError:
+    """The error for a budget that leaves less than the `flash_needed` bytes without which nothing can be computed.
+
+    Args:
+        smallest: the smallest budget that works, in bytes, whole MiB; None: the one that follows from the breakdown.
+        advice: whole sentences on what would need less.
+    """
+    if smallest is None:
+        smallest = smallest_budget(breakdown.fixed + flash_needed, reserve)
     parts = replace(breakdown, stream=flash_needed)
     limit = "" if budget.reason == "dram_budget" else f" ({budget.reason})"
+    said = (
+        f"a DRAM budget of {format_size(budget.total)}{limit} is too small: {parts}.",
+        f"The smallest that works is {smallest >> 20} MiB.",
+        *advice,
+    )
     return FlashBudgetError(
-        f"a DRAM budget of {format_size(budget.total)}{limit} is too small: {parts}. "
-        f"The smallest that works is {smallest >> 20} MiB. "
-        "A smaller n_ctx, n_ubatch or KV cache type, or logits_all=False, needs less.",
+        " ".join(said),
         breakdown=parts.as_dict(),
         smallest=smallest,
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from . import _bindings
 from .errors import FlashFormatError
+from .ggml_types import TYPE_SIZES, tensor_bytes
 from .gguf_meta import GgufMeta, SkippedArray, TensorInfo, read_gguf
 
 __all__ = ["BUNDLE_TYPE", "BundleFormat", "Bundles", "LayerBundle", "holds_bundles", "read_bundles"]
@@ -46,7 +47,6 @@ _PREDICTOR_TYPES = (_F32, 1, 8, 30)  # F16, Q8_0, BF16
 _MOST_LAYERS = 512  # of the engine, LLAMA_MAX_LAYERS
 _WHOLE = ("uint32", "int32", "uint64", "int64")
 _NO_WEIGHTS = frozenset({9, 15, *range(24, 29), BUNDLE_TYPE})  # Q8_1, Q8_K, I8 to I64, F64: the engine's own results
-_Q2_0 = 42, (64, 18)  # the engine's type, not in every version of the gguf package: elements and bytes of a block
 _ACTIVATIONS: dict[str, tuple[int, frozenset[bool]]] = {  # name: (enum, whether gated)
     "relu": (_bindings.llama_flash_activation.LLAMA_FLASH_RELU, frozenset({False})),
     "relu2": (_bindings.llama_flash_activation.LLAMA_FLASH_RELU2, frozenset({False, True})),
@@ -406,7 +406,7 @@ class _Layers:
     def _bundle(self, layer: int, predictor: tuple[TensorInfo, TensorInfo, TensorInfo] | None) -> LayerBundle:
         tensors, form, n_ff = self._meta.tensors, self._form, self._model.n_ff(layer)
         tensor = tensors[f"blk.{layer}.ffn_bundle.weight"]
-        _expect(tensor, (form.record_bytes, n_ff), (BUNDLE_TYPE,), form.record_bytes * n_ff)
+        _expect(tensor, (form.record_bytes, n_ff), (BUNDLE_TYPE,))
         biases: dict[str, TensorInfo] = {}
         held = {part.name for part in form.parts}
         for part in _PARTS:
@@ -418,7 +418,7 @@ class _Layers:
             if part not in held:
                 raise _error(bias, f"is there, but the bundles have no {part}")
             n = form.n_embd if part == "down" else n_ff
-            _expect(bias, (n,), (_F32,), 4 * n)
+            _expect(bias, (n,), (_F32,))
             biases[part] = bias
         rank = self._ranks[layer] if predictor else 0
         return LayerBundle(layer, n_ff, 0, tensor, biases.get("up"), biases.get("gate"), rank, predictor)
@@ -428,8 +428,7 @@ class _Layers:
         tensor = tensors[f"blk.{layer}.ffn_{_EXPERTS_BUNDLE}"]
         if not form.gated:
             raise _error(tensor, "is there, but the bundles have no gate")
-        size = form.record_bytes * model.n_ff_expert * model.n_expert
-        _expect(tensor, (form.record_bytes, model.n_ff_expert, model.n_expert), (BUNDLE_TYPE,), size)
+        _expect(tensor, (form.record_bytes, model.n_ff_expert, model.n_expert), (BUNDLE_TYPE,))
         for part in _PARTS:
             for name in (f"{part}_exps.weight", f"{part}_exps.bias", f"{part}.weight", f"{part}.bias"):
                 if other := tensors.get(f"blk.{layer}.ffn_{name}"):
@@ -454,13 +453,8 @@ class _Layers:
         a, b, bias = found
         n_embd, n_ff = self._model.n_embd, self._model.n_ff(layer)
         for matrix, columns, rows in ((a, n_embd, rank), (b, rank, n_ff)):
-            _expect(matrix, (columns, rows), _PREDICTOR_TYPES, 0)
-            try:
-                size = _row_bytes(matrix.type, columns) * rows
-            except ValueError as error:
-                raise _error(matrix, f"is of type {matrix.type}: {error}") from None
-            _within(matrix, size)
-        _expect(bias, (n_ff,), (_F32,), 4 * n_ff)
+            _expect(matrix, (columns, rows), _PREDICTOR_TYPES)
+        _expect(bias, (n_ff,), (_F32,))
         return a, b, bias
 
 
@@ -468,37 +462,24 @@ def _error(tensor: TensorInfo, message: str) -> FlashFormatError:
     return FlashFormatError(f"{tensor.file}: tensor {tensor.name} {message}")
 
 
-def _expect(tensor: TensorInfo, shape: tuple[int, ...], types: tuple[int, ...], size: int) -> None:
-    """Shape (further dimensions of 1 do not matter), type, and that `size` bytes are there."""
+def _expect(tensor: TensorInfo, shape: tuple[int, ...], types: tuple[int, ...]) -> None:
+    """Shape (further dimensions of 1 do not matter) and type. That its bytes are there, read_gguf has seen."""
     n = max(len(shape), len(tensor.shape))
     found, wanted = ((*one, *[1] * (n - len(one))) for one in (tensor.shape, shape))
     if found != wanted or 0 in shape:
         raise _error(tensor, f"has shape {list(tensor.shape)}, expected {list(shape)}")
     if tensor.type not in types:
         raise _error(tensor, f"is of type {tensor.type}, expected {' or '.join(map(str, types))}")
-    _within(tensor, size)
-
-
-def _within(tensor: TensorInfo, size: int) -> None:
-    if tensor.size < size:
-        raise _error(
-            tensor,
-            f"takes {size} bytes from byte {tensor.offset}, but {tensor.size} are there: the file is cut short or "
-            "tensors overlap",
-        )
 
 
 def _row_bytes(kind: int, length: int) -> int:
     """Bytes of a row of weights. Raises ValueError if the type is not one of weights, or does not fit the length."""
-    from gguf.constants import GGML_QUANT_SIZES
-
-    known = {**dict([_Q2_0]), **{int(number): size for number, size in GGML_QUANT_SIZES.items()}}
-    if kind in _NO_WEIGHTS or kind not in known:
+    if kind in _NO_WEIGHTS or kind not in TYPE_SIZES:
         raise ValueError("not a known type of weights")
-    block, size = known[kind]
+    block = TYPE_SIZES[kind][0]
     if length % block or not length:
         raise ValueError(f"rows of {length} elements are not whole blocks of {block}")
-    return int(length // block * size)
+    return tensor_bytes(kind, (length,))
 
 
 def _read(tensor: TensorInfo, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .budget import Breakdown
 from .device_profile import DeviceProfile
 from .gguf_meta import GgufMeta
-from .placement import Plan, select
+from .placement import Plan, expert_bytes
 
 if TYPE_CHECKING:
     from .usage import Usage
@@ -54,7 +54,7 @@ _SHARED_RANGE = (0.1, 100.0)
 class Traffic:
     """Records of one kind that a token reads from flash, on average."""
 
-    kind: Literal["experts", "panels", "neurons"]
+    kind: Literal["experts", "panels", "neurons", "rows"]
     bytes: float
     reads: float
     at_once: float  # reads that are asked for together
@@ -139,6 +139,9 @@ def expect(
                 _records("panels", streamed, size, memory.stream / _PIECE, io_depth, profile, pinned / plan.panel_bytes)
             )
             touched += plan.panel_bytes
+        for name in plan.tables:  # each is waited for before the next is asked for
+            table = meta.tensors[name]
+            parts.append(_records("rows", 1, table.size / table.shape[1], 1, io_depth, profile, 0.0))
         if plan.expert_bytes and needs.n_experts:
             size = needs.expert_bytes / needs.n_experts
             held = min(1.0, memory.slots / expert_slots(needs))
@@ -229,7 +232,7 @@ def shared_of(active: float, held: float, missed: float) -> float | None:
 
 
 def _records(
-    kind: Literal["experts", "panels", "neurons"],
+    kind: Literal["experts", "panels", "neurons", "rows"],
     n: float,
     size: float,
     at_once: float,
@@ -319,9 +322,10 @@ def _resident_touched(meta: GgufMeta, plan: Plan) -> float:
     """Bytes of resident weights that a token computes with: one row of the embedding, and the experts it uses."""
     touched = float(plan.resident_bytes)
     if "output.weight" in meta.tensors:
-        touched -= sum(t.size for t in meta.tensors.values() if re.fullmatch(r"(token|position)_embd\.weight", t.name))
+        tables = (t for t in meta.tensors.values() if t.name not in plan.tables)
+        touched -= sum(t.size for t in tables if re.fullmatch(r"(token|position)_embd\.weight", t.name))
     if plan.mode != "flash" or not plan.expert_bytes:
-        experts = sum(tensor.size for tensor in select(meta, ("experts",)))
+        experts = expert_bytes(meta)
         unused = 1 - meta.number("expert_used_count") / max(1, meta.number("expert_count"))
         touched -= experts * unused if experts else 0.0
     return max(touched, 0.0)

@@ -30,8 +30,8 @@ from .budget import rooms
 from .capped import run_capped
 from .cgroup import memory_controller
 from .device import device_of
-from .errors import FlashBudgetError, FlashCapError, FlashError
-from .gguf_meta import read_gguf
+from .errors import FlashBudgetError, FlashCapError, FlashError, FlashFormatError
+from .gguf_meta import kind_of_file, read_gguf
 from .kept_files import cache_folder
 from .sizes import format_size
 
@@ -88,11 +88,14 @@ def examine(path: Path) -> Iterator[Finding]:
 
     Raises:
         FileNotFoundError: there is no such path.
+        FlashFormatError: it is a pipe, a device, a socket.
     """
     path = path.absolute()
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
+    if (kind := kind_of_file(path)) and not path.is_dir():
+        raise FlashFormatError(f"{path}: {kind}; a model file is expected, or a folder for models")
     engine = _Engine.ask()
     checks: list[Callable[[], Finding]] = [
         _system,
@@ -408,8 +411,10 @@ def _model(path: Path, engine_works: bool) -> Finding:
         made = plan(path, n_ctx=min(meta.number("context_length", 2048), 2048))
     except FlashBudgetError as error:
         return Finding("model", "problem", str(error), "")
+    except FlashFormatError as error:
+        return Finding("model", "problem", error.problem, error.mend)
     except (FlashError, ValueError, OSError) as error:
-        return Finding("model", "problem", str(error), "get the file anew; verify its checksum")
+        return Finding("model", "problem", str(error), "")
     said = f"{meta.architecture}, {format_size(meta.file_bytes)}"
     if made.mode == "resident":
         return Finding("model", "ok", f"{said}: fits into memory, nothing stays on flash")

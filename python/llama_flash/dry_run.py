@@ -9,22 +9,34 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from . import _bindings, engine
 from .budget import held_by_process
-from .bundles import Bundles
+from .bundles import Bundles, read_bundles
 from .errors import FlashError
-from .gguf_meta import GgufMeta
+from .gguf_meta import GgufMeta, check_is_model, read_gguf
+from .model_load import load_model, new_context
 from .offload import BufferTypeOverride, neuron_params
 from .options import FlashOffload
 from .placement import ContextShape, Mode, Plan
 from .sizes import parse_size
 
-__all__ = ["EngineSizes", "FlashNeeds", "engine_sizes"]
+__all__ = [
+    "EngineSizes",
+    "FlashNeeds",
+    "buffers_of",
+    "check_model",
+    "context_params",
+    "engine_sizes",
+    "no_alloc_context",
+]
 
 _MALLOC_PAGE = 4096  # of a larger block only the page with its head is touched
+_CHECKED_CTX = 512  # tokens of the context that a check makes
 _F32 = 0  # GGML_TYPE_F32
 
 
@@ -38,16 +50,53 @@ class EngineSizes:
     doubled: int  # weights that are there twice (an embedding that is the output, too)
 
 
+def check_model(path: str | os.PathLike[str]) -> GgufMeta:
+    """Whether a load would refuse the file: its head, its bundles, and what the engine makes of them.
+
+    Raises:
+        FlashFormatError: it would, with the reason and what to do.
+        FlashError: the engine cannot be asked.
+        OSError: a file cannot be read.
+    """
+    meta = read_gguf(path)
+    engine_sizes(meta, read_bundles(meta), ContextShape(n_ctx=_CHECKED_CTX))
+    return meta
+
+
 def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -> EngineSizes:
     """Of a model and a context of `shape`. Takes as long as reading the vocabulary; what it takes is free afterwards.
 
     Raises:
-        FlashError: the engine cannot load the model or make such a context.
+        FlashFormatError: the engine refuses the model.
+        FlashError: the engine cannot make such a context.
+    """
+    check_is_model(meta)
+    path = str(meta.files[0])
+    engine.trim_heap()
+    before = held_by_process()
+    with no_alloc_context(path, bundles, context_params(shape)) as (_, context):
+        buffers = buffers_of(context)
+        heap = held_by_process() - before
+    predictors = bundles.predictor_bytes if bundles else 0
+    weights = sum(tensor.size for tensor in meta.tensors.values()) - predictors
+    # llama_cpp's batch: a list of n_ctx sequences for each token
+    batch = shape.n_batch * min(4 * shape.n_ctx, _MALLOC_PAGE)
+    return EngineSizes(
+        max(0, heap) + predictors + batch, buffers.context, buffers.compute, max(0, buffers.model - weights)
+    )
+
+
+@contextmanager
+def no_alloc_context(path: str, bundles: Bundles | None, context_params: Any) -> Iterator[tuple[Any, Any]]:
+    """The engine's model and context of a file, laid out and not allocated: nothing can be computed.
+
+    Raises:
+        FlashFormatError: the engine refuses the model.
+        FlashError: the engine cannot make such a context.
     """
     import llama_cpp
     from llama_cpp._utils import suppress_stdout_stderr  # as llama_cpp itself does where it is not verbose
 
-    path = str(meta.files[0])
     engine.trim_heap()
     before = held_by_process()
     params = llama_cpp.llama_model_default_params()
@@ -60,31 +109,26 @@ def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -
     if parts:
         params.tensor_buft_overrides = ctypes.addressof(overrides)
     with suppress_stdout_stderr(disable=False):
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise FlashError(f"{path}: the engine cannot load this model")
+        model = load_model(path, params)
     context = None
     try:
         with suppress_stdout_stderr(disable=False):
-            context = llama_cpp.llama_init_from_model(model, _context_params(shape))
-        if not context:
-            raise FlashError(f"{path}: the engine cannot make a context of {shape}")
-        buffers = _bindings.llama_flash_context_memory()
-        if engine.library().llama_flash_get_context_memory(context, ctypes.byref(buffers)) != 0:
-            raise FlashError("the engine does not tell the sizes of its buffers")
-        heap = held_by_process() - before
+            context = new_context(path, model, context_params)
+        yield model, context
     finally:
         if context:
             llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
         engine.trim_heap()
-    predictors = bundles.predictor_bytes if bundles else 0
-    weights = sum(tensor.size for tensor in meta.tensors.values()) - predictors
-    # llama_cpp's batch: a list of n_ctx sequences for each token
-    batch = shape.n_batch * min(4 * shape.n_ctx, _MALLOC_PAGE)
-    return EngineSizes(
-        max(0, heap) + predictors + batch, buffers.context, buffers.compute, max(0, buffers.model - weights)
-    )
+        engine.note_settled(held_by_process() - before)
+
+
+def buffers_of(context: Any) -> Any:
+    """`struct llama_flash_context_memory` of a context: bytes of weights, KV cache and graph buffers."""
+    buffers = _bindings.llama_flash_context_memory()
+    if engine.library().llama_flash_get_context_memory(context, ctypes.byref(buffers)) != 0:
+        raise FlashError("the engine does not tell the sizes of its buffers")
+    return buffers
 
 
 def _cpu_buffer_type() -> int:
@@ -95,7 +139,8 @@ def _cpu_buffer_type() -> int:
     return address
 
 
-def _context_params(shape: ContextShape) -> Any:
+def context_params(shape: ContextShape) -> Any:
+    """`struct llama_context_params` of a context of `shape`."""
     import llama_cpp
 
     params = llama_cpp.llama_context_default_params()
@@ -131,6 +176,8 @@ class FlashNeeds:
             raise
 
     def _bind(self) -> None:
+        for name, only in self._plan.tables.items():
+            self._call("llama_flash_session_add_rows", name.encode(), only)
         for tensor in self._plan.tensors:
             ne0, ne1, ne2 = (*tensor.shape, 1, 1)[:3]
             self._bind_weight(tensor.name, tensor.file, tensor.offset, tensor.type, ne0, ne1, ne2)

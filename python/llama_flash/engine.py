@@ -12,7 +12,7 @@ from typing import Any
 from . import _bindings
 from .errors import FlashError, FlashFormatError, FlashReadError
 
-__all__ = ["IO_ENGINES", "library", "raise_error", "register"]
+__all__ = ["IO_ENGINES", "library", "note_settled", "raise_error", "register", "settled", "trim_heap"]
 
 IO_ENGINES = {
     "auto": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_AUTO,
@@ -20,6 +20,9 @@ IO_ENGINES = {
     "pread": _bindings.llama_flash_io_engine.LLAMA_FLASH_IO_PREAD,
 }
 
+_MOST_SETTLED = 16 << 20  # bytes: placement.py expects no more of the engine's heap
+
+_settled = 0
 _library: Any = None
 _problem: str | None = "llama_cpp, with which the plugin is registered, has not been imported"
 
@@ -76,6 +79,20 @@ def trim_heap() -> None:
     """Gives freed heap pages back to the kernel: glibc keeps up to 64 MiB after a load, which would be counted."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def settled() -> int:
+    """Bytes of this process that its first use of the engine has taken for good: pages of libraries, heap.
+
+    Estimates of what a load takes have them in: who adds one to what the process holds takes them off that.
+    """
+    return _settled
+
+
+def note_settled(n_bytes: int) -> None:
+    """n_bytes: by which the process has grown while the engine was used and everything was freed again."""
+    global _settled
+    _settled = min(_MOST_SETTLED, _settled + max(0, n_bytes))
 
 
 def _text(raw: bytes) -> str:

@@ -52,8 +52,20 @@ class FlashReadError(FlashError):
         self.tensor = tensor
 
 
-class FlashFormatError(FlashError):
-    """A GGUF file that contradicts itself, or is not a GGUF file."""
+class FlashFormatError(FlashError, ValueError):
+    """A file that cannot be loaded: not a GGUF file, damaged, contradicting itself, or not a model for this engine.
+
+    Also a ValueError, which is what llama_cpp raises for a model that it cannot load.
+
+    Attributes:
+        problem: what is wrong, with the file, and the key or tensor where it is known.
+        mend: what to do about it, "" if nothing is known that helps.
+    """
+
+    def __init__(self, problem: str, *, mend: str = "") -> None:
+        super().__init__(f"{problem}; {mend}" if mend else problem)
+        self.problem = problem
+        self.mend = mend
 
 
 class FlashCapError(FlashError):

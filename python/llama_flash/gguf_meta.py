@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import FlashFormatError
+from .ggml_types import tensor_bytes
 
-__all__ = ["GgufMeta", "SkippedArray", "TensorInfo", "read_gguf", "shard_paths"]
+__all__ = [
+    "MOST_LAYERS",
+    "GgufMeta",
+    "SkippedArray",
+    "TensorInfo",
+    "check_is_model",
+    "check_vocabulary",
+    "kind_of_file",
+    "read_gguf",
+    "shard_paths",
+]
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {  # GGUF value type -> struct format
@@ -38,8 +49,25 @@ _TYPE_NAMES = (  # by GGUF value type
     *("uint64", "int64", "float64"),
 )
 _LONGEST_ARRAY = 4096  # longer ones are skipped: per-layer numbers are wanted, vocabularies are not
-_LONGEST_STRING = 1 << 30
+# of the engine: ggml/src/gguf.cpp, GGML_MAX_DIMS and GGML_MAX_NAME of ggml.h, LLAMA_MAX_LAYERS
+_LONGEST_STRING = _MOST_ELEMENTS = 1 << 30
+_MOST_DIMENSIONS = 4
+_LONGEST_NAME = 63  # bytes
+MOST_LAYERS = 512
+_MOST_SHARDS = (1 << 16) - 1  # of a uint16
+_MOST = (1 << 63) - 1  # of the elements of a dimension, and of a tensor's bytes
+_SMALLEST_INFO = 8 + 4 + 4 + 8  # bytes of a tensor in the head, without its name and shape
+_SMALLEST_VALUE = 8 + 1 + 4 + 1
+
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_REPLACED = "\ufffd"  # in place of what is not UTF-8: such names may differ and look alike
+_WIDTHS = ("attention.key_length", "attention.value_length")
+_OTHER_FILES = {  # general.type: what it is, and what to do with it
+    "adapter": ("a LoRA adapter", "name the model that it is for, and this file as lora_path"),
+    "mmproj": ("the part of a model that looks at images", "name the model's own file"),
+    "imatrix": ("an importance matrix", "it is for quantising a model: name the model's file"),
+}
+_GET_ANEW = "get the file anew, and compare its size and checksum"
 
 
 @dataclass(frozen=True)
@@ -62,7 +90,7 @@ class TensorInfo:
     type: int  # enum ggml_type
     file: Path
     offset: int  # bytes from the start of the file
-    size: int  # bytes up to the next tensor or the end of the file: alignment padding included
+    size: int  # bytes of its elements, without the padding behind them
 
     @property
     def layer(self) -> int | None:
@@ -78,7 +106,7 @@ class GgufMeta:
     files: tuple[Path, ...]
     values: dict[str, Value]  # of the first file
     tensors: dict[str, TensorInfo]
-    file_bytes: int  # all shards
+    file_bytes: int  # all shards, without what is behind the last tensor of each
     types: dict[str, str] = field(default_factory=dict)  # of the values: "uint32", "string[]"
 
     @property
@@ -90,14 +118,18 @@ class GgufMeta:
         """Whole number of "{architecture}.{key}"; the largest one where it is given per layer."""
         value = self.values.get(f"{self.architecture}.{key}")
         if isinstance(value, list):
-            return max((int(v) for v in value if isinstance(v, (int, float))), default=default)
-        return int(value) if isinstance(value, (int, float)) else default
+            return max((v for v in value if isinstance(v, int)), default=default)
+        return int(value) if isinstance(value, int) else default
 
     def per_layer(self, key: str, n_layer: int, default: int = 0) -> list[int]:
-        """Whole numbers of "{architecture}.{key}" for each layer, whether it is given once or per layer."""
+        """Whole numbers of "{architecture}.{key}" for each layer, whether it is given once or per layer.
+
+        n_layer: as a file says it; of more than the engine can have, that many.
+        """
+        n_layer = min(n_layer, MOST_LAYERS)
         value = self.values.get(f"{self.architecture}.{key}")
         if isinstance(value, list) and len(value) >= n_layer:
-            return [int(v) if isinstance(v, (int, float)) else default for v in value[:n_layer]]
+            return [int(v) if isinstance(v, int) else default for v in value[:n_layer]]
         return [self.number(key, default)] * n_layer
 
     @property
@@ -109,90 +141,213 @@ class GgufMeta:
 
 
 def shard_paths(path: str | os.PathLike[str]) -> list[Path]:
-    """All shards of the model whose first (or only) file is `path`.
+    """All shards of the model whose first (or only) file is `path`, by their names.
 
     Raises:
-        FlashFormatError: if a shard is missing.
+        FlashFormatError: if a shard is missing, or `path` is not the first.
     """
-    first = Path(path)
-    match = _SHARD.fullmatch(first.name)
+    file = Path(path)
+    match = _SHARD.fullmatch(file.name)
     if match is None:
-        return [first]
+        return [file]
     count = int(match[3])
-    shards = [first.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    if int(match[2]) != 1:
+        raise _not_first(file, int(match[2]), count)
+    shards = [file.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
-        raise FlashFormatError(f"{first}: {len(missing)} of {count} shards are missing, the first is {missing[0]}")
+        raise FlashFormatError(f"{file}: {len(missing)} of {count} shards are missing, the first is {missing[0]}")
     return shards
+
+
+def kind_of_file(path: str | os.PathLike[str]) -> str:
+    """What is at `path` where that is no ordinary file: "a folder", "a pipe (FIFO)", ...; else "".
+
+    Opening a pipe would wait for somebody to write to it. Raises OSError: there is nothing, or it cannot be looked at.
+    """
+    mode = os.stat(path).st_mode
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe (FIFO)"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "")
+
+
+def check_vocabulary(meta: GgufMeta, *, text: bool = True) -> None:
+    """Refuses a model without a vocabulary, which the engine ends the process for.
+
+    text: it is to take or give text; else only what the engine cannot even load is refused.
+
+    Raises FlashFormatError.
+    """
+    file, kind = meta.files[0], meta.values.get("tokenizer.ggml.model")
+    if kind is None:
+        raise FlashFormatError(
+            f"{file}: has no vocabulary (the key tokenizer.ggml.model is missing): the engine cannot load it; convert "
+            "the model again, with its tokenizer"
+        )
+    if kind == "none" and text:
+        raise FlashFormatError(
+            f"{file}: has no vocabulary (tokenizer.ggml.model is none), so it takes tokens and no text; in Python "
+            "Llama.eval and Llama.generate do that"
+        )
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     """Reads key-values and tensor infos of the model that begins with file `path`.
 
+    What only the engine can judge (whether it knows the architecture, whether all tensors are there) is not judged
+    here: see model_check.py.
+
     Raises:
-        FlashFormatError: not GGUF, or cut off within its head, or shards missing.
+        FlashFormatError: not GGUF, no ordinary file, damaged, cut off within head or data, shards missing, or not the
+            first shard.
         OSError: if a file cannot be read.
     """
-    files = shard_paths(path)
+    files = [Path(path)]
     values: dict[str, Value] = {}
     types: dict[str, str] = {}
     tensors: dict[str, TensorInfo] = {}
     file_bytes = 0
-    for index, file in enumerate(files):
+    for index in range(_MOST_SHARDS):
+        file = files[index]
+        if kind := kind_of_file(file):
+            raise FlashFormatError(f"{file}: {kind}, not a GGUF file")
         with file.open("rb", buffering=1 << 18) as stream:
             size = os.fstat(stream.fileno()).st_size
             try:
-                shard_values, shard_types, infos = _read_file(stream, file, size)
-            except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
-                raise FlashFormatError(f"{file}: damaged or cut off within its head ({error})") from None
+                shard_values, shard_types, infos = _Head(stream, file, size).read()
+            except (struct.error, OverflowError, MemoryError) as error:
+                raise FlashFormatError(
+                    f"{file}: damaged or cut off within its head ({error})", mend=_GET_ANEW
+                ) from None
             finally:
                 # the head has been parsed: what the kernel read ahead only takes memory
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file_bytes += size
+        file_bytes += max((info.offset + info.size for info in infos), default=size)
         if index == 0:
             values, types = shard_values, shard_types
+            files = _shards(file, values)
         for info in infos:
+            if info.name in tensors and _REPLACED not in info.name:
+                raise FlashFormatError(f"{file}: tensor {info.name} is there twice", mend=_GET_ANEW)
             tensors[info.name] = info
+        if index + 1 == len(files):
+            break
     return GgufMeta(tuple(files), values, tensors, file_bytes, types)
 
 
-def _read_file(stream: BinaryIO, file: Path, size: int) -> tuple[dict[str, Value], dict[str, str], list[TensorInfo]]:
-    if stream.read(4) != b"GGUF":
-        raise FlashFormatError(f"{file}: not a GGUF file")
-    version = _unpack(stream, "<I")
-    if version not in (2, 3):
-        raise FlashFormatError(f"{file}: GGUF version {version} (big-endian or older than 2) cannot be read")
-    n_tensors, n_values = _unpack(stream, "<Q"), _unpack(stream, "<Q")
-    if n_tensors > 1 << 24 or n_values > 1 << 24:
-        raise FlashFormatError(f"{file}: claims {n_tensors} tensors and {n_values} values: damaged")
-    values: dict[str, Value] = {}
-    types: dict[str, str] = {}
-    for _ in range(n_values):
-        key = _string(stream)
-        values[key], types[key] = _value(stream, int(_unpack(stream, "<I")), file)
-    heads = []
-    for _ in range(n_tensors):
+def check_is_model(meta: GgufMeta) -> None:
+    """Refuses GGUF files that hold something else than a model, and heads that cost the engine more than an error.
+
+    Raises:
+        FlashFormatError: with what it is, and what it is for; or with the key that cannot be.
+    """
+    kind = meta.values.get("general.type", "model")
+    if isinstance(kind, str) and kind in _OTHER_FILES and "token_embd.weight" not in meta.tensors:
+        what, mend = _OTHER_FILES[kind]
+        raise FlashFormatError(f"{meta.files[0]}: is no model but {what}", mend=mend)
+    if not meta.tensors:
+        raise FlashFormatError(
+            f"{meta.files[0]}: holds no weights, a vocabulary at most",
+            mend="name the model's file; Llama(vocab_only=True) loads this one for its vocabulary",
+        )
+    # the engine allocates a KV cache of that width before it compares it with the weights
+    widest = max((n for tensor in meta.tensors.values() if tensor.layer is not None for n in tensor.shape), default=0)
+    for key in _WIDTHS:
+        if 0 < widest < (width := meta.number(key)):
+            raise FlashFormatError(
+                f"{meta.files[0]}: key {meta.architecture}.{key} is {width}, the widest weight of a layer has {widest}",
+                mend=_GET_ANEW,
+            )
+
+
+def _shards(file: Path, values: dict[str, Value]) -> list[Path]:
+    """All shards of the model with that first file. As in the engine, the head decides about that, not the name."""
+    count, number = values.get("split.count", 0), values.get("split.no", 0)
+    if not isinstance(count, int) or not isinstance(number, int) or count <= 1:
+        return [file]
+    if number != 0:
+        raise _not_first(file, number + 1, count)
+    match = _SHARD.fullmatch(file.name)
+    if match is None or int(match[3]) != count:
+        raise FlashFormatError(
+            f"{file}: is the first of {count} shards, but not named so (...-00001-of-{count:05d}.gguf)",
+            mend="shards that were joined byte by byte, or renamed, cannot be loaded: keep them as they are, side by "
+            "side, and name the first; gguf-split --merge joins them",
+        )
+    return shard_paths(file)
+
+
+def _not_first(file: Path, number: int, count: int) -> FlashFormatError:
+    match = _SHARD.fullmatch(file.name)
+    first = (
+        f"{match[1]}-00001-of-{match[3]}.gguf" if match else f"the one whose name ends in -00001-of-{count:05d}.gguf"
+    )
+    return FlashFormatError(f"{file}: is shard {number} of {count}, not the first", mend=f"load the first one: {first}")
+
+
+class _Head:
+    """Reads the head of one file. What it says is compared with the file's size before it is believed."""
+
+    def __init__(self, stream: BinaryIO, file: Path, size: int) -> None:
+        self._stream, self._file, self._size = stream, file, size
+
+    def read(self) -> tuple[dict[str, Value], dict[str, str], list[TensorInfo]]:
+        stream, file = self._stream, self._file
+        if stream.read(4) != b"GGUF":
+            raise FlashFormatError(f"{file}: not a GGUF file")
+        version = _unpack(stream, "<I")
+        if version not in (2, 3):
+            raise FlashFormatError(f"{file}: GGUF version {version} (big-endian or older than 2) cannot be read")
+        n_tensors, n_values = _unpack(stream, "<Q"), _unpack(stream, "<Q")
+        if n_tensors * _SMALLEST_INFO + n_values * _SMALLEST_VALUE > self._size:
+            raise self._damaged(f"claims {n_tensors} tensors and {n_values} values, for which it has no room")
+        values: dict[str, Value] = {}
+        types: dict[str, str] = {}
+        for _ in range(n_values):
+            key = _string(stream)
+            if (key in values and _REPLACED not in key) or not key:
+                raise self._damaged(f"key {key} is there twice" if key else "a key has no name")
+            values[key], types[key] = _value(stream, int(_unpack(stream, "<I")), file)
+        heads = [self._info() for _ in range(n_tensors)]
+        alignment = values.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._damaged(f"general.alignment is {alignment!r}, not a power of two")
+        start = -(-stream.tell() // alignment) * alignment
+        return values, types, [self._placed(*head, start) for head in heads]
+
+    def _info(self) -> tuple[str, tuple[int, ...], int, int]:
+        stream = self._stream
         name = _string(stream)
+        if len(name.encode("utf-8", errors="replace")) > _LONGEST_NAME:
+            raise self._damaged(f"a tensor's name is longer than {_LONGEST_NAME} bytes: {name[:80]}")
         n_dims = int(_unpack(stream, "<I"))
-        if n_dims > 8:
-            raise FlashFormatError(f"{file}: tensor {name} has {n_dims} dimensions: damaged")
+        if n_dims > _MOST_DIMENSIONS:
+            raise self._damaged(f"tensor {name} has {n_dims} dimensions")
         shape = tuple(int(_unpack(stream, "<Q")) for _ in range(n_dims))
-        heads.append((name, shape, int(_unpack(stream, "<I")), int(_unpack(stream, "<Q"))))
-    alignment = values.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise FlashFormatError(f"{file}: general.alignment is {alignment!r}")
-    start = -(-stream.tell() // alignment) * alignment
-    ends = _next_offsets((offset for *_, offset in heads), max(0, size - start))
-    infos = [
-        TensorInfo(name, shape, kind, file, start + offset, ends[offset] - offset)
-        for name, shape, kind, offset in heads
-    ]
-    return values, types, infos
+        return name, shape, int(_unpack(stream, "<I")), int(_unpack(stream, "<Q"))
 
+    def _placed(self, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int) -> TensorInfo:
+        try:
+            size = tensor_bytes(kind, shape)
+        except ValueError as error:
+            raise self._damaged(f"tensor {name} {error}") from None
+        if max((*shape, size)) > _MOST:
+            raise self._damaged(f"tensor {name} has the shape {list(shape)}")
+        end = start + offset + size
+        if end > self._size:
+            raise FlashFormatError(
+                f"{self._file}: tensor {name} ends at byte {end}, but the file has {self._size}: it is cut off",
+                mend=_GET_ANEW,
+            )
+        return TensorInfo(name, shape, kind, self._file, start + offset, size)
 
-def _next_offsets(offsets: Iterable[int], end: int) -> dict[int, int]:
-    ordered = sorted(set(offsets))
-    return dict(zip(ordered, [*ordered[1:], max(end, ordered[-1])], strict=True)) if ordered else {}
+    def _damaged(self, message: str) -> FlashFormatError:
+        return FlashFormatError(f"{self._file}: {message}: damaged", mend=_GET_ANEW)
 
 
 def _value(stream: BinaryIO, kind: int, file: Path) -> tuple[Value, str]:
@@ -206,13 +361,13 @@ def _value(stream: BinaryIO, kind: int, file: Path) -> tuple[Value, str]:
 
 
 def _array(stream: BinaryIO, item: int, length: int, file: Path) -> Value:
+    size = length * (8 if item == _STRING else struct.calcsize(_SCALARS[item]))
+    if length > _MOST_ELEMENTS or size > _left(stream):
+        raise struct.error("an array ends behind the end of the file")
     if length > _LONGEST_ARRAY:
         if item == _STRING:
             _skip_strings(stream, length)
         else:
-            size = length * struct.calcsize(_SCALARS[item])
-            if size > os.fstat(stream.fileno()).st_size - stream.tell():
-                raise struct.error("an array ends behind the end of the file")
             stream.seek(size, os.SEEK_CUR)
         return SkippedArray(length)
     return [_string(stream) if item == _STRING else _scalar(stream, item, file) for _ in range(length)]
@@ -227,14 +382,19 @@ def _skip_strings(stream: BinaryIO, count: int) -> None:
 
 
 def _long(stream: BinaryIO, length: int) -> bytes:
-    if length > _LONGEST_STRING:
+    if length > _LONGEST_STRING or length > _left(stream):
         raise struct.error(f"a string of {length} bytes")
     return stream.read(length)
 
 
+def _left(stream: BinaryIO) -> int:
+    """Bytes from here to the end of the file."""
+    return os.fstat(stream.fileno()).st_size - stream.tell()
+
+
 def _string(stream: BinaryIO) -> str:
     length = int(_unpack(stream, "<Q"))
-    data = _long(stream, length)
+    data = stream.read(length) if length <= 4096 else _long(stream, length)
     if len(data) != length:
         raise struct.error("a string ends behind the end of the file")
     return data.decode("utf-8", errors="replace")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .kept_files import cache_folder, write_whole
+from .kept_files import cache_folder, keep, read_kept
 
 __all__ = ["Ids", "file_name", "fingerprint", "load", "save", "wanted"]
 
@@ -58,7 +58,7 @@ def save(model: Path, mark: str, ids: Ids) -> Path | None:
         "crc32": zlib.crc32(data),
     }
     try:
-        write_whole(path, json.dumps(header).encode() + b"\n" + data)
+        keep(path, json.dumps(header).encode() + b"\n" + data)
     except OSError as error:
         logger.debug("the list of hot weights is not kept: %s", error)
         return None
@@ -70,7 +70,7 @@ def load(model: Path, mark: str) -> Ids:
     nothing: Ids = np.empty(0, np.uint64)
     path = _path(model)
     try:
-        head, _, data = path.read_bytes().partition(b"\n")
+        head, _, data = read_kept(path).partition(b"\n")
     except FileNotFoundError:
         return nothing
     except OSError as error:

@@ -1,12 +1,28 @@
-"""What is kept between runs: small files in the user's cache folder, each a help that nothing depends on."""
+"""What is kept between runs: small files in the user's cache folder, each a help that nothing depends on.
+
+They are bounded: of each kind the `MOST` that were used last, and none that was not used for `LONGEST`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-import tempfile
+import re
+import time
 from pathlib import Path
 
-__all__ = ["cache_folder", "write_whole"]
+from .whole_files import remove_all_abandoned, whole_file
+
+__all__ = ["LONGEST", "MOST", "cache_folder", "keep", "read_kept"]
+
+logger = logging.getLogger("llama_flash")
+
+MOST = 64  # files of a kind: of models or devices
+LONGEST = 180 * 24 * 3600.0  # seconds since the last use
+
+# names of the files of a kind begin as they like: with the model's name, say. The folder may hold others'.
+_NAMES = r".*-[0-9a-f]{16}"
 
 
 def cache_folder() -> Path:
@@ -19,15 +35,39 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser("~"), ".cache", "llama-flash")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that readers see the one before or this one. Raises OSError; nothing is left then."""
+def keep(path: Path, content: bytes) -> None:
+    """Writes a file so that readers see the one before or this one, and removes what is too much or too old beside it.
+
+    Raises OSError; nothing is left then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:40]}-", delete=False) as stream:
-        temporary = Path(stream.name)
-        try:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with whole_file(path, say=logger.debug) as file:
+        file.write(content)
+    _forget(path)
+
+
+def read_kept(path: Path) -> bytes:
+    """The content, which counts as a use of the file. Raises OSError."""
+    content = path.read_bytes()
+    with contextlib.suppress(OSError):  # somebody else's, or a read-only file system
+        os.utime(path)
+    return content
+
+
+def _forget(written: Path) -> None:
+    """Of the kind that was just written: all whose names end as this one's do. What cannot be removed stays."""
+    names = _NAMES + re.escape(written.suffix)
+    remove_all_abandoned(written.parent, names, say=logger.debug)
+    with contextlib.suppress(OSError):
+        used = []
+        for entry in list(os.scandir(written.parent)):
+            if re.fullmatch(names, entry.name, re.DOTALL) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    used.append((entry.stat(follow_symlinks=False).st_mtime, entry.path))
+        used.sort(reverse=True)
+        oldest = time.time() - LONGEST
+        for number, (last, name) in enumerate(used):
+            if (number >= MOST or last < oldest) and name != str(written):
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+                    logger.debug("%s is forgotten", name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import sys
@@ -28,7 +29,7 @@ from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, read_gguf
+from .gguf_meta import GgufMeta, check_is_model, check_vocabulary, kind_of_file, read_gguf
 from .history import History
 from .limits import check_addresses, check_threads, explain_files
 from .options import FlashOffload
@@ -142,12 +143,14 @@ def open_session(
     Raises:
         FlashBudgetError: the budget cannot work.
         FlashFormatError: not a GGUF file, shards missing, neuron bundles that contradict themselves; with flash offload
-            off: a file with neuron bundles, which cannot be loaded without.
+            off: no file at all (a folder, a pipe), or one with neuron bundles, which cannot be loaded without.
         FlashError: the plugin is missing.
         TypeError, ValueError: see FlashOffload.
     """
     options = FlashOffload.coerce(flash_offload)
     if options is None:
+        if kind := kind_of_file(model_path):  # of which the engine would wait for the writer
+            raise FlashFormatError(f"{model_path}: {kind}, not a GGUF file")
         if not model_params.vocab_only and holds_bundles(model_path):
             raise FlashFormatError(
                 f"{model_path} holds neuron bundles: load it with flash_offload=True, or convert it back with "
@@ -212,6 +215,9 @@ class FlashSession:
         options, model_path, logits_all = self.options, self._path, self._logits_all
         self._base = held_by_all(self)
         self.meta: GgufMeta = read_gguf(model_path)
+        if not model_params.vocab_only:
+            check_is_model(self.meta)
+        check_vocabulary(self.meta, text=False)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
             logger.warning(
@@ -242,6 +248,7 @@ class FlashSession:
         if model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_MLOCK, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
             logger.warning("use_mlock has no effect together with flash_offload")
         model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_DIRECT_IO
+        model_params.lazy_mode = llama_cpp.LLAMA_LAZY_MODE_OFF  # tables that would be mapped go to flash
         if self.plan.mode == "flash":
             self._open()
             self._override(model_params)
@@ -250,14 +257,16 @@ class FlashSession:
 
     def _make_plan(self) -> Plan:
         try:
-            return make_plan(self.meta, self.options, self.budget, self._shape(), self._base)
-        except FlashBudgetError as error:
+            return make_plan(self.meta, self.options, self.budget, self._shape(), self._base - engine.settled())
+        except FlashBudgetError as refused:
             if Controller.of_process().squeeze():  # other models have more than they need
                 self._base = held_by_all(self)
                 return self._make_plan()
             from . import planner  # which needs this module
 
-            raise planner.smallest_budget_of(self.meta, self.options, self._shape(), self._base, error) from None
+            held = functools.partial(held_by_all, self)
+            new = planner.smallest_budget_of(self.meta, self.options, self.budget, self._shape(), held, refused)
+            raise new from None
 
     def _open(self) -> None:
         params = _bindings.llama_flash_params()
@@ -272,6 +281,8 @@ class FlashSession:
         if not self._handle:
             engine.raise_error(error)
         _live.add(self)
+        for name, only in self.plan.tables.items():
+            self._call("llama_flash_session_add_rows", name.encode(), only)
         for bundle in self.plan.bundles.descriptions() if self.plan.bundles else ():
             self._call("llama_flash_session_add_bundle", ctypes.byref(bundle))
 
@@ -300,10 +311,12 @@ class FlashSession:
         except Exception as failure:
             Controller.of_process().end_load(self)
             try:
-                self._call("llama_flash_session_bind_end")
-            except Exception as error:
+                self._raise_pending()  # a weight that could not be read or bound
+            except FlashError as error:
                 raise error from failure
-            self._raise_pending()
+            finally:
+                with contextlib.suppress(FlashError):  # what is missing is so because the engine stopped
+                    self._call("llama_flash_session_bind_end")
             explain_files(failure, self.meta.files)
             raise
         else:

@@ -26,7 +26,7 @@ class FlashOffload:
             others use. Else a size ("2GiB", 2147483648) or a share of the model file ("50%").
         reserve: bytes of the budget left unused, for what cannot be counted beforehand. None: 3 %, at least 32 MiB.
         what: which weights stay on flash. "auto": none if the whole model fits, else as few kinds as the budget
-            needs. "experts", "ffn" (experts and dense FFN) or "all" (attention and output too) choose by hand.
+            needs. "experts", "ffn" (experts and dense FFN) or "all" (every matrix and table) choose by hand.
         predictor: how the active neurons of a file with neuron bundles are found. "exact": gate (without gate: up)
             stays resident and is computed in full, the answers are the resident run's. "lowrank": by the file's
             predictors, which costs less memory and may miss a neuron. "off": not at all, whole layers are read.

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .budget import Breakdown, Budget, refuse
 from .bundles import Bundles, read_bundles
 from .errors import FlashFormatError
 from .gguf_meta import GgufMeta, TensorInfo
+from .graphs import Graphs, Use, graphs_of
 from .options import FlashOffload, Predictor
 from .sizes import parse_size
 
 __all__ = [
     "KV_TYPES",
     "ContextShape",
+    "Kind",
     "Mode",
     "Plan",
     "choose_predictor",
     "estimate",
+    "expert_bytes",
+    "kind_of",
     "least_for_neurons",
     "make_plan",
     "select",
@@ -34,17 +38,21 @@ __all__ = [
 
 Mode = Literal["exact", "lowrank", "off"]  # how the active neurons of bundles are found
 
-# Kinds of weights in the order in which they go to flash: experts cost the fewest bytes per token for the memory they
-# free, then dense FFN weights, then the rest of what only ever meets a MUL_MAT. Left alone: the token embedding (read
-# by row), attn_kv_b and attn_k_b/v_b (MLA uses them as views), and all that is small.
-_KINDS = {
-    "experts": re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_(exps|chexps)\.weight"),
-    "ffn": re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)(_shexp)?\.weight"),
-    "all": re.compile(r"output\.weight|blk\.\d+\.attn_(q|k|v|qkv|output|q_a|q_b|kv_a_mqa)\.weight"),
-}
-_TIERS: tuple[tuple[str, ...], ...] = (("experts",), ("experts", "ffn"), ("experts", "ffn", "all"))
+# Kinds of weights in the order in which they go to flash: of tables a token needs a row; experts cost the fewest bytes
+# per token for the memory they free, then dense feed-forward weights, then every other matrix.
+Kind = Literal["rows", "experts", "ffn", "all"]
+_TIERS: tuple[tuple[Kind, ...], ...] = (
+    ("rows", "experts"),
+    ("rows", "experts", "ffn"),
+    ("rows", "experts", "ffn", "all"),
+)
+_ASKED: dict[str, tuple[Kind, ...]] = {"experts": ("experts",), "ffn": ("experts", "ffn"), "all": _TIERS[-1]}
+_FEED_FORWARD = re.compile(r"ffn_|channel_mix_")
+_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_(exps|chexps)\.weight")
 _LAYER_SHARE = 0.2  # of a layer's neurons: with fewer slots, active neurons would be read twice for a token
 _EXACT_SHARE = 0.10  # of the neurons: with room for fewer beside what exact keeps resident, lowrank is better
+_LAYER = re.compile(r"((?:.*\.)?blk\.)(\d+)(\..*)")
+_ROWS = 1 << 20  # bytes to read rows of tables to
 _SMALLEST = 64 << 10  # bytes of a weight that is worth a read
 
 _PLAIN_TYPES = (0, 1, 30)  # enum ggml_type of F32, F16, BF16: computed on as they are in the file
@@ -83,6 +91,8 @@ class Plan:
     panel_bytes: int  # on flash
     expected: Breakdown  # estimates; the flash part is empty
     bundles: Bundles | None = None  # neuron bundles, always on flash
+    tables: Mapping[str, bool] = field(default_factory=dict)  # flash tensors of which rows are read; True: only rows
+    row_bytes: int = 0  # of those of which only rows are read, on flash
 
     @property
     def neuron_bytes(self) -> int:
@@ -96,34 +106,49 @@ class Plan:
 
     @property
     def flash_bytes(self) -> int:
-        return self.expert_bytes + self.panel_bytes + self.neuron_bytes
+        return self.expert_bytes + self.panel_bytes + self.row_bytes + self.neuron_bytes
 
     def patterns(self) -> list[str]:
         """Regular expressions (ECMAScript) that match the names of the flash tensors and no others."""
-        layers: dict[str, list[int]] = defaultdict(list)
+        layers: dict[tuple[str, str], list[int]] = defaultdict(list)
         plain = []
         for name in [*(tensor.name for tensor in self.tensors), *(self.bundles.part_names() if self.bundles else ())]:
-            if name.startswith("blk."):
-                _, layer, kind = name.split(".", 2)
-                layers[kind].append(int(layer))
+            if match := _LAYER.fullmatch(name):
+                layers[match[1], match[3]].append(int(match[2]))
             else:
                 plain.append(name)
         return [
-            *(f"^blk\\.({'|'.join(map(str, sorted(which)))})\\.{re.escape(kind)}$" for kind, which in layers.items()),
+            *(
+                f"^{re.escape(before)}({'|'.join(map(str, sorted(which)))}){re.escape(after)}$"
+                for (before, after), which in layers.items()
+            ),
             *(f"^{re.escape(name)}$" for name in plain),
         ]
 
 
-def select(meta: GgufMeta, kinds: tuple[str, ...]) -> tuple[TensorInfo, ...]:
-    """The weights of `kinds` ("experts", "ffn", "all") that are worth leaving on flash."""
+def kind_of(name: str, use: Use) -> Kind | None:
+    """As what a weight may stay on flash: by how graphs use it. None: it has to be in memory."""
+    if use == Use.MUL_MAT_ID:
+        return "experts"
+    if use == Use.GET_ROWS:
+        return "rows"
+    if use == Use.MUL_MAT:
+        return "ffn" if _FEED_FORWARD.search(name) else "all"
+    return "all" if use == Use.MUL_MAT | Use.GET_ROWS else None  # an embedding that is the output matrix, too
+
+
+def select(meta: GgufMeta, kinds: Container[Kind | None], uses: Mapping[str, Use]) -> tuple[TensorInfo, ...]:
+    """The weights of `kinds` that are worth leaving on flash, in the file's order."""
     return tuple(
         tensor
         for tensor in meta.tensors.values()
-        for kind in kinds
-        if _KINDS[kind].fullmatch(tensor.name)
-        and len(tensor.shape) == (3 if kind == "experts" else 2)
-        and tensor.size >= _SMALLEST
+        if tensor.size >= _SMALLEST and kind_of(tensor.name, uses.get(tensor.name, Use(0))) in kinds
     )
+
+
+def expert_bytes(meta: GgufMeta) -> int:
+    """Bytes of all experts, by the names that mixtures have."""
+    return sum(tensor.size for tensor in meta.tensors.values() if _EXPERTS.fullmatch(tensor.name))
 
 
 def estimate(meta: GgufMeta, shape: ContextShape) -> Breakdown:
@@ -172,11 +197,19 @@ def work_bytes(meta: GgufMeta, shape: ContextShape) -> int:
     return shape.n_ubatch * 2 * max(ff, meta.number("embedding_length")) + (1 << 20)
 
 
-def make_plan(meta: GgufMeta, options: FlashOffload, budget: Budget, shape: ContextShape, interpreter: int) -> Plan:
+def make_plan(
+    meta: GgufMeta,
+    options: FlashOffload,
+    budget: Budget,
+    shape: ContextShape,
+    interpreter: int,
+    ask: Callable[[GgufMeta, ContextShape], Graphs] = graphs_of,
+) -> Plan:
     """Chooses the flash tensors.
 
     Args:
         interpreter: bytes that the process holds before the model is loaded.
+        ask: tells how graphs use the weights, and their sizes; asked only where something may have to stay on flash.
 
     Raises:
         FlashBudgetError: if even with everything on flash the budget cannot work, or loading would overrun it.
@@ -185,33 +218,44 @@ def make_plan(meta: GgufMeta, options: FlashOffload, budget: Budget, shape: Cont
     bundles = read_bundles(meta)
     weights = sum(tensor.size for tensor in meta.tensors.values()) - (bundles.neuron_bytes if bundles else 0)
     context = estimate(meta, shape)
-    all_kinds = _TIERS[-1]
 
-    def plan_for(kinds: tuple[str, ...]) -> Plan:
-        tensors = select(meta, kinds)
-        experts = sum(tensor.size for tensor in tensors if len(tensor.shape) == 3)
-        panels = sum(tensor.size for tensor in tensors) - experts
-        resident = weights - experts - panels
+    def plan_for(kinds: tuple[Kind, ...], uses: Mapping[str, Use]) -> Plan:
+        tensors = select(meta, kinds, uses)
+        tables = {t.name: uses[t.name] == Use.GET_ROWS for t in tensors if uses[t.name] & Use.GET_ROWS}
+        rows = sum(tensor.size for tensor in tensors if tables.get(tensor.name))
+        experts = sum(tensor.size for tensor in tensors if uses[tensor.name] == Use.MUL_MAT_ID)
+        on_flash = sum(tensor.size for tensor in tensors)
+        resident = weights - on_flash
         expected = Breakdown(
             interpreter + context.interpreter, resident, context.kv, context.compute, context.outputs, budget.reserve
         )
         mode: Literal["flash", "nothing"] = "flash" if tensors or bundles else "nothing"
-        return Plan(mode, tensors, resident, experts, panels, expected, bundles)
+        panels = on_flash - rows - experts
+        return Plan(mode, tensors, resident, experts, panels, expected, bundles, tables, rows)
 
-    if not select(meta, all_kinds) and not bundles:
-        return plan_for(())
+    def fits(plan: Plan) -> bool:
+        return max(plan.expected.total, _load_peak(meta, plan)) <= budget.total
+
+    whole = plan_for((), {})
+    if not bundles and all(tensor.size < _SMALLEST for tensor in meta.tensors.values()):
+        return whole
+    auto = options.what == "auto" and not bundles
+    if auto and fits(whole):
+        return replace(whole, mode="resident")
+    graphs = ask(meta, shape)
+    context = replace(context, kv=graphs.kv, compute=graphs.compute + work_bytes(meta, shape))
+    if not select(meta, _TIERS[-1], graphs.uses) and not bundles:
+        return plan_for((), {})
     if options.what != "auto":
-        tier = {"experts": 0, "ffn": 1, "all": 2}[options.what]
-        chosen = plan_for(_TIERS[tier])
-        if chosen.mode == "nothing":
-            return chosen
-        _check(meta, chosen, options, budget)
+        chosen = plan_for(_ASKED[options.what], graphs.uses)
+        if chosen.mode != "nothing":
+            _check(meta, chosen, options, budget)
         return chosen
-
-    whole = plan_for(())
-    if not bundles and max(whole.expected.total, _load_peak(meta, whole)) <= budget.total:
-        return Plan("resident", (), weights, 0, 0, whole.expected)
-    candidates = [plan for plan in map(plan_for, ((), *_TIERS)) if plan.mode == "flash"]
+    whole = plan_for((), {})
+    if auto and fits(whole):
+        return replace(whole, mode="resident")
+    candidates = [plan_for(kinds, graphs.uses) for kinds in ((), *_TIERS)]
+    candidates = [plan for plan in candidates if plan.mode == "flash"]
     for plan in candidates:
         room = int(_LAYER_SHARE * plan.neuron_bytes / len(plan.bundles.layers)) if plan.bundles else 0
         if plan.expected.total + _beside(meta, plan, options) + room <= budget.total:
@@ -258,9 +302,11 @@ def _least_flash(meta: GgufMeta, plan: Plan, options: FlashOffload) -> int:
     """About the memory without which the plugin cannot compute: two records of each shape in flight."""
     n_expert = max(1, meta.number("expert_count"))
     panel = parse_size(options.panel_bytes)
-    records = (t.size // n_expert if len(t.shape) == 3 else min(t.size, panel) for t in plan.tensors)
+    read_whole = [t for t in plan.tensors if not plan.tables.get(t.name)]
+    records = (t.size // n_expert if len(t.shape) == 3 else min(t.size, panel) for t in read_whole)
     neurons = least_for_neurons(plan.bundles, exact=options.predictor == "exact") if plan.bundles else 0
-    return 8 * max(records, default=0) + (4 << 20) + neurons
+    rows = _ROWS if plan.tables else 0
+    return 8 * max(records, default=0) + (4 << 20) + rows + neurons
 
 
 def least_for_neurons(bundles: Bundles, *, exact: bool = False) -> int:
@@ -302,8 +348,6 @@ def _may_be_repacked(tensor: TensorInfo) -> bool:
 def _check(meta: GgufMeta, plan: Plan, options: FlashOffload, budget: Budget) -> None:
     """Refuses what is sure to fail before anything is loaded; what is only likely to fail is measured later."""
     expected = plan.expected
-    # estimates of sliding windows are far too high: do not refuse because of them
-    kv = 0 if meta.number("attention.sliding_window") else expected.kv
-    certain = expected.interpreter + plan.resident_bytes + kv + expected.reserve
+    certain = expected.interpreter + plan.resident_bytes + expected.kv + expected.reserve
     if max(certain, _load_peak(meta, plan)) > budget.total:
         raise refuse(budget, expected, _beside(meta, plan, options), options.reserve)

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from . import hot
+from . import engine, hot
 from .budget import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, read_bundles
 from .cost import Cost, expect, expert_slots
 from .device_profile import DeviceProfile
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
-from .errors import FlashBudgetError, FlashError
-from .gguf_meta import GgufMeta, read_gguf
+from .errors import FlashBudgetError, FlashError, FlashFormatError
+from .gguf_meta import GgufMeta, check_vocabulary, read_gguf
 from .offload import FlashSession, experts_ahead, held_by_all, io_choice
 from .options import FlashOffload
 from .placement import KV_TYPES, ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
@@ -34,6 +34,7 @@ logger = logging.getLogger("llama_flash")
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown for comparison
 _SLACK = 2 << 20  # what a load takes and nobody can be asked for: growth of the interpreter's heap
+_GROWTH = 1 << 20  # of the process from one refusal to the next: what Python keeps
 _KERNEL = 2 << 20  # of the kernel, charged to a process' group and not to the process: stacks, inodes, batches
 _ROOM_TO_ASK = 16 << 20
 _MIB = 1 << 20
@@ -134,10 +135,11 @@ def plan(
     if dram_budget != "auto":
         options = replace(options, dram_budget=dram_budget)
     meta = read_gguf(model)
+    check_vocabulary(meta, text=False)
     shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn)
     import llama_cpp  # noqa: F401  # so that its size is counted
 
-    planner = _Planner(meta, options, shape, held_by_all())
+    planner = _Planner(meta, options, shape, held_by_all)
     try:
         budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
         if budget.asked is not None and budget.asked > budget.total:
@@ -151,7 +153,7 @@ def plan(
         try:
             found = planner.outcome(budget)
         except FlashBudgetError as error:
-            raise planner.too_small(error) from None
+            raise planner.too_small(budget, error) from None
         cost = planner.cost(found, profile)
         smallest = 0 if found.plan.mode == "nothing" else planner.smallest()
         # a share of a model that is smaller than the interpreter is no budget; see also `llama-flash run --cap 50%`
@@ -236,11 +238,13 @@ class _Outcome:
 class _Planner:
     """Answers for one model and context; what the engine and the plugin said is remembered."""
 
-    def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape, base: int) -> None:
-        """base: bytes that the process holds."""
+    def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape, held: Callable[[], int]) -> None:
+        """held: tells the bytes that the process holds; asking engine and plugin adds to them, once."""
         self._meta, self._options, self._shape = meta, options, shape
         self._bundles: Bundles | None = read_bundles(meta)
-        self._base = base
+        self._held = held
+        self._base = held()
+        self._bare = self._base - engine.settled()
         self._usage = _usage_of(meta, options)
         self._sizes: EngineSizes = engine_sizes(meta, self._bundles, shape)
         self._asked: dict[tuple[str, ...], FlashNeeds] = {}
@@ -249,15 +253,18 @@ class _Planner:
         for needs in self._asked.values():
             needs.close()
 
-    def outcome(self, budget: Budget) -> _Outcome:
-        """As a load within `budget` goes. Raises FlashBudgetError where that would."""
-        placed = make_plan(self._meta, self._options, budget, self._shape, self._base)
+    def outcome(self, budget: Budget, bare: int | None = None) -> _Outcome:
+        """As a load within `budget` goes. Raises FlashBudgetError where that would.
+
+        bare: bytes of the process, before any use of the engine; None: as it was before anything was asked.
+        """
+        placed = make_plan(self._meta, self._options, budget, self._shape, self._bare if bare is None else bare)
         n_vocab, n_embd = self._meta.n_vocab, self._meta.number("embedding_length")
         memory = Breakdown(
             interpreter=self._base + self._sizes.heap + _SLACK,
             weights=placed.resident_bytes
             - (self._bundles.predictor_bytes if self._bundles else 0)
-            + self._sizes.doubled,
+            + (0 if False in placed.tables.values() else self._sizes.doubled),  # an embedding that is the output, too
             kv=self._sizes.kv,
             compute=self._sizes.compute + work_bytes(self._meta, self._shape),
             outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab),
@@ -297,18 +304,27 @@ class _Planner:
         return self._asked[key]
 
     def smallest(self) -> int:
-        """Smallest budget that works, in bytes; whole MiB. Also as the limit of a memory group of the process' own."""
+        """Smallest budget that works, in bytes; whole MiB. Also as the limit of a memory group of the process' own.
+
+        It works in a process that has asked nothing yet, and in this one, which holds more now.
+        """
+        self._search(self._bare)  # after which everything has been asked that will be
+        return self._search(self._held() - engine.settled() + _GROWTH) * _MIB + _KERNEL
+
+    def _search(self, bare: int) -> int:
         low, high = 0, 1  # MiB: does not work, may work
-        while not self._works(high):
+        while not self._works(high, bare):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._works(middle) else (middle, high)
-        return high * _MIB + _KERNEL
+            low, high = (low, middle) if self._works(middle, bare) else (middle, high)
+        return high
 
-    def _works(self, mib: int) -> bool:
+    def _works(self, mib: int, bare: int) -> bool:
+        budget = self._budget(mib * _MIB)
         try:
-            self.outcome(self._budget(mib * _MIB))
+            for begin in {self._bare, bare}:
+                self.outcome(budget, begin)
         except FlashBudgetError:
             return False
         return True
@@ -316,12 +332,10 @@ class _Planner:
     def _budget(self, total: int) -> Budget:
         return Budget(total, reserve_of(total, self._options.reserve), "dram_budget")
 
-    def too_small(self, error: FlashBudgetError) -> FlashBudgetError:
-        """`error` with the smallest budget that works in place of one that is sure to, on estimates."""
-        smallest = self.smallest()
-        said = "smallest that works is {} MiB"
-        text = str(error).replace(said.format(error.smallest >> 20), said.format(smallest >> 20))
-        return FlashBudgetError(text, breakdown=error.breakdown, smallest=smallest)
+    def too_small(self, budget: Budget, refused: FlashBudgetError) -> FlashBudgetError:
+        """The error for `budget`, with the smallest one that works in place of one that is sure to, on estimates."""
+        parts = Breakdown(**refused.breakdown)
+        return refuse(budget, parts, parts.stream, self._options.reserve, smallest=self.smallest())
 
     def cost(self, found: _Outcome, profile: DeviceProfile) -> Cost:
         return expect(
@@ -368,20 +382,30 @@ def _usage_of(meta: GgufMeta, options: FlashOffload) -> Usage | None:
 
 
 def smallest_budget_of(
-    meta: GgufMeta, options: FlashOffload, shape: ContextShape, base: int, error: FlashBudgetError
+    meta: GgufMeta,
+    options: FlashOffload,
+    budget: Budget,
+    shape: ContextShape,
+    held: Callable[[], int],
+    refused: FlashBudgetError,
 ) -> FlashBudgetError:
-    """`error`, raised on estimates alone, with the smallest budget that works, where that can be found out."""
+    """The error for `budget`, `refused` on estimates, with the smallest one that works, where that can be found out.
+
+    held: tells the bytes that the process holds.
+    """
     # it takes the engine's vocabulary, and this process may be under the cap that was too small
-    if error.breakdown["interpreter"] + _ROOM_TO_ASK > resolve_budget().total:
-        return error
+    if refused.breakdown["interpreter"] + _ROOM_TO_ASK > resolve_budget().total:
+        return refused
     try:
-        planner = _Planner(meta, options, shape, base)
+        planner = _Planner(meta, options, shape, held)
+    except FlashFormatError:
+        raise  # no budget would work
     except (FlashError, OSError):
-        return error
+        return refused
     try:
-        return planner.too_small(error)
+        return planner.too_small(budget, refused)
     except (FlashError, OSError):
-        return error
+        return refused
     finally:
         planner.close()
 

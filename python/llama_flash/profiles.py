@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .device import device_of
 from .device_profile import DeviceProfile, Report, measure, quick_profile
-from .kept_files import cache_folder, write_whole
+from .kept_files import cache_folder, keep, read_kept
 from .options import IoEngine
 
 __all__ = ["profile", "profile_for", "recall", "remember"]
@@ -59,8 +59,7 @@ def recall(path: str | os.PathLike[str]) -> DeviceProfile | None:
     device = device_of(path)
     file = _file_for(device.key)
     try:
-        with file.open("rb") as stream:
-            values = json.load(stream)
+        values = json.loads(read_kept(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -84,7 +83,7 @@ def remember(measured: DeviceProfile) -> Path | None:
     """Keeps the profile. Returns the file, None (and says so) where it cannot be written."""
     file = _file_for(measured.device.key)
     try:
-        write_whole(file, json.dumps(measured.as_dict(), indent=1).encode())
+        keep(file, json.dumps(measured.as_dict(), indent=1).encode())
     except OSError as error:
         logger.warning("the device profile is not kept: %s", error)
         return None

@@ -24,6 +24,7 @@ class Counters:
     misses: int = 0  # experts and neurons that had to be read
     panel_hits: int = 0  # panels that were pinned
     panel_reads: int = 0  # panels that were streamed
+    rows_read: int = 0  # rows of embedding tables
     evictions: int = 0
     wait_seconds: float = 0.0  # compute threads idle for a read
     repack_seconds: float = 0.0
@@ -79,6 +80,7 @@ class Counters:
             misses=raw.misses,
             panel_hits=raw.panel_hits,
             panel_reads=raw.panel_reads,
+            rows_read=raw.rows_read,
             evictions=raw.evictions,
             wait_seconds=raw.wait_ns / 1e9,
             repack_seconds=raw.repack_ns / 1e9,

@@ -20,7 +20,7 @@ from . import hot
 from .budget import Breakdown
 from .cost import expert_slots, neurons_held, shared_of, skew_of
 from .history import Call
-from .kept_files import cache_folder, write_whole
+from .kept_files import cache_folder, keep, read_kept
 from .placement import Plan
 from .stats import Counters
 
@@ -111,7 +111,7 @@ def save(files: Sequence[Path], usage: Usage) -> None:
             usage = replace(usage, shared=before.shared, active=before.active)
     content = {"version": _VERSION, "fingerprint": hot.fingerprint(files, ""), "usage": asdict(usage)}
     try:
-        write_whole(_path(files[0]), json.dumps(content).encode())
+        keep(_path(files[0]), json.dumps(content).encode())
     except OSError as error:
         logger.debug("how the model was used is not kept: %s", error)
 
@@ -119,7 +119,7 @@ def save(files: Sequence[Path], usage: Usage) -> None:
 def load(files: Sequence[Path]) -> Usage | None:
     """What is known of the model of these files."""
     try:
-        content = json.loads(_path(files[0]).read_bytes())
+        content = json.loads(read_kept(_path(files[0])))
         if content["version"] != _VERSION or content["fingerprint"] != hot.fingerprint(files, ""):
             return None
         return Usage(**content["usage"])

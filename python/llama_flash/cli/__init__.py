@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import FlashError
-from .common import fail
+from .common import fail, never_fail_to_print
 from .later import Group, Later, own, tool
 
 __all__ = ["app", "main"]
@@ -111,6 +111,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point. Errors that a user can do something about are one line, without a traceback."""
+    never_fail_to_print()
     try:
         app()
     except (FlashError, OSError, ValueError) as error:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..capped import run_capped
-from ..gguf_meta import GgufMeta, read_gguf
+from ..gguf_meta import GgufMeta, check_vocabulary, read_gguf
 from ..sizes import format_size
 from . import common as c
 from .again import cap_bytes, cap_values, command_line
@@ -99,8 +99,10 @@ def bench(
     Below a share of a model that is smaller than the interpreter nothing could start: then it is that share of the
     weights on top of what the process takes without them.
     """
+    c.utf8("--prompt", prompt)
     path = c.model_path(model)
     meta = read_gguf(path)
+    check_vocabulary(meta)
     flash_options({**ctx.params, "dram_budget": "auto"})  # what is wrong is said before anything is measured
     rows = _rows(ctx, path, meta)
     with _progress(len(rows) * repeats) as done:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import sys
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FlashError, FlashReadError
-from ..gguf_meta import read_gguf
+from ..gguf_meta import check_vocabulary, read_gguf
 from ..sizes import format_size
 from . import common as c
 from .again import cap_bytes, command_line, run_again_capped
@@ -75,8 +77,10 @@ def chat(
     Without a terminal each line of the input is answered. Without MODEL.gguf the small model that comes with the
     package is used, which continues Python and knows no conversation.
     """
+    system = None if system is None else c.utf8("--system", system)
     path = c.model_path(model)
     meta = read_gguf(path)
+    check_vocabulary(meta)
     options = flash_options(ctx.params)
     if cap is not None:
         command = command_line(ctx, model=path, cap=None)
@@ -108,6 +112,10 @@ class _Chat:
         Raises:
             KeyboardInterrupt: a Ctrl-C that does not come from the terminal in which is typed.
         """
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # files and pipes are UTF-8 whatever the locale says, a terminal where the locale does not know
+            knows = self._typed and codecs.lookup(sys.stdin.encoding).name != "ascii"
+            sys.stdin.reconfigure(encoding=sys.stdin.encoding if knows else "utf-8", errors="surrogateescape")
         if self._typed:
             with contextlib.suppress(ImportError):  # a Python without it: lines are typed without editing
                 import readline  # noqa: F401  # input() uses it
@@ -115,6 +123,11 @@ class _Chat:
         if not self._conversation.templated:
             _note("the model has no chat template: what is typed is continued as plain text")
         while (line := self._read()) is not None:
+            try:
+                line = c.utf8("this line is not asked", line)
+            except ValueError as error:
+                _problem(error)
+                continue
             if line.startswith("/") and not line.startswith("//"):
                 if not self._obey(line):
                     return

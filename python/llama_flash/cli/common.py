@@ -5,6 +5,7 @@ Where two commands mean the same thing, they take it from here: the same name, t
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ import typer
 from rich.console import Console
 
 from ..capped import CapResult
+from ..errors import FlashFormatError
+from ..gguf_meta import kind_of_file
 from ..options import IoEngine as IoEngines
 from ..options import Predictor as Predictors
 from ..options import What as Whats
@@ -49,11 +52,13 @@ __all__ = [
     "Window",
     "fail",
     "model_path",
+    "never_fail_to_print",
     "print_json",
     "report_cap",
     "share",
     "stderr",
     "stdout",
+    "utf8",
 ]
 
 SHIPPED_MODEL = "stdlib-moe-q8_0.gguf"
@@ -152,15 +157,41 @@ def model_path(model: Path | None) -> Path:
 
     Raises:
         FileNotFoundError: there is no such file.
+        FlashFormatError: it is a folder, a pipe, a device.
     """
     if model is not None:
-        if not model.is_file():
+        if not model.exists():
             raise FileNotFoundError(f"no such model: {model}")
+        if kind := kind_of_file(model):
+            raise FlashFormatError(f"{model}: {kind}, not a GGUF file")
         return model
     shipped = Path(str(resources.files("llama_flash") / "models" / SHIPPED_MODEL))
     if not shipped.is_file():
         raise FileNotFoundError(f"the shipped model is missing ({shipped}); name a GGUF file")
     return shipped
+
+
+def utf8(what: str, text: str) -> str:
+    """`text` as a model can be asked it, also where the locale did not know how to read it. what: where it is from.
+
+    Raises:
+        ValueError: it came as bytes that are not UTF-8.
+    """
+    if not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    raw = text.encode("utf-8", errors="surrogateescape")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8")[-20:]
+        raise ValueError(f"{what}: not UTF-8: byte 0x{raw[error.start]:02x} after {before!r}") from None
+
+
+def never_fail_to_print() -> None:
+    """A terminal that cannot show a character shows its number: text of models and names of files may hold any."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(values: Mapping[str, Any]) -> None:

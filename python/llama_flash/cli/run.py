@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..gguf_meta import GgufMeta, read_gguf
+from ..gguf_meta import GgufMeta, check_vocabulary, read_gguf
 from ..options import FlashOffload
+from ..whole_files import temporary_folder
 from . import common as c
 from .again import cap_bytes, command_line, run_again_capped
 from .loading import context_tokens, flash_options, open_model, print_statistics
@@ -71,8 +72,10 @@ def run(
 
     Without MODEL.gguf the small mixture of experts that comes with the package is used.
     """
+    prompt = c.utf8("--prompt", prompt)
     path = c.model_path(model)
     meta = read_gguf(path)
+    check_vocabulary(meta)
     options = flash_options(ctx.params) if flash else None
     if plot is not None:
         from ..pictures import check_target
@@ -83,8 +86,8 @@ def run(
     if cap is not None:
         limit = cap_bytes(cap, meta, context_tokens(meta, n_ctx))
         # drawn out here: matplotlib takes more memory than a cap may leave
-        with tempfile.TemporaryDirectory(prefix="llama-flash-") as folder:
-            drawn_later = Path(folder, "snapshot") if plot is not None else None
+        with temporary_folder(Path(tempfile.gettempdir(), "llama-flash-run")) as folder:
+            drawn_later = folder / "snapshot" if plot is not None else None
             command = command_line(ctx, model=path, cap=None, plot=None, snapshot=drawn_later)
             code = run_again_capped(limit, command, as_json)
             if plot is not None and drawn_later is not None and drawn_later.exists():
@@ -92,7 +95,7 @@ def run(
 
                 _draw(Snapshot.load(drawn_later), plot)
         raise typer.Exit(code)
-    result, seen = _generate(path, meta, ctx.params, options)
+    result, seen = _generate(path, meta, {**ctx.params, "prompt": prompt}, options)
     if as_json:
         c.print_json(result)
     if seen is not None and snapshot is not None:

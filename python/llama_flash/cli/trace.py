@@ -11,11 +11,24 @@ import typer
 from rich.text import Text
 
 from ..archives import check_target
-from ..gguf_meta import read_gguf
+from ..gguf_meta import check_vocabulary, kind_of_file, read_gguf
 from ..options import FlashOffload
 from ..sizes import format_size
 from ..trace import Recorder, traced_tensors
-from .common import DEFAULT_CTX, AsJson, Ctx, DramBudget, Model, Predictor, Threads, model_path, share, stderr, stdout
+from .common import (
+    DEFAULT_CTX,
+    AsJson,
+    Ctx,
+    DramBudget,
+    Model,
+    Predictor,
+    Threads,
+    model_path,
+    share,
+    stderr,
+    stdout,
+    utf8,
+)
 
 if TYPE_CHECKING:
     from ..offload import FlashSession
@@ -55,9 +68,11 @@ def trace(
     if prompt is None and text is None:
         raise ValueError("nothing to run: give -p PROMPT, --text FILE, or both")
     check_target(output)
-    book = b"" if text is None else text.read_bytes()
+    prompt = None if prompt is None else utf8("--prompt", prompt)
+    book = b"" if text is None else _read_text(text)
     path = model_path(model)
     meta = read_gguf(path)
+    check_vocabulary(meta)
     ctx = n_ctx or min(meta.number("context_length", DEFAULT_CTX), DEFAULT_CTX)
     what: Any = "experts" if meta.number("expert_count") else "ffn"
     slots = None if cache is None else share("--cache", cache)
@@ -128,6 +143,14 @@ def trace(
         f"{made.run.hits} hits, {made.run.misses} misses",
         soft_wrap=True,
     )
+
+
+def _read_text(file: Path) -> bytes:
+    if kind := kind_of_file(file):
+        raise ValueError(f"--text: {file} is {kind}, not a file")
+    content = file.read_bytes()
+    utf8(f"--text {file}", content.decode("utf-8", errors="surrogateescape"))
+    return content
 
 
 def _give_slots(session: FlashSession, share: float) -> None:

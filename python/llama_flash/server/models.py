@@ -10,7 +10,7 @@ import llama_cpp
 from llama_cpp.server.model import LlamaProxy
 
 from ..errors import FlashError
-from ..gguf_meta import read_gguf
+from ..gguf_meta import check_vocabulary, read_gguf
 from ..offload import FlashSession
 from .clients import stop_if_gone
 from .settings import ServedModel
@@ -79,8 +79,11 @@ class Models(LlamaProxy):  # type: ignore[misc]
             name, session = self._session
             self._session = None
             self.tallies[name].add(session.describe())
-        if "n_ctx" not in settings.model_fields_set and settings.hf_model_repo_id is None:
-            trained = read_gguf(settings.model).number("context_length", settings.n_ctx)
+        meta = None if settings.hf_model_repo_id is not None else read_gguf(settings.model)
+        if meta is not None:
+            check_vocabulary(meta)
+        if "n_ctx" not in settings.model_fields_set and meta is not None:
+            trained = meta.number("context_length", settings.n_ctx)
             settings = settings.model_copy(update={"n_ctx": min(trained, settings.n_ctx)})
         llama = super().load_llama_from_model_settings(settings)
         llama.model_path = settings.model_alias  # what answers call it where the question has no name
