@@ -183,6 +183,22 @@ def test_a_forked_child_gets_an_error_or_the_last_numbers(model_file: ModelFile)
         assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
 
 
+def test_a_model_that_a_child_loads_itself_works(model_file: ModelFile) -> None:
+    """OpenMP's threads, with which the forking thread has computed, are not there in the child."""
+    path = model_file("qwen3moe", "Q4_0")
+    with open_flash(path, share=LEAST) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+
+        def child() -> None:
+            with open_flash(path, share=LEAST) as own:
+                assert_same_logits(logits_of(own, PROMPT, DECODED), expected, N)
+                in_child(lambda: own.flash.stats() and None)
+
+        for _ in range(3):
+            in_child(child)
+            assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+
+
 def test_a_child_may_exit_as_any_process(model_file: ModelFile) -> None:
     """Through the interpreter's end, with the model still there."""
     program = """

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <ctime>
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <map>
 #include <pthread.h>
@@ -23,7 +24,18 @@ int64_t flash_now_ns() {
 
 static std::atomic<uint64_t> n_forks{ 0 };
 
-[[maybe_unused]] static const int watching_forks = pthread_atfork(nullptr, nullptr, [] { n_forks++; });
+// OpenMP keeps its threads for the next graph. They are not there in a child, which would wait for them in its first graph, whatever its
+// model: so the thread that forks lets go of its own before. The next graph starts new ones.
+static int (*const pause_openmp)(int) = (int (*)(int)) dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
+
+static void before_fork() {
+    constexpr int omp_pause_hard = 2;
+    if (pause_openmp) {
+        pause_openmp(omp_pause_hard);
+    }
+}
+
+[[maybe_unused]] static const int watching_forks = pthread_atfork(before_fork, nullptr, [] { n_forks++; });
 
 bool llama_flash_session::forked() const {
     return n_forks.load(std::memory_order_relaxed) != process;

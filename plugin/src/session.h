@@ -104,8 +104,7 @@ class session_lock {
 };
 
 // what is wrong where session_lock is false
-constexpr const char * FORKED = "this process is a child (fork) of the one that has loaded the model, and cannot use it: load the model in "
-                                "a child that was started anew (spawn)";
+constexpr const char * FORKED = "this process is a child (fork) of the one that has loaded the model, and cannot use it: load it in the child";
 
 struct llama_flash_session {
     // life

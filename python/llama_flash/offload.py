@@ -750,7 +750,7 @@ class FlashSession:
         if self._handle is not None and self._forked:
             raise FlashError(
                 f"{self._path}: this process is a child (fork) of the one that has loaded the model, and cannot use "
-                "it: load the model in a child that was started anew (multiprocessing's start method spawn)"
+                "it: load it in the child"
             )
 
     def _n_threads(self) -> int:
