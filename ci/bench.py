@@ -24,9 +24,11 @@ from benchlib.models import BenchModel, InflatedModel
 from benchlib.runs import stop_on_signals
 from realmodel import RealModelError
 from rich.console import Console
+from rich.markup import escape
 
-from gguf_tools.errors import GgufToolsError
+from gguf_tools import GgufToolsError
 from gguf_tools.routing import measure as measure_routing
+from llama_flash import FlashError
 
 _MODELS = Path(__file__).resolve().parent.parent / "build" / "bench-models"
 _SHIPPED_MOE = Path(__file__).resolve().parent.parent / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
@@ -53,16 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("[red]stopped[/]")
         results["stopped"] = True
-    except (RealModelError, GgufToolsError) as error:
-        results["stopped"] = True
-        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (FlashError, GgufToolsError, OSError, RealModelError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        results["error"] = str(error)
     finally:
         results["outcomes"] = [outcome.to_json() for outcome in outcomes]
         options.out.write_text(json.dumps(results, indent=2, default=str))
     console.print(tables.verdict_table(outcomes))
     tables.print_failures(console, outcomes)
     console.print(f"written to {options.out}")
-    return 1 if results.get("stopped") else 0
+    return 1 if "stopped" in results or "error" in results else 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +128,7 @@ def _measure_model(
             console.print(f"routing of {model.name}: {routing}")
         overrides: dict[str, Any] = {"tokens": options.tokens} if options.tokens else {}
         if options.quick:
-            overrides |= {"warm_up": 8, "max_seconds": 5.0}
+            overrides |= {"warm_up": 8, "max_seconds": 5.0, "patience": 0.0}
         for case in cases:
             if options.quick and case.drafts and not isinstance(model, InflatedModel):
                 console.print(f"{case.name}: left out, two layers are less than drafts need at {case.cap_share:.0%}")

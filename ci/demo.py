@@ -77,7 +77,7 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 
 def _show(screen: Screen, options: argparse.Namespace, folder: Path) -> int:
-    _check_disk(folder, MOE_SKEWED.synthetic(options.layers).n_bytes)
+    _check_disk(folder, _model_bytes(options.layers))
     screen.part("a chat", "A small pretrained model. For each token it reads what has no room in memory.")
     works = show_chat(screen, options.question, tokens=48)
     screen.part("a ReLU model", "Most of its neurons are zero for a token. Those are not read, nor computed.")
@@ -97,6 +97,11 @@ def show_result(screen: Screen, result: Comparison) -> None:
         screen.say(note, "dim")
     for failure in result.failures():
         screen.error(failure)
+
+
+def _model_bytes(layers: int) -> int:
+    one, two = (MOE_SKEWED.synthetic(n).n_bytes for n in (1, 2))
+    return one + (layers - 1) * (two - one)
 
 
 def _check_disk(folder: Path, n_bytes: int) -> None:

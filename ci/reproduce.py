@@ -26,8 +26,10 @@ from reproducelib import figures, ladder, rates, report, windows
 from reproducelib.models import FILES, WHOLE_LAYERS, WHOLE_VOCAB, ReproducedModel
 from reproducelib.rates import Rates
 from rich.console import Console
+from rich.markup import escape
 
 from gguf_tools import GgufToolsError
+from llama_flash import FlashError
 
 _BUILD = Path(__file__).resolve().parent.parent / "build"
 _PARTS = ("figure2", "figure4", "ladder")
@@ -51,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with console.status("") as status:
             _reproduce(model, options, results, console, lambda text: _tell(console, status, text))
-    except (GgufToolsError, OSError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
+    except (FlashError, GgufToolsError, OSError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         return 1
     except KeyboardInterrupt:
         console.print("[red]stopped[/]")
@@ -154,6 +156,8 @@ def _climb(
         "min_tokens": 4,
         "max_seconds": 15.0 if options.quick else 40.0,
     }
+    if options.quick:
+        spec["patience"] = 0.0
     stream = model.stream_file(options.out)
     outcomes = ladder.climb(
         model,

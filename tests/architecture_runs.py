@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,8 @@ def _run(cases: Sequence[Case]) -> Iterator[Outcome]:
             noise.seek(0)
             said = [text for text in noise.read().splitlines() if text.strip()]
             why = next((text for text in said if "GGML_ASSERT" in text or "rror" in text), said[-1] if said else "")
+            if worker.returncode == -signal.SIGKILL:
+                why = f"no answer within {_PATIENCE} s, or killed"
             yield Outcome(cases[n_done], error=f"the process ended with {worker.returncode}: {why}")
 
 
@@ -151,14 +154,14 @@ def _measure(case: Case, folder: Path) -> Outcome:
 
 
 def _alter(path: Path, name: str) -> None:
-    """Gives the first row of a matrix the bytes of its second."""
+    """Gives each row of a matrix the bytes of the one before it."""
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
-    row = tensor.n_bytes // int(np.prod(tensor.shape[1:]))
+    row = int(tensor.n_bytes) // int(np.prod(tensor.shape[1:]))
     with path.open("r+b") as file:
-        file.seek(int(tensor.data_offset) + row)
-        data = file.read(row)
         file.seek(int(tensor.data_offset))
-        file.write(data)
+        data = file.read(int(tensor.n_bytes))
+        file.seek(int(tensor.data_offset))
+        file.write(data[-row:] + data[:-row])
 
 
 def _logits(llm: Any) -> Floats:

@@ -414,10 +414,15 @@ def values_of(tensor: Tensor, seed: int) -> npt.NDArray[np.float32]:
 
 
 # tensors that the loader takes but published files of an architecture do not have: heads that classify, scales of NVFP4
-_ABSENT = r"^(cls|dense_[23])\.|\.(input_)?scale$"
+_ABSENT = r"^(cls|dense_[23])\.|(?<!ffn_gate_inp)\.(input_)?scale$"
 # norms of several streams, which published files hold in one row
 _OWN_FLAT = {"qwen4exp": r"hc_\w*norm|ple_norm"}
-_OWN_ABSENT = {"rwkv6qwen2": r"time_mix_first\."}
+_DENSE_FIRST = r"^blk\.0\.(ffn_gate_inp|ffn_\w+_exps|exp_probs)|^blk\.1\.ffn_(gate|up|down)\.weight$"
+_OWN_ABSENT = {
+    "rwkv6qwen2": r"time_mix_first\.",
+    # the loader takes dense and expert weights for every layer
+    **dict.fromkeys(("mimo2", "step35", "hy_v3"), _DENSE_FIRST),
+}
 
 VARIANTS = {
     "": "as most files are",

@@ -42,7 +42,8 @@ SHIPPED = Path(llama_flash.__file__).parent / "models"
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 TYPES += ("IQ4_NL", "IQ4_XS", "IQ3_S", "MXFP4", "TQ1_0", "TQ2_0", "Q4_K_M")
 SCALED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S")
-FEW = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "F16", "MXFP4")
+FEWER = ("Q8_0", "Q4_K", "F16")
+FEW = (*FEWER, "Q4_0", "Q4_1", "MXFP4")
 PROMPT, DECODED = tokens(80, seed=1), tokens(12, seed=2)
 SOURCE = Path(zlib.__file__ if zlib.__file__.endswith(".py") else subprocess.__file__).read_bytes()[:1500]
 MB = 1_000_000
@@ -127,7 +128,7 @@ def test_a_chat_model_that_nobody_here_made_says_the_same(real_model: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(t, marks=() if t in FEW else pytest.mark.full) for t in TYPES if t != "Q4_K_M"]
+    "kind", [pytest.param(t, marks=() if t in FEWER else pytest.mark.full) for t in TYPES if t != "Q4_K_M"]
 )
 def test_what_is_added_adds_nothing_and_is_like_nothing_else(kind: str, model_file: ModelFile, tmp_path: Path) -> None:
     path = model_file("qwen3moe", kind)
@@ -188,7 +189,7 @@ def test_lengths_of_all_layers_and_experts_grow_alike(model_file: ModelFile, tmp
     assert larger.values[key].value == [larger.tensors["blk.0.ffn_down.weight"].shape[0]] * 3
 
 
-@pytest.mark.parametrize("form", ["llama", "gpt-oss", "deepseek2-fused"])
+@pytest.mark.parametrize("form", ["llama", "deepseek2-fused", pytest.param("gpt-oss", marks=pytest.mark.full)])
 def test_verify_says_that_it_is_the_same_function_and_by_how_much_it_is_wider(
     form: str, model_file: ModelFile, tmp_path: Path
 ) -> None:
@@ -287,7 +288,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_AS, (used + (192 << 20),) * 2); sys.exit(main(sys.argv[1:]))"
     )
     out = tmp_path / "large.gguf"
-    arguments = ["inflate", SHIPPED / "stdlib-moe-q8_0.gguf", out, "--to", "400MB"]
+    arguments = ["inflate", SHIPPED / "stdlib-moe-q8_0.gguf", out, "--to", "250MB"]
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
@@ -297,5 +298,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert out.stat().st_size > 380 * MB
+    assert out.stat().st_size > 240 * MB
     out.unlink()

@@ -89,6 +89,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "cut off in the data": (lambda head: replace(head, cut=999), r"output\.weight.* (ends at byte|not within)"),
     "cut off in the head": (lambda head: replace(head, cut=head.data + 500), "cut off within its head|exceeds"),
     "a shape of another model": (info("blk.1.attn_k.weight", (256, 512)), r"blk\.1\.attn_k\.weight' has wrong shape"),
+    "heads wider than weights": (key("attention.key_length", U32, 1 << 20), "attn_q.* has wrong shape|does not hold"),
     "too large to be true": (info("output.weight", (1 << 62, 4)), "output.weight|overflow"),
     "a gap between tensors": (gap, r"tensor '.*' has offset \d+, expected \d+"),
     "a count that is text": (key("block_count", STRING, b"3"), "block_count has wrong type str but expected type u32"),

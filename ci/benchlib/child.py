@@ -5,8 +5,8 @@
 Modes: naive (stock, mmap, not repacked), flash (flash_offload), cached (the same with all of it in DRAM), resident
 (stock with its defaults), single (flash, where another run beside it has drafts). Work: decode (forced tokens), prompt,
 generate (text), chat (an answer), first (load, prompt, one token), copy (an answer that repeats most of its prompt,
-with drafts of a prompt lookup if `draft`), text (greedy answers to real prompts one after the other, with such drafts if
-`draft`).
+with drafts of a prompt lookup if `draft`), text (greedy answers to real prompts one after the other, with such drafts
+if `draft`).
 """
 
 from __future__ import annotations

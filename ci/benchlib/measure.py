@@ -169,6 +169,7 @@ def measure(
 ) -> Outcome:
     """Runs all settings once, then again in the other order, and so on: drift of the machine hits all of them alike.
 
+    overrides: of fields of child.Spec, and arguments of `run`.
     A naive setting that is less than half as fast as the other one is not repeated.
     """
     model_bytes = files.stock.stat().st_size

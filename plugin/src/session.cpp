@@ -377,16 +377,17 @@ static uint64_t record_span(const flash_record & r) {
     return flash_sector_ceil(r.offset + r.bytes) - flash_sector_floor(r.offset);
 }
 
-// rows of a panel: about `bytes`, and a multiple of what any kernel tiles by, so that every row of the output is
-// computed as it would be in the whole matrix
+// rows of a panel, of a tensor's last one at most: about `bytes`, and a multiple of what any kernel tiles by, so that every row of the
+// output is computed as it would be in the whole matrix
 static int64_t panel_rows(const ggml_tensor & weight, uint64_t bytes) {
     const int64_t rows = weight.ne[1];
+    const int64_t most = (int64_t) (bytes / weight.nb[1]);
     for (int64_t unit : { 256, 64 }) {
-        if (rows % unit == 0 && (uint64_t) unit * weight.nb[1] <= bytes) {
-            return std::min(rows, (int64_t) (bytes / weight.nb[1]) / unit * unit);
+        if ((unit == 64 || rows % unit == 0) && unit <= most) {
+            return std::min(rows, most / unit * unit);
         }
     }
-    return rows % 64 == 0 ? 64 : rows;
+    return std::min<int64_t>(rows, 64);
 }
 
 int32_t llama_flash_session::make_records(llama_flash_error * err) {

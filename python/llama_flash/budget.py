@@ -182,9 +182,6 @@ def smallest_budget(needed: int, reserve: int | str | None = None) -> int:
     return -(-total // (1 << 20)) << 20
 
 
-ADVICE = ("A smaller n_ctx, n_ubatch or KV cache type, or logits_all=False, needs less.",)
-
-
 def refuse(
     budget: Budget,
     breakdown: Breakdown,
@@ -192,13 +189,13 @@ def refuse(
     reserve: int | str | None,
     *,
     smallest: int | None = None,
-    advice: Sequence[str] = ADVICE,
+    advice: Sequence[str] = (),
 ) -> FlashBudgetError:
     """The error for a budget that leaves less than the `flash_needed` bytes without which nothing can be computed.
 
     Args:
         smallest: the smallest budget that works, in bytes, whole MiB; None: the one that follows from the breakdown.
-        advice: whole sentences on what would need less.
+        advice: whole sentences on what cannot leave memory and what would need less (advice.py).
     """
     if smallest is None:
         smallest = smallest_budget(breakdown.fixed + flash_needed, reserve)
@@ -213,4 +210,5 @@ def refuse(
         " ".join(said),
         breakdown=parts.as_dict(),
         smallest=smallest,
+        advice=advice,
     )

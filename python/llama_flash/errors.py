@@ -5,7 +5,7 @@ They derive from RuntimeError because that is what llama_cpp raises when a decod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 __all__ = ["FlashBudgetError", "FlashCapError", "FlashCpuError", "FlashError", "FlashFormatError", "FlashReadError"]
 
@@ -20,12 +20,16 @@ class FlashBudgetError(FlashError):
     Attributes:
         breakdown: bytes by part (interpreter, weights, kv, compute, outputs, reserve, flash).
         smallest: the smallest budget that works, in bytes.
+        advice: sentences of the message on what cannot leave memory and what would need less.
     """
 
-    def __init__(self, message: str, *, breakdown: Mapping[str, int], smallest: int) -> None:
+    def __init__(
+        self, message: str, *, breakdown: Mapping[str, int], smallest: int, advice: Sequence[str] = ()
+    ) -> None:
         super().__init__(message)
         self.breakdown: dict[str, int] = dict(breakdown)
         self.smallest = smallest
+        self.advice = tuple(advice)
 
 
 class FlashReadError(FlashError):

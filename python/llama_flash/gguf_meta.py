@@ -25,6 +25,7 @@ __all__ = [
     "TensorInfo",
     "check_is_model",
     "check_vocabulary",
+    "claims_wide_heads",
     "kind_of_file",
     "read_gguf",
     "shard_paths",
@@ -200,7 +201,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     """Reads key-values and tensor infos of the model that begins with file `path`.
 
     What only the engine can judge (whether it knows the architecture, whether all tensors are there) is not judged
-    here: see model_check.py.
+    here: see dry_run.check_model.
 
     Raises:
         FlashFormatError: not GGUF, no ordinary file, damaged, cut off within head or data, shards missing, or not the
@@ -241,10 +242,10 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
 
 
 def check_is_model(meta: GgufMeta) -> None:
-    """Refuses GGUF files that hold something else than a model, and heads that cost the engine more than an error.
+    """Refuses GGUF files that hold something else than a model.
 
     Raises:
-        FlashFormatError: with what it is, and what it is for; or with the key that cannot be.
+        FlashFormatError: with what it is, and what it is for.
     """
     kind = meta.values.get("general.type", "model")
     if isinstance(kind, str) and kind in _OTHER_FILES and "token_embd.weight" not in meta.tensors:
@@ -255,14 +256,16 @@ def check_is_model(meta: GgufMeta) -> None:
             f"{meta.files[0]}: holds no weights, a vocabulary at most",
             mend="name the model's file; Llama(vocab_only=True) loads this one for its vocabulary",
         )
-    # the engine allocates a KV cache of that width before it compares it with the weights
+
+
+def claims_wide_heads(meta: GgufMeta) -> bool:
+    """Whether heads are said to be wider than any weight of a layer: a KV cache of that width can be enormous.
+
+    Some architectures do not look at the key; where it counts, the engine allocates the cache before it finds that the
+    weights do not fit.
+    """
     widest = max((n for tensor in meta.tensors.values() if tensor.layer is not None for n in tensor.shape), default=0)
-    for key in _WIDTHS:
-        if 0 < widest < (width := meta.number(key)):
-            raise FlashFormatError(
-                f"{meta.files[0]}: key {meta.architecture}.{key} is {width}, the widest weight of a layer has {widest}",
-                mend=_GET_ANEW,
-            )
+    return any(meta.number(key) > widest for key in _WIDTHS)
 
 
 def _shards(file: Path, values: dict[str, Value]) -> list[Path]:

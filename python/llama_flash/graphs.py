@@ -28,7 +28,7 @@ __all__ = ["Graphs", "Use", "graphs_of"]
 
 _ALIGNMENT = 32
 _TOKENS = 64  # of a ubatch that is a prompt
-_MOST_KEPT = 8
+_MOST_KEPT = 16
 _TYPE_NUMBERS = {  # of GGUF
     name: number
     for number, name in enumerate(
@@ -54,7 +54,7 @@ _LAYOUTS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 _Graph = _bindings.llama_flash_graph
 
-_kept: dict[tuple[Any, ...], Graphs] = {}
+_kept: dict[tuple[Any, ...], Graphs | FlashError] = {}
 
 
 class Use(enum.IntFlag):
@@ -87,8 +87,14 @@ def graphs_of(meta: GgufMeta, shape: ContextShape) -> Graphs:
     if key not in _kept:
         while len(_kept) >= _MOST_KEPT:
             del _kept[next(iter(_kept))]
-        _kept[key] = _ask(meta, shape)
-    return _kept[key]
+        try:
+            _kept[key] = _ask(meta, shape)
+        except FlashError as error:
+            _kept[key] = error
+    found = _kept[key]
+    if isinstance(found, FlashError):
+        raise found
+    return found
 
 
 def _ask(meta: GgufMeta, shape: ContextShape) -> Graphs:

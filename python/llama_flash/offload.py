@@ -24,12 +24,20 @@ import numpy as np
 
 from . import _bindings, engine, hot, usage
 from .adapters import predictor_with
+from .advice import advice_for
 from .budget import Breakdown, Budget, held_by_process, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, holds_bundles
 from .controller import Callback, Controller, FlashEvent
 from .device_profile import DeviceProfile
 from .errors import FlashBudgetError, FlashError, FlashFormatError
-from .gguf_meta import GgufMeta, check_is_model, check_vocabulary, kind_of_file, read_gguf
+from .gguf_meta import (
+    GgufMeta,
+    check_is_model,
+    check_vocabulary,
+    claims_wide_heads,
+    kind_of_file,
+    read_gguf,
+)
 from .history import History
 from .limits import check_addresses, check_threads, explain_files
 from .options import FlashOffload
@@ -219,6 +227,10 @@ class FlashSession:
         self.meta: GgufMeta = read_gguf(model_path)
         if not model_params.vocab_only:
             check_is_model(self.meta)
+            if claims_wide_heads(self.meta):
+                from .dry_run import check_model  # which needs this module
+
+                check_model(model_path)
         check_vocabulary(self.meta, text=False)
         self.budget: Budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
         if self.budget.asked is not None and self.budget.asked > self.budget.total:
@@ -364,7 +376,7 @@ class FlashSession:
         )
         if self.plan.mode == "resident":
             if self.memory.fixed > self.budget.total:
-                raise refuse(self.budget, self.memory, 0, self.options.reserve)
+                raise refuse(self.budget, self.memory, 0, self.options.reserve, advice=self._advice())
         else:
             self._divide()
         self._say(self._describe())
@@ -374,11 +386,14 @@ class FlashSession:
             Controller.of_process().join(self)
         check_threads(self._n_threads())
 
+    def _advice(self) -> tuple[str, ...]:
+        return advice_for(self.meta, self.plan, self.options, self._shape())
+
     def _divide(self) -> None:
         left = self.budget.total - self.memory.total
         needs = self._choose_predictor(left) if self.plan.bundles else self._requirements()
         if left < needs.min_memory:
-            raise refuse(self.budget, self.memory, needs.min_memory, self.options.reserve)
+            raise refuse(self.budget, self.memory, needs.min_memory, self.options.reserve, advice=self._advice())
         memory = self.memory
         self._beside = memory.fixed - memory.interpreter
         self._granted, self._most = min(left, needs.max_memory), needs.max_memory

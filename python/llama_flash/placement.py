@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .advice import advice_for
 from .budget import Breakdown, Budget, refuse
 from .bundles import Bundles, read_bundles
 from .errors import FlashFormatError
@@ -249,7 +250,7 @@ def make_plan(
     if options.what != "auto":
         chosen = plan_for(_ASKED[options.what], graphs.uses)
         if chosen.mode != "nothing":
-            _check(meta, chosen, options, budget)
+            _check(meta, chosen, options, budget, shape)
         return chosen
     whole = plan_for((), {})
     if auto and fits(whole):
@@ -260,7 +261,7 @@ def make_plan(
         room = int(_LAYER_SHARE * plan.neuron_bytes / len(plan.bundles.layers)) if plan.bundles else 0
         if plan.expected.total + _beside(meta, plan, options) + room <= budget.total:
             return plan
-    _check(meta, candidates[-1], options, budget)
+    _check(meta, candidates[-1], options, budget, shape)
     return candidates[-1]
 
 
@@ -345,9 +346,10 @@ def _may_be_repacked(tensor: TensorInfo) -> bool:
     return len(tensor.shape) > 1 and tensor.name != "token_embd.weight" and tensor.type not in _PLAIN_TYPES
 
 
-def _check(meta: GgufMeta, plan: Plan, options: FlashOffload, budget: Budget) -> None:
+def _check(meta: GgufMeta, plan: Plan, options: FlashOffload, budget: Budget, shape: ContextShape) -> None:
     """Refuses what is sure to fail before anything is loaded; what is only likely to fail is measured later."""
     expected = plan.expected
     certain = expected.interpreter + plan.resident_bytes + expected.kv + expected.reserve
     if max(certain, _load_peak(meta, plan)) > budget.total:
-        raise refuse(budget, expected, _beside(meta, plan, options), options.reserve)
+        advice = advice_for(meta, plan, options, shape)
+        raise refuse(budget, expected, _beside(meta, plan, options), options.reserve, advice=advice)

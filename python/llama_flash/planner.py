@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from . import engine, hot
+from .advice import advice_for
 from .budget import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, read_bundles
 from .cost import Cost, expect, expert_slots
@@ -274,7 +275,7 @@ class _Planner:
             return _Outcome(placed, "none", None, replace(memory, reserve=0))
         if placed.mode == "resident":
             if memory.fixed > budget.total:
-                raise refuse(budget, memory, 0, self._options.reserve)
+                raise refuse(budget, memory, 0, self._options.reserve, advice=self._advice(placed))
             return _Outcome(placed, "none", None, memory)
         return self._divide(placed, memory, budget)
 
@@ -294,8 +295,11 @@ class _Planner:
         else:
             needs = asked.requirements()
         if left < needs.min_memory:
-            raise refuse(budget, memory, needs.min_memory, self._options.reserve)
+            raise refuse(budget, memory, needs.min_memory, self._options.reserve, advice=self._advice(placed))
         return _Outcome(placed, predictor, needs, _divided(memory, needs, min(left, needs.max_memory), predictor))
+
+    def _advice(self, placed: Plan) -> tuple[str, ...]:
+        return advice_for(self._meta, placed, self._options, self._shape)
 
     def _needs(self, placed: Plan) -> FlashNeeds:
         key = tuple(tensor.name for tensor in placed.tensors)
@@ -335,7 +339,9 @@ class _Planner:
     def too_small(self, budget: Budget, refused: FlashBudgetError) -> FlashBudgetError:
         """The error for `budget`, with the smallest one that works in place of one that is sure to, on estimates."""
         parts = Breakdown(**refused.breakdown)
-        return refuse(budget, parts, parts.stream, self._options.reserve, smallest=self.smallest())
+        return refuse(
+            budget, parts, parts.stream, self._options.reserve, smallest=self.smallest(), advice=refused.advice
+        )
 
     def cost(self, found: _Outcome, profile: DeviceProfile) -> Cost:
         return expect(

@@ -145,6 +145,10 @@ class Turn:
             finally:
                 hold.rests_since = time.monotonic()
 
+    def works_here(self) -> bool:
+        """Whether this thread computes already, and calls itself."""
+        return self._working == threading.get_ident()
+
     @contextlib.contextmanager
     def held(self) -> Iterator[_Hold]:
         """The turn, for a call."""
@@ -167,12 +171,11 @@ class Turn:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        me = threading.get_ident()
-        if self._working == me or self._pid != os.getpid():
+        if self.works_here() or self._pid != os.getpid():
             yield
             return
         with self._work:
-            self._working = me
+            self._working = threading.get_ident()
             try:
                 yield
             finally:
@@ -184,7 +187,7 @@ class Turn:
 
     def _is_ours(self, hold: _Hold) -> bool:
         me = threading.get_ident()
-        if self._working == me:
+        if self.works_here():
             return True
         if hold.thread != me or self._working:
             return False
@@ -247,6 +250,8 @@ class _Stream(Generator[Any, Any, None]):
         if self._hold is None:
             self._hold = self._turn.take()
         try:
+            if self._turn.works_here():
+                return call(*arguments)
             with self._turn.working(self._hold):
                 return call(*arguments)
         except BaseException:  # StopIteration too: no generator goes on after one
@@ -273,6 +278,8 @@ def take_turns(cls: type[_T]) -> type[_T]:
 def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._turn.works_here():  # for each token, several times
+            return method(self, *args, **kwargs)
         with self._turn.held():
             return method(self, *args, **kwargs)
 

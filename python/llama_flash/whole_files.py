@@ -42,8 +42,9 @@ def whole_file(path: Path, *, before: Callable[[], object] | None = None, say: S
         OSError: it cannot be written.
     """
     remove_abandoned(path, say)
-    partial, lock = _begin(path, lambda name: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-    try:
+    partial, lock = _new_name(path), -1
+    try:  # a Ctrl-C may come as soon as the file is there
+        lock = _begin(partial, lambda: os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         with partial.open("wb") as file:
             yield file
         os.fsync(lock)
@@ -53,7 +54,8 @@ def whole_file(path: Path, *, before: Callable[[], object] | None = None, say: S
     finally:
         # with the lock: once it is released, the name may be somebody else's
         partial.unlink(missing_ok=True)
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -64,16 +66,19 @@ def temporary_folder(path: Path, *, say: Say | None = None) -> Iterator[Path]:
     """
     remove_abandoned(path, say)
 
-    def make(name: Path) -> int:
-        name.mkdir(mode=0o700)
-        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder, lock = _new_name(path), -1
 
-    folder, lock = _begin(path, make)
+    def make() -> int:
+        folder.mkdir(mode=0o700)
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
     try:
+        lock = _begin(folder, make)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def remove_abandoned(path: Path, say: Say | None = None) -> None:
@@ -113,17 +118,20 @@ def _remove(left: Path, say: Say | None) -> None:
     (say or logger.warning)(f"removed {left} ({format_size(size)}), which a run that was killed had left unfinished")
 
 
-def _begin(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
-    """A new name beside `path`, and the descriptor that keeps it locked."""
+def _new_name(path: Path) -> Path:
+    return path.with_name(f".{_stem(path)}.{secrets.token_hex(4)}.partial")
+
+
+def _begin(name: Path, make: Callable[[], int]) -> int:
+    """Makes what is to be called so; returns the descriptor that keeps it locked."""
     while True:
-        name = path.with_name(f".{_stem(path)}.{secrets.token_hex(4)}.partial")
-        lock = make(name)
+        lock = make()
         try:
             with contextlib.suppress(OSError):  # a file system without locks: nobody removes what is not locked there
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # between its creation and its lock it may have been taken for a left one
             if os.path.samestat(os.stat(name), os.fstat(lock)):
-                return name, lock
+                return lock
         except FileNotFoundError:
             pass
         except BaseException:
