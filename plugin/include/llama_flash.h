@@ -20,10 +20,10 @@
 // an error is the session's, and the context that meets it must be the one that caused it. Nobody uses a session that was freed.
 //
 // Fork: in a child of the process that has made it, a session cannot be used, and nothing waits for what its parent's threads held when
-// they were left behind. Calls that return a code (bind_begin, bind_end, add_bundle, bind_weight, set_neurons, requirements, set_memory,
-// resize, memory, warm, trace, trace_tensor, residency, reuse, take_error, stats) return LLAMA_FLASH_E_INVALID, with a zeroed result where
-// they have one; those that return a number (hot, tensors, trace_take) return 0. abort returns true, so that llama_decode stops
-// before it begins; its results would be void. free closes the files. Sessions that the child makes itself work as any.
+// they were left behind. Calls that return a code (bind_begin, bind_end, add_bundle, add_rows, bind_weight, set_neurons, requirements,
+// set_memory, resize, memory, warm, trace, trace_tensor, residency, reuse, take_error, stats) return LLAMA_FLASH_E_INVALID, with a zeroed
+// result where they have one; those that return a number (hot, tensors, trace_take) return 0. abort returns true, so that llama_decode
+// stops before it begins; its results would be void. free closes the files. Sessions that the child makes itself work as any.
 //
 // Errors: functions that return int32_t return LLAMA_FLASH_OK or an error code and fill *err (may be NULL). No
 // exception and no abort crosses this boundary. All sizes are in bytes, all times in nanoseconds.

@@ -14,7 +14,7 @@ from pathlib import Path
 from .errors import FlashError
 from .sizes import format_size
 
-__all__ = ["check_addresses", "check_threads", "explain_files", "threads_hint"]
+__all__ = ["addresses_hint", "check_addresses", "check_threads", "explain_files", "threads_hint"]
 
 _HEAP = 32 << 20  # bytes that a load takes beside what is planned, about
 
@@ -31,6 +31,12 @@ def threads_hint() -> str:
     found += [] if addresses is None else [f"{format_size(addresses)} of addresses, `ulimit -v`"]
     found += ["pids.max of its cgroup"]
     return f"limits: {', '.join(found)}: raise what is too low"
+
+
+def addresses_hint() -> str:
+    """What may be why memory was refused: a text to follow the error's own, "" if no limit is set."""
+    limit = _limit(resource.RLIMIT_AS)
+    return "" if limit is None else f" (limit: {format_size(limit)} of addresses, `ulimit -v`: raise it)"
 
 
 def check_threads(n_threads: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import engine
 from .errors import FlashError, FlashFormatError
+from .limits import addresses_hint
 
 __all__ = ["load_model", "new_context"]
 
@@ -104,8 +105,9 @@ def _guarded(function: str, of: Any, params: Any) -> tuple[int, str]:
 
 def _error(said: str, log: str) -> FlashError:
     reason = _clean(log)
-    if _MEMORY.search(reason) and not _ASSERT.search(log):
-        return _LoadError(f"{said}: {reason}: there is too little memory for it, or the file claims too much")
+    limit = addresses_hint()
+    if _MEMORY.search(reason) and (limit or not _ASSERT.search(log)):
+        return _LoadError(f"{said}: {reason}: there is too little memory for it, or the file claims too much{limit}")
     mend = next((mend for pattern, mend in _MENDS if pattern.search(reason)), _DAMAGED)
     return FlashFormatError(f"{said}: {reason}", mend=mend)
 

@@ -215,8 +215,10 @@ class FlashSession:
         Controller.of_process().begin_load(self)
         try:
             self._prepare(model_params, context_params)
-        except BaseException:
+        except BaseException as failure:
             Controller.of_process().end_load(self)
+            if isinstance(failure, OSError):
+                explain_files(failure, [model_path])
             raise
 
     def _prepare(self, model_params: Any, context_params: Any) -> None:
