@@ -115,7 +115,11 @@ def test_bench_measures_a_case(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_reproduce_draws_all_that_it_has(tmp_path: Path) -> None:
     out, models = tmp_path / "out", tmp_path / "models"
-    made(ROOT, "reproduce", f"ARGS=--quick --tokens 8 --out {out} --models {models}")
+    made(
+        ROOT,
+        "reproduce",
+        f"ARGS=--quick --layers 1 --rungs window --share 0.9 --tokens 8 --out {out} --models {models}",
+    )
     assert {"figure2.png", "figure4.png", "ladder.csv", "tables.md"} <= {path.name for path in out.iterdir()}
     assert not json.loads((out / "reproduce.json").read_text())["failed"]
     assert not list(models.iterdir())
