@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[TinyModel, str]] = {
     ),
     "fatrelu with a threshold that is not a number": (
         with_activation(GATED, "fatrelu", feed_forward_activation_threshold=NAN),
-        "not a finite number",
+        "llama.feed_forward_activation_threshold is nan",
     ),
     "relu with gates": (with_activation(GATED, "relu"), "'relu' is for layers without a gate, but layer 0 has one"),
     "reglu without gates": (with_activation(FORMS["arcee"], "reglu"), "'reglu' needs a gate, but layer 0 has none"),
