@@ -34,7 +34,7 @@ __all__ = ["LoadPlan", "Option", "cost_of", "plan", "smallest_budget_of"]
 logger = logging.getLogger("llama_flash")
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown for comparison
-_SLACK = 2 << 20  # what a load takes and nobody can be asked for: growth of the interpreter's heap
+_SLACK = 4 << 20  # what loads take and nobody can be asked for: growth of the heap, by those before, too
 _GROWTH = 1 << 20  # of the process from one refusal to the next: what Python keeps
 _KERNEL = 2 << 20  # of the kernel, charged to a process' group and not to the process: stacks, inodes, batches
 _ROOM_TO_ASK = 16 << 20
