@@ -70,7 +70,7 @@ def clone(tmp_path: Path) -> Path:
 
 def test_every_target_is_run_by_a_test() -> None:
     here = Path(__file__).read_text(encoding="utf-8")
-    run_here = set(re.findall(r'(?:make|made)\((?:ROOT|clone), "([a-z-]+)"', here))
+    run_here = set(re.findall(r'(?:make|made)\(\s*(?:ROOT|clone),\s*"([a-z-]+)"', here))
     for target, place in COVERED.items():
         text = (ROOT / place).read_text(encoding="utf-8")
         assert re.search(rf'make {target}\b|"make", .*"{target}"', text), f"{place} does not run `make {target}`"

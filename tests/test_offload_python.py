@@ -226,6 +226,9 @@ def copy(moe: Path, tmp_path: Path) -> Iterator[Path]:
 def test_a_file_cut_short_stops_the_decode_and_the_model_is_usable_once_it_is_back(copy: Path, moe: Path) -> None:
     expected = logits(load(moe, False, logits_all=True))
     llm = load(copy, {"what": "experts"}, logits_all=True)
+    assert llm.flash is not None
+    llm.flash._call("llama_flash_session_set_memory", llm.flash._requirements().min_memory)
+    assert np.array_equal(logits(llm), expected)  # what is read again has been read before
     content, times = copy.read_bytes(), copy.stat()
     os.truncate(copy, len(content) // 4)
     for _ in range(2):
@@ -237,8 +240,20 @@ def test_a_file_cut_short_stops_the_decode_and_the_model_is_usable_once_it_is_ba
         file.write(content)
     os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert np.array_equal(logits(llm), expected)
-    assert llm.flash is not None
     assert llm.flash.stats().total.errors >= 1
+
+
+def test_a_file_cut_short_before_it_was_read_has_to_be_loaded_again(copy: Path) -> None:
+    llm = load(copy, {"what": "experts"}, logits_all=True)
+    content, times = copy.read_bytes(), copy.stat()
+    os.truncate(copy, len(content) // 4)
+    with pytest.raises(FlashReadError):
+        llm.eval(PROMPT)
+    with copy.open("r+b") as file:
+        file.write(content)
+    os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))  # nobody can tell whether the bytes are the same
+    with pytest.raises(FlashReadError, match=r"may have changed.*load the model again"):
+        llm.eval(PROMPT)
 
 
 def test_a_file_that_changed_is_an_error_and_not_another_answer(copy: Path) -> None:
