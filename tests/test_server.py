@@ -38,7 +38,7 @@ LABEL = f"model={SHIPPED.stem}"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copy(SHIPPED, tmp_path_factory.mktemp("served") / SHIPPED.name))  # a copy: it is damaged
+    return Path(shutil.copy(SHIPPED, tmp_path_factory.mktemp("served") / SHIPPED.name))
 
 
 @pytest.fixture(scope="module")
@@ -208,17 +208,19 @@ def test_metrics_are_what_prometheus_reads(server: Server, cap: int) -> None:
     assert values[f"llama_flash_loads_total {LABEL}"] == values[f"llama_flash_model_loaded {LABEL}"] == 1
 
 
-def test_a_read_that_fails_is_an_error_for_that_client_only(server: Server, model: Path) -> None:
-    client = server.client()
-    want = chat(client, PROMPTS[2])
-    with cut_short(model):
-        with pytest.raises(openai.InternalServerError, match=re.escape(str(model))):
-            chat(client, PROMPTS[3])
-        with pytest.raises(openai.APIError, match=re.escape(str(model))) as told:
-            streamed(client, PROMPTS[3])
-        assert told.value.type == "flash_read_error"
-    assert chat(client, PROMPTS[2]) == want
-    assert server.metrics()["llama_flash_requests_total path=/v1/chat/completions status=500"] == 2
+def test_a_read_that_fails_is_an_error_for_that_client_only(model: Path, cap: int, tmp_path: Path) -> None:
+    damaged = Path(shutil.copy(model, tmp_path))  # what was not read before it was damaged is refused for good
+    with serving([damaged, "-c", str(N_CTX), "--api-key", KEY], tmp_path / "server.log", cap, **SLOWLY) as server:
+        client = server.client()
+        want = chat(client, PROMPTS[2])
+        with cut_short(damaged):
+            with pytest.raises(openai.InternalServerError, match=re.escape(str(damaged))):
+                chat(client, PROMPTS[3])
+            with pytest.raises(openai.APIError, match=re.escape(str(damaged))) as told:
+                streamed(client, PROMPTS[3])
+            assert told.value.type == "flash_read_error"
+        assert chat(client, PROMPTS[2]) == want
+        assert server.metrics()["llama_flash_requests_total path=/v1/chat/completions status=500"] == 2
 
 
 def test_a_question_longer_than_the_context_is_an_error(server: Server) -> None:
