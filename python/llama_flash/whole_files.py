@@ -128,8 +128,8 @@ def _begin(name: Path, make: Callable[[], int]) -> int:
         lock = make()
         try:
             with contextlib.suppress(OSError):  # a file system without locks: nobody removes what is not locked there
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # between its creation and its lock it may have been taken for a left one
+                fcntl.flock(lock, fcntl.LOCK_EX)  # waits for whoever takes it for a left one, and removes it
+            # between its creation and its lock it may have been
             if os.path.samestat(os.stat(name), os.fstat(lock)):
                 return lock
         except FileNotFoundError:
