@@ -46,6 +46,10 @@ def load(path: Path, **options: Any) -> Any:
         needs = llm.flash._requirements()
         llm.flash._call("llama_flash_session_set_memory", int(needs.min_memory + 0.8 * needs.neuron_bytes))
     os.environ["LLAMA_FLASH_WARM_START"] = wanted
+    controller = Controller.of_process()
+    with controller.locked():  # it may have looked already, and would not look again
+        controller._unsettled = True
+        controller._call()
     return llm
 
 
