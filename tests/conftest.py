@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,11 @@ from gguf_tools.synthetic import tiny, write
 
 # a test must not begin with what another one has left warm
 os.environ["LLAMA_FLASH_WARM_START"] = "0"
+
+# a shell that starts this in the background, and nohup, have signals ignored, by what the tests start, too
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 ModelFile = Callable[..., Path]
 

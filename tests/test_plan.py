@@ -78,9 +78,9 @@ def attempt(budget):
 
 first = attempt("8MiB")
 tried = [["first", first, attempt(first)] for _ in range(3)]
-for budget in ("8MiB", "16MiB", "8MiB"):
+for budget in ("8MiB", "16MiB", "8MiB", int(0.92 * first), int(0.95 * first)):  # near: refused by what a load took
     named = attempt(budget)
-    tried.append([budget, named, attempt(named)])
+    tried.append([budget, named, named and attempt(named)])
 print(json.dumps(tried))
 """
 
@@ -102,7 +102,9 @@ def test_the_budget_that_a_refusal_names_works_in_the_process_that_was_told_it(
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for asked, named, refused in json.loads(done.stdout):
-        assert named is not None and refused is None, f"{asked}: {named} bytes were named, then {refused}"
+        assert refused is None and (named is not None or isinstance(asked, int)), (
+            f"{asked}: {named} bytes were named, then {refused}"
+        )
 
 
 @pytest.mark.parametrize("name", ["stdlib-moe-q8_0.gguf", "stdlib-opt-q8_0-flash.gguf"])

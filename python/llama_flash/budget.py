@@ -39,6 +39,10 @@ __all__ = [
 RESERVE_MIN = 32 << 20
 RESERVE_SHARE = 0.03
 
+# Beside what one load was seen to need, for a budget that is named: it must work in the next try, and as a cap.
+GROWTH = 1 << 20  # of the process from one refusal to the next: what Python keeps
+KERNEL = 2 << 20  # of the kernel, charged to a process' group and not to the process: stacks, inodes, batches
+
 # Mapped files that count as ours: code of the interpreter and of libraries, which is needed all the time. What is
 # mapped beyond that is another model's file, which the kernel can drop.
 LIBRARIES_MAX = 96 << 20
@@ -198,7 +202,7 @@ def refuse(
         advice: whole sentences on what cannot leave memory and what would need less (advice.py).
     """
     if smallest is None:
-        smallest = smallest_budget(breakdown.fixed + flash_needed, reserve)
+        smallest = smallest_budget(breakdown.fixed + flash_needed, reserve) + GROWTH + KERNEL
     parts = replace(breakdown, stream=flash_needed)
     limit = "" if budget.reason == "dram_budget" else f" ({budget.reason})"
     said = (

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from . import engine, hot
 from .advice import advice_for
-from .budget import Breakdown, Budget, refuse, reserve_of, resolve_budget
+from .budget import GROWTH, KERNEL, Breakdown, Budget, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, read_bundles
 from .cost import Cost, expect, expert_slots
 from .device_profile import DeviceProfile
@@ -35,8 +35,6 @@ logger = logging.getLogger("llama_flash")
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown for comparison
 _SLACK = 4 << 20  # what loads take and nobody can be asked for: growth of the heap, by those before, too
-_GROWTH = 1 << 20  # of the process from one refusal to the next: what Python keeps
-_KERNEL = 2 << 20  # of the kernel, charged to a process' group and not to the process: stacks, inodes, batches
 _ROOM_TO_ASK = 16 << 20
 _MIB = 1 << 20
 _RING_MOST = 32 << 20  # of a ring beyond its minimum
@@ -313,7 +311,7 @@ class _Planner:
         It works in a process that has asked nothing yet, and in this one, which holds more now.
         """
         self._search(self._bare)  # after which everything has been asked that will be
-        return self._search(self._held() - engine.settled() + _GROWTH) * _MIB + _KERNEL
+        return self._search(self._held() - engine.settled() + GROWTH) * _MIB + KERNEL
 
     def _search(self, bare: int) -> int:
         low, high = 0, 1  # MiB: does not work, may work
