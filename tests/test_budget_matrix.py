@@ -39,7 +39,9 @@ open(out, "w").write(json.dumps(answer))
 """
 
 
-@pytest.fixture(scope="module", params=["moe", "dense", "relu"])
+@pytest.fixture(
+    scope="module", params=["moe", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("dense", "relu"))]
+)
 def model(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Path]:
     path = model_folder / f"matrix-{request.param}.gguf"
     if request.param == "relu":

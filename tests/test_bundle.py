@@ -345,6 +345,7 @@ print(json.dumps(peak() - before))
 """
 
 
+@pytest.mark.full
 def test_600_mb_are_bundled_in_the_memory_that_is_given(tmp_path: Path) -> None:
     path = zero_model(tmp_path / "a.gguf", n_layer=2, n_embd=4096, n_ff=34816)
     assert path.stat().st_size > 600e6

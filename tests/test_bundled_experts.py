@@ -277,6 +277,7 @@ open(out, "w").write(json.dumps({"tokens": tokens, "flash": llm.flash.stats().as
 """
 
 
+@pytest.mark.full
 def test_the_smallest_budget_that_is_named_is_kept_and_gives_the_same_tokens(
     model_folder: Path, tmp_path: Path
 ) -> None:

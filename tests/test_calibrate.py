@@ -85,6 +85,7 @@ def shipped(model_folder: Path, texts: tuple[Path, Path]) -> tuple[Path, Calibra
     return out, report
 
 
+@pytest.mark.full
 def test_predictors_keep_the_recall_on_a_text_they_have_not_seen(
     shipped: tuple[Path, CalibrationReport], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_the_engine_agrees_with_itself_with_and_without_predictors(shipped: tupl
     assert (exact.argmax(axis=1) == lowrank.argmax(axis=1)).mean() > 0.9
 
 
+@pytest.mark.full
 def test_closed_form_alone_needs_more_neurons(
     shipped: tuple[Path, CalibrationReport], texts: tuple[Path, Path], model_folder: Path
 ) -> None:
@@ -221,7 +223,11 @@ def test_of_a_long_text_there_are_excerpts(synthetic: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("where", "name", "calls"),
-    [(Observer, "run", 3), (gguf_tools.calibrate, "fit", 1), (gguf_tools.calibrate, "write_gguf", 0)],
+    [
+        pytest.param(Observer, "run", 3, marks=pytest.mark.full),
+        (gguf_tools.calibrate, "fit", 1),
+        pytest.param(gguf_tools.calibrate, "write_gguf", 0, marks=pytest.mark.full),
+    ],
     ids=["recording", "fitting", "writing"],
 )
 def test_an_interrupted_run_goes_on_to_the_same_file(

@@ -36,7 +36,7 @@ _TIMEOUT = 300.0
 NEEDED = 160 << 20  # interpreter, libraries and buffers, about; the cap must leave room for some weights as well
 
 
-@pytest.fixture(scope="module", params=["moe-400m", "dense-400m"])
+@pytest.fixture(scope="module", params=["moe-400m", pytest.param("dense-400m", marks=pytest.mark.full)])
 def large_model(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[Path]:
     (path,) = write(PRESETS[request.param], model_folder / f"{request.param}.gguf")
     try:

@@ -106,7 +106,14 @@ def params(kinds: Iterable[str], full: Iterable[str] = (), sanitize: Iterable[st
 
 @params(
     KINDS,
-    full=("experts in slots", "panels, some pinned", "bundled experts off"),
+    full=(
+        "experts in slots",
+        "panels, some pinned",
+        "bundled experts off",
+        "bundled experts exact",
+        "neurons exact",
+        "neurons off",
+    ),
     sanitize=("experts", "panels", "neurons lowrank", "neurons off"),
 )
 def test_bytes_changed_behind_the_files_time_raise_or_do_no_harm(kind: str, model: Path) -> None:

@@ -118,6 +118,7 @@ def test_plan_names_the_smallest_budget_and_run_works_with_it(model: Path) -> No
     assert "smallest that works" in refused.stderr
 
 
+@pytest.mark.full
 def test_profile_is_kept_and_used_by_plans(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_FLASH_CACHE", str(tmp_path))
     result = flash("profile", model.parent)

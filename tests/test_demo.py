@@ -58,6 +58,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path, ignore_errors=True)  # pytest would keep what a failed test has left
 
 
+@pytest.mark.full
 def test_the_demo_ends_in_one_table_that_fits_a_terminal(folder: Path) -> None:
     command = [sys.executable, "-c", LAST_PART, folder, ""]
     with Terminal(command, width=80, height=24, env={"PYTHONPATH": str(ROOT / "ci")}) as terminal:

@@ -286,7 +286,19 @@ def test_every_block_is_run_or_says_why_not() -> None:
     assert not_run == NOT_RUN
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if to_run(page, in_full=False)], ids=page_id)
+# pages whose commands take long on a small machine
+LONG = {"converting-relu-models", "larger-models", "pictures", "predictors", "traces"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.full if page.stem in LONG else ())
+        for page in PAGES
+        if to_run(page, in_full=False)
+    ],
+    ids=page_id,
+)
 def test_the_commands_run_in(page: Path, place: Page) -> None:
     for block in to_run(page, in_full=False):
         place.run(block)

@@ -458,6 +458,7 @@ def zero_experts(path: Path, *, n_embd: int, n_ff: int, n_expert: int) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_350_mb_of_experts_are_bundled_in_the_memory_that_is_given(tmp_path: Path) -> None:
     path = zero_experts(tmp_path / "a.gguf", n_embd=2048, n_ff=768, n_expert=72)
     assert path.stat().st_size > 350e6

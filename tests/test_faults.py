@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundled_experts import TinyExperts
@@ -59,6 +60,11 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, model_file: ModelFile)
     return Path(shutil.copy(model_file(request.param, "Q4_0"), path))
 
 
+def one_each_time(first: str, *others: str) -> list[Any]:
+    """Parameters of which the first is tried before every change."""
+    return [first, *(pytest.param(other, marks=pytest.mark.full) for other in others)]
+
+
 @pytest.fixture
 def bundles(tmp_path: Path, model_folder: Path) -> Path:
     """A model of neuron bundles with predictors."""
@@ -87,7 +93,7 @@ def test_disturbed_reads(scenario: str, model: Path, shim: Path, tmp_path: Path)
     run_disturbed(scenario, model, shim, tmp_path)
 
 
-@pytest.mark.parametrize("predictor", ["exact", "lowrank", "off"])
+@pytest.mark.parametrize("predictor", one_each_time("lowrank", "exact", "off"))
 @pytest.mark.parametrize("scenario", DISTURBED)
 def test_disturbed_reads_of_neurons(scenario: str, predictor: str, bundles: Path, shim: Path, tmp_path: Path) -> None:
     run_disturbed(scenario, bundles, shim, tmp_path, predictor)
@@ -103,7 +109,7 @@ def test_a_warm_start_that_fails(model_file: ModelFile, bundles: Path, shim: Pat
     run_disturbed(scenario, bundles, shim, tmp_path, "lowrank")
 
 
-@pytest.mark.parametrize("predictor", ["exact", "lowrank", "off"])
+@pytest.mark.parametrize("predictor", one_each_time("lowrank", "exact", "off"))
 @pytest.mark.parametrize(
     "scenario", ["truncated_file_raises_and_the_next_call_works_once_it_is_whole", "changed_file_raises"]
 )
@@ -111,13 +117,13 @@ def test_file_of_neurons_on_disk(scenario: str, predictor: str, bundles: Path) -
     run_scenario(scenario, bundles, "auto", predictor)
 
 
-@pytest.mark.parametrize("predictor", ["exact", "off"])
+@pytest.mark.parametrize("predictor", one_each_time("exact", "off"))
 @pytest.mark.parametrize("scenario", DISTURBED)
 def test_disturbed_reads_of_experts_in_bundles(scenario: str, predictor: str, shim: Path, tmp_path: Path) -> None:
     run_disturbed(scenario, TinyExperts().write_bundled(tmp_path / "model.gguf"), shim, tmp_path, predictor)
 
 
-@pytest.mark.parametrize("predictor", ["exact", "off"])
+@pytest.mark.parametrize("predictor", one_each_time("exact", "off"))
 @pytest.mark.parametrize(
     "scenario", ["truncated_file_raises_and_the_next_call_works_once_it_is_whole", "changed_file_raises"]
 )

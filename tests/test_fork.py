@@ -201,6 +201,19 @@ def test_a_model_that_a_child_loads_itself_works(model_file: ModelFile) -> None:
             assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
 
 
+def test_a_child_loads_a_model_while_a_thread_of_its_parent_loads_one(model_file: ModelFile) -> None:
+    """None of the locks of a load stays taken in it."""
+    path = str(model_file("llama", "Q4_0"))
+
+    def load() -> None:
+        with Model(path, n_ctx=32, verbose=False, flash_offload={"what": "ffn"}) as llm:
+            llm.eval([1])
+
+    with meanwhile(load):
+        for _ in range(20):
+            in_child(load)
+
+
 def test_a_child_may_exit_as_any_process(model_file: ModelFile) -> None:
     """Through the interpreter's end, with the model still there."""
     program = """

@@ -339,7 +339,7 @@ def overlapping(figure: Any) -> Iterator[str]:
                 yield f"{text!r} is on {other!r}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[1:])])
 def test_no_text_hides_another(kind: str, seen: dict[str, tuple[Snapshot, FlashStats]]) -> None:
     snapshot = replace(seen[kind][0], model="qwen3-30b-a3b-instruct-2507-q4_k_m-00001-of-00003.gguf")
     slow = replace(snapshot, calls=(*snapshot.calls, *calls(700, seconds=12.3)))
@@ -350,6 +350,7 @@ def test_no_text_hides_another(kind: str, seen: dict[str, tuple[Snapshot, FlashS
             assert list(overlapping(draw(snapshot, name))) == []
 
 
+@pytest.mark.full
 def test_all_pictures_are_in_one_figure(seen: dict[str, tuple[Snapshot, FlashStats]], tmp_path: Path) -> None:
     snapshot, _ = seen["experts"]
     for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,15 @@ def test_the_budget_that_a_refusal_names_works_as_a_cap_of_a_new_process(name: s
     ("name", "options", "context"),
     [
         ("stdlib-moe-q8_0.gguf", {}, {"n_ctx": 512}),
-        ("stdlib-moe-q8_0.gguf", {"what": "experts"}, {"n_ctx": 1024, "logits_all": True}),
+        pytest.param(
+            "stdlib-moe-q8_0.gguf", {"what": "experts"}, {"n_ctx": 1024, "logits_all": True}, marks=pytest.mark.full
+        ),
         ("stdlib-arcee-q8_0.gguf", {}, {"n_ctx": 1024}),
         ("stdlib-opt-q8_0-flash.gguf", {}, {"n_ctx": 512}),
-        ("stdlib-opt-q8_0-flash.gguf", {"predictor": "exact", "what": "all"}, SMALL),
-        ("deepseek2", {}, SMALL),
+        pytest.param(
+            "stdlib-opt-q8_0-flash.gguf", {"predictor": "exact", "what": "all"}, SMALL, marks=pytest.mark.full
+        ),
+        pytest.param("deepseek2", {}, SMALL, marks=pytest.mark.full),
         ("llama", {"what": "ffn"}, SMALL),
     ],
 )
@@ -155,16 +160,18 @@ def load(path: Path, budget: int | str = "auto", flash: dict[str, Any] | None = 
 
 
 def compare(plan: LoadPlan, llm: Llama) -> None:
-    """Exact where the engine was asked, to a few records where the plugin splits, to 4 MiB where Python allocates."""
+    """Exact where the engine was asked, to a few records where the plugin splits, to 6 MiB where Python allocates."""
     assert llm.flash is not None
     stats = llm.flash.stats()
-    assert (plan.mode, plan.predictor) == (stats.mode, stats.predictor)
+    how = ((plan.mode, plan.predictor), (stats.mode, stats.predictor))
+    assert how[0] == how[1], (how, plan.memory, stats.memory)
     assert (plan.budget.total, plan.budget.reserve) == (stats.budget.total, stats.budget.reserve)
     assert (plan.flash_weights, plan.resident_weights) == (stats.flash_weights, stats.resident_weights)
     assert (plan.memory.kv, plan.memory.compute) == (stats.memory.kv, stats.memory.compute)
     assert plan.memory.outputs == pytest.approx(stats.memory.outputs, rel=0.05)
     assert plan.memory.weights == pytest.approx(stats.memory.weights, rel=0.05, abs=256 << 10)
-    assert plan.memory.interpreter == pytest.approx(stats.memory.interpreter, abs=6 * MIB)
+    of_python = plan.memory.interpreter - stats.memory.interpreter
+    assert abs(of_python) <= 6 * MIB, f"{of_python} bytes more are planned than taken"
     if stats.mode == "flash":
         tolerance = 6 * MIB + 0.05 * stats.memory.flash  # what the interpreter does not take, flash gets
         assert plan.memory.slots == pytest.approx(stats.memory.slots, abs=tolerance)
@@ -172,13 +179,17 @@ def compare(plan: LoadPlan, llm: Llama) -> None:
         assert plan.memory.flash == pytest.approx(stats.memory.flash, abs=tolerance)
 
 
-@pytest.mark.parametrize("what", ["auto", "experts", "ffn", "all"])
-@pytest.mark.parametrize("context", [{}, {"n_ctx": 512, "n_batch": 512, "n_ubatch": 256}, {"logits_all": True}])
-@pytest.mark.parametrize("form", ["qwen3moe", "deepseek2", "llama"])
-def test_the_plan_is_what_a_load_does(form: str, context: dict[str, Any], what: str, model_file: ModelFile) -> None:
-    path = model_file(form, "Q4_0")
+def alone(function: Callable[..., None], *arguments: Any) -> None:
+    """Calls a function of this file in a process of its own: what other tests have left is not part of it."""
+    program = "import json, sys, test_plan; getattr(test_plan, sys.argv[1])(*json.loads(sys.argv[2]))"
+    command = [sys.executable, "-c", program, function.__name__, json.dumps(arguments)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def planned_as_loaded(path: str, context: dict[str, Any], what: str) -> None:
     plan = llama_flash.plan(path, flash_offload={"what": what}, **{**SMALL, **context})
-    llm = load(path, flash={"what": what}, **context)
+    llm = load(Path(path), flash={"what": what}, **context)
     try:
         plan_of_auto = {"resident": "auto", "nothing": "experts"}.get(plan.mode)
         assert plan_of_auto in (None, what)
@@ -187,23 +198,41 @@ def test_the_plan_is_what_a_load_does(form: str, context: dict[str, Any], what: 
             llm.close()
             budget = plan.smallest + 24 * MIB
             plan = llama_flash.plan(path, budget, flash_offload={"what": what}, **{**SMALL, **context})
-            llm = load(path, budget, {"what": what}, **context)
+            llm = load(Path(path), budget, {"what": what}, **context)
             compare(plan, llm)
     finally:
         llm.close()
 
 
-@pytest.mark.parametrize("options", [{}, {"predictor": "exact"}, {"predictor": "off"}, {"window": 3, "what": "ffn"}])
-def test_the_plan_of_bundles_is_what_a_load_does(options: dict[str, Any]) -> None:
+def all_planned_as_loaded(path: str) -> None:
+    contexts: list[dict[str, Any]] = [{}, {"n_ctx": 512, "n_batch": 512, "n_ubatch": 256}, {"logits_all": True}]
+    for context in contexts:
+        for what in ("auto", "experts", "ffn", "all"):
+            planned_as_loaded(path, context, what)
+
+
+@pytest.mark.parametrize("form", ["qwen3moe", "deepseek2", "llama"])
+def test_the_plan_is_what_a_load_does(form: str, model_file: ModelFile) -> None:
+    alone(all_planned_as_loaded, str(model_file(form, "Q4_0")))
+
+
+def bundles_planned_as_loaded() -> None:
     path = MODELS / "stdlib-opt-q8_0-flash.gguf"
-    smallest = llama_flash.plan(path, flash_offload=options, **SMALL).smallest
-    for budget in (smallest + 3 * MIB, smallest + 40 * MIB):
-        plan = llama_flash.plan(path, budget, flash_offload=options, **SMALL)
-        llm = load(path, budget, options)
-        compare(plan, llm)
-        llm.close()
-        assert plan.window == options.get("window")
-        assert plan.n_neurons == 18432 and plan.io_depth == 128
+    load(path).close()  # 3 MiB above the smallest budget, what the first load leaves on the heap would decide
+    all_options: list[dict[str, Any]] = [{}, {"predictor": "exact"}, {"predictor": "off"}, {"window": 3, "what": "ffn"}]
+    for options in all_options:
+        smallest = llama_flash.plan(path, flash_offload=options, **SMALL).smallest
+        for budget in (smallest + 3 * MIB, smallest + 40 * MIB):
+            plan = llama_flash.plan(path, budget, flash_offload=options, **SMALL)
+            llm = load(path, budget, options)
+            compare(plan, llm)
+            llm.close()
+            assert plan.window == options.get("window")
+            assert plan.n_neurons == 18432 and plan.io_depth == 128
+
+
+def test_the_plan_of_bundles_is_what_a_load_does() -> None:
+    alone(bundles_planned_as_loaded)
 
 
 @pytest.mark.parametrize("layout", ["bundled", "split"])

@@ -325,7 +325,9 @@ def test_models_of_a_settings_file_take_turns(model: Path, tmp_path: Path) -> No
         assert values["llama_flash_model_loaded model=two"] == 0
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "signals", [(signal.SIGTERM,), pytest.param((signal.SIGINT, signal.SIGINT), marks=pytest.mark.full)]
+)
 def test_a_signal_ends_it_in_the_middle_of_an_answer(
     signals: tuple[signal.Signals, ...], model: Path, tmp_path: Path
 ) -> None:

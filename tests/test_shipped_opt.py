@@ -99,6 +99,7 @@ def test_exact_mode_gives_the_resident_runs_tokens(resident: Model) -> None:
     assert decode.bytes_read > 0 and decode.hit_rate is not None and decode.hit_rate < 1
 
 
+@pytest.mark.full
 def test_exact_mode_gives_the_resident_runs_perplexity(resident: Model) -> None:
     """Kernels of quantised weights round their input, so that single tokens differ; over many it evens out."""
     expected, count = negative_log_likelihood(resident)
@@ -108,6 +109,7 @@ def test_exact_mode_gives_the_resident_runs_perplexity(resident: Model) -> None:
     assert abs(np.exp(actual - expected) - 1) <= 1e-4
 
 
+@pytest.mark.full
 def test_in_float32_the_tokens_are_the_same_at_every_place(twin: Path, model_folder: Path) -> None:
     """Kernels of quantised weights round their input, where the last bit of a sum may tip the scale; these do not."""
     plain, flash = model_folder / "opt-f32.gguf", model_folder / "opt-f32-flash.gguf"
@@ -132,6 +134,7 @@ def as_float(tensor: SourceTensor) -> PlannedTensor:
     return PlannedTensor(tensor.name, tensor.shape, GGMLQuantizationType.F32, chunks)
 
 
+@pytest.mark.full
 def test_predictors_cost_less_than_one_per_cent_of_perplexity(resident: Model) -> None:
     """Token by token: for prompts, predictors are not asked."""
     expected, count = negative_log_likelihood(resident, windows=2, batch=1)

@@ -109,7 +109,9 @@ def killed(command: list[str], folder: Path, pattern: str, **settings: str) -> N
     assert list(folder.glob(pattern)), "it was done before it was killed"
 
 
-@pytest.mark.parametrize("command", ["bundle", "synthetic", "reorder"])
+@pytest.mark.parametrize(
+    "command", ["synthetic", *(pytest.param(name, marks=pytest.mark.full) for name in ("bundle", "reorder"))]
+)
 def test_a_killed_command_is_run_again_and_leaves_only_its_file(command: str, tmp_path: Path) -> None:
     tools = [sys.executable, "-m", "gguf_tools"]
     out, source, text = tmp_path / "out" / "b.gguf", tmp_path / "a.gguf", tmp_path / "text"

@@ -9,6 +9,7 @@
 #include "status.h"
 
 #include "ggml-impl.h"
+#include "ggml-threading.h"
 #include "llama-ext.h"
 #include "llama.h"
 
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <pthread.h>
 #include <stdexcept>
 #include <string>
 
@@ -51,6 +53,20 @@ struct {
     ggml_log_callback before      = nullptr;
     void *            before_data = nullptr;
 } tap;
+
+// In a child of a process in which another thread loads, the locks of a load would stay taken for ever: the fork waits for them.
+// The engine's is taken for moments only.
+void take_locks() {
+    tap.mutex.lock();
+    ggml_critical_section_start();
+}
+
+void give_locks() {
+    ggml_critical_section_end();
+    tap.mutex.unlock();
+}
+
+[[maybe_unused]] const int kept_free = pthread_atfork(take_locks, give_locks, give_locks);
 
 void on_log(ggml_log_level level, const char * text, void * data) {
     if (current) {
