@@ -51,7 +51,7 @@ demo: build  ## flash offload at work: a chat, and a model twice as large as its
 bindings: build  ## python/llama_flash/_bindings.py from the plugin's header
 	$(BIN)/python ci/generate_bindings.py
 
-reference: build  ## docs/api.md from the docstrings, docs/cli.md from the commands
+reference: build  ## docs/reference/api.md from the docstrings, docs/reference/cli.md from the commands
 	$(BIN)/python ci/api_reference.py
 	$(BIN)/python ci/generate_cli_reference.py
 

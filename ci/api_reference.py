@@ -1,4 +1,4 @@
-"""`make reference`: docs/api.md from signatures, docstrings, and the comments beside the fields of dataclasses."""
+"""`make reference`: docs/reference/api.md, from signatures, docstrings and comments beside fields of dataclasses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import llama_flash
 from llama_flash import budget, controller, cost, device_profile, offload, options, planner, stats
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/api.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/reference/api.md"
 WIDTH = 120
 
 HEAD = """\
@@ -32,10 +32,10 @@ and the file format ([format.md](format.md)). All else in the packages may chang
 and modules that are not named here.
 
 Something that goes is marked first: for one minor version at least it works on and raises a `DeprecationWarning` that
-names what to use instead, and the [changelog](../CHANGELOG.md) says so. New options have a default that keeps what was;
-a flash GGUF of version 1 stays readable. Speed, the text of messages and the choice that `"auto"` makes are no part of
-the interface. A version is the engine's with ours behind it, `0.3.36+flash.0.1.0`: the engine's own interface is
-upstream's, and another engine is a minor version here.
+names what to use instead, and the [changelog](../../CHANGELOG.md) says so. New options have a default that keeps what
+was; a flash GGUF of version 1 stays readable. Speed, the text of messages and the choice that `"auto"` makes are no
+part of the interface. A version is the engine's with ours behind it, `0.3.36+flash.0.1.0`: the engine's own interface
+is upstream's, and another engine is a minor version here.
 """
 
 COUNTERS = ("hit_rate", "bytes_per_token", "reads_per_token", "neurons_per_token", "wait_per_token", "as_dict")
@@ -205,12 +205,12 @@ def describe(name: str, member: Any) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if docs/api.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
     args = parser.parse_args()
     text = re.sub(r"\n{3,}", "\n\n", page()).rstrip() + "\n"
     if args.check:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit("docs/api.md is not what the docstrings say: run `make reference`")
+            sys.exit("docs/reference/api.md is not what the docstrings say: run `make reference`")
     else:
         PAGE.write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands themselves: `make reference`. A test compares the two."""
+"""Writes docs/reference/cli.md from the commands themselves: `make reference`. A test compares the two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from llama_flash.cli import EXIT_CODES, app
 
-TARGET = Path(__file__).parents[1] / "docs/cli.md"
+TARGET = Path(__file__).parents[1] / "docs/reference/cli.md"
 
 _TABLE = "| | default | |\n|---|---|---|"
 
@@ -131,13 +131,13 @@ def _cell(text: str | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 if docs/cli.md is stale; write nothing")
+    parser.add_argument("--check", action="store_true", help="exit 1 if docs/reference/cli.md is stale; write nothing")
     args = parser.parse_args()
     page = reference()
     if not args.check:
         TARGET.write_text(page, encoding="utf-8")
     elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page:
-        sys.exit("error: docs/cli.md is stale: run `make reference`")
+        sys.exit("error: docs/reference/cli.md is stale: run `make reference`")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What makes a GGUF file a flash file: key-values and tensors of neuron bundles and predictors (docs/format.md).
+"""What makes a GGUF file a flash file (docs/reference/format.md): key-values and tensors of bundles and predictors.
 
 What lives here: reading and writing those key-values, and every check that a reader owes them. Not here: the bytes of
 the records (neurons.py).
@@ -316,8 +316,8 @@ class Described(Protocol):
 def read_flash(source: Described, file: Path | str = "") -> FlashInfo | None:
     """What the format adds to a model; None for an ordinary one.
 
-    Raises GgufToolsError, naming tensor or key, where the model is not as docs/format.md says. That its tensors lie
-    within the file has been checked by `open_gguf`.
+    Raises GgufToolsError, naming tensor or key, where the model is not as docs/reference/format.md says. That its
+    tensors lie within the file has been checked by `open_gguf`.
     """
     values, tensors = source.values, source.tensors
     if "flash.version" not in values:

@@ -99,7 +99,7 @@ _ROLES = (  # the first that matches
 def describe(path: str | os.PathLike[str]) -> Listing:
     """Lists a GGUF file, or all shards of a model, and checks it.
 
-    Raises GgufToolsError if it is damaged or not as docs/format.md says, OSError if it cannot be opened.
+    Raises GgufToolsError if it is damaged or not as docs/reference/format.md says, OSError if it cannot be opened.
     """
     path = Path(path)
     source = open_gguf(path)

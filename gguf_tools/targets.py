@@ -1,4 +1,4 @@
-"""What decides whether the neurons of a layer are active, for each activation of docs/format.md.
+"""What decides whether the neurons of a layer are active, for each activation of docs/reference/format.md.
 
 A neuron without a gate is active where up's output is positive, one with a gate where the gate's is: linear functions
 of the block's input, known exactly. Where both have to be positive (drelu), the smaller of the two decides, each in

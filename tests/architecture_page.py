@@ -1,4 +1,4 @@
-"""docs/architectures.md: its table is what was measured, and the list of what is not run is the one that tests use.
+"""docs/reference/architectures.md: its table is what was measured, its list of what is not run is the one of the tests.
 
 python tests/architecture_page.py
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from architecture_runs import Case, Outcome, compared, run_all
 from architectures import architectures
 
-PAGE = Path(__file__).parents[1] / "docs/architectures.md"
+PAGE = Path(__file__).parents[1] / "docs/reference/architectures.md"
 _HEAD = "| architecture | compared | stays in memory | largest that stay |\n|---|---|---:|---|\n"
 _NAMED_FROM = 0.15  # share from which on the page names what stays
 

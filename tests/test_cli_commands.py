@@ -127,7 +127,7 @@ def test_the_reference_has_every_command_and_option() -> None:
         [sys.executable, ROOT / "ci/generate_cli_reference.py", "--check"], capture_output=True, text=True, timeout=60
     )
     assert check.returncode == 0, check.stderr
-    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
     for name in COMMANDS:
         section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
         for param in real(name).params:

@@ -158,7 +158,7 @@ def test_every_script_of_ci_lists_its_options() -> None:
 
 
 def test_cases_that_pages_and_scripts_name_exist() -> None:
-    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("ci/**/*.py")]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("ci/**/*.py")]
     named = {name for page in pages for name in re.findall(r"--cases[ =]([\w,-]+)", page.read_text(encoding="utf-8"))}
     assert len(named) > 3
     code = f"import bench; [bench._chosen(name) for name in {sorted(named)}]; bench._chosen('moe-51')"

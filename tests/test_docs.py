@@ -1,9 +1,9 @@
 """Every command in the documentation is run; every link, page and name in it exists.
 
-A fenced block of README.md or docs/*.md is `sh`, `python` or `yaml` (a GitHub workflow) and is run, or `text`, which is
-no command. A page's blocks run in their order, in a folder of the page's own that holds what they name: MODEL.gguf is a
-small model, HF_DIR a small checkpoint. Python blocks of a page share one interpreter. A comment above a block may say
-otherwise:
+A fenced block of README.md or docs/**/*.md is `sh`, `python` or `yaml` (a GitHub workflow) and is run, or `text`, which
+is no command. A page's blocks run in their order, in a folder of the page's own that holds what they name: MODEL.gguf
+is a small model, HF_DIR a small checkpoint. Python blocks of a page share one interpreter. A comment above a block may
+say otherwise:
 
     <!-- not run: WHY -->         counted in NOT_RUN
     <!-- in full: WHY -->         by `make test-full` only
@@ -41,7 +41,7 @@ from llama_flash.cli.later import Group
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "python/llama_flash/models"
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 NOT_RUN = 25  # blocks that no test runs (18: examples of help): raise it only with a reason beside the block
 NOT_YET: set[str] = set()  # commands that pages name before they are there
 RUN, KINDS = ("sh", "python", "yaml"), ("not run", "in full", "stays running", "file")
@@ -340,8 +340,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_index_names_every_page() -> None:
-    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/README.md").read_text(encoding="utf-8")))
-    assert linked == {page.name for page in PAGES if page.parent.name == "docs"} - {"README.md"}
+    linked = set(re.findall(r"\]\(([\w/-]+\.md)\)", (ROOT / "docs/README.md").read_text(encoding="utf-8")))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    assert linked == pages - {"README.md"}
     assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Bundle files that are not as docs/format.md says: refused with the key or tensor named, before anything is loaded."""
+"""Bundle files that are not as docs/reference/format.md says are refused before a load, with key or tensor named."""
 
 from __future__ import annotations
 

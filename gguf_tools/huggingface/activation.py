@@ -13,8 +13,8 @@ def read_activation(
 ) -> tuple[Activation | None, str]:
     """The activation, and what the checkpoint calls it. None: every neuron is always active.
 
-    known: its name -> docs/format.md's. dense: the one that the architecture's graph computes where the file names
-    none. default: what the architecture has where its configuration does not say it; None: it must say it.
+    known: its name -> docs/reference/format.md's. dense: the one that the architecture's graph computes where the file
+    names none. default: what the architecture has where its configuration does not say it; None: it must say it.
     Raises GgufToolsError, naming it, for an activation that the engine would compute wrongly.
     """
     name = config.text(*keys) if default is None else config.text(*keys, default=default)

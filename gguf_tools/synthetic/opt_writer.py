@@ -1,4 +1,4 @@
-"""Writes a synthetic OPT as an ordinary GGUF file, or as a flash GGUF (docs/format.md) with the same weights."""
+"""Writes a synthetic OPT as an ordinary GGUF file or as a flash GGUF (docs/reference/format.md), with equal weights."""
 
 from __future__ import annotations
 

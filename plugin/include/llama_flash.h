@@ -81,7 +81,7 @@ struct llama_flash_params {
     uint32_t lookahead;   // most experts of the next layer that are read ahead of its router; 0: none
 };
 
-// the function between up (gate) and down, see docs/format.md
+// the function between up (gate) and down, see docs/reference/format.md
 enum llama_flash_activation {
     LLAMA_FLASH_RELU    = 0,  // gated: relu(gate) * up
     LLAMA_FLASH_RELU2   = 1,
@@ -102,7 +102,7 @@ struct llama_flash_bundle_part {
     uint64_t offset;  // of the part in a record, bytes
 };
 
-// One layer's neuron bundles (docs/format.md): a dense block's, or its experts'. What is pointed to is copied.
+// One layer's neuron bundles (docs/reference/format.md), dense or of experts. What it points to is copied
 struct llama_flash_bundle {
     int32_t  layer;         // N of blk.N.ffn_bundle.weight or blk.N.ffn_bundle_exps.weight
     uint32_t n_ff;          // neurons, of one expert

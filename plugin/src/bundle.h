@@ -1,4 +1,4 @@
-// One layer's neuron bundles: where each part of each neuron lies in the file, and in a slot (docs/format.md). Plain data.
+// One layer's neuron bundles: where each part of each neuron lies in the file, and in a slot (docs/reference/format.md). Plain data.
 #pragma once
 
 #include "llama_flash.h"

@@ -1,4 +1,4 @@
-// MUL_MAT with a part of a neuron bundle, MUL_MAT_ID with one of experts: gate, up or down of a feed-forward block. See docs/neurons.md.
+// MUL_MAT with a part of a neuron bundle, MUL_MAT_ID with one of experts: gate, up or down of a feed-forward block. See docs/explanation/neurons.md.
 #pragma once
 
 #include "bundle.h"

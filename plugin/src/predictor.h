@@ -1,4 +1,4 @@
-// Low-rank predictors: which neurons will be active, from the feed-forward block's input (docs/format.md). Knows no files, no slots.
+// Low-rank predictors: which neurons will be active, from the feed-forward block's input (docs/reference/format.md). Knows no files, no slots.
 #pragma once
 
 #include "sparse.h"

@@ -104,7 +104,7 @@ class llama_flash_bundle_part(ctypes.Structure):
 
 
 class llama_flash_bundle(ctypes.Structure):
-    """One layer's neuron bundles (docs/format.md): a dense block's, or its experts'. What is pointed to is copied.."""
+    """One layer's neuron bundles (docs/reference/format.md), dense or of experts. What it points to is copied."""
 
     _fields_: ClassVar = [
         ("layer", ctypes.c_int32),

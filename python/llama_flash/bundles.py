@@ -1,4 +1,4 @@
-"""Neuron bundles and predictors of a flash GGUF: what docs/format.md says, checked, for the plugin.
+"""Neuron bundles and predictors of a flash GGUF: what docs/reference/format.md says, checked, for the plugin.
 
 Nothing is computed on a file that contradicts itself: every check is made here, before the model is loaded.
 """
@@ -195,7 +195,7 @@ def read_bundles(meta: GgufMeta) -> Bundles | None:
     """The bundles of a model; None if it has none.
 
     Raises:
-        FlashFormatError: the file contradicts itself or docs/format.md; the message names the key or tensor.
+        FlashFormatError: the file contradicts itself or docs/reference/format.md; the message names the key or tensor.
     """
     if "flash.version" not in meta.values:
         _check_ordinary(meta)

@@ -73,7 +73,7 @@ _MODES = {
 _PIECE = 1 << 20  # bytes of a read, at most
 _NO_WINDOW = 0xFFFFFFFF
 _MOVED = 0.05  # share of the memory that must have moved, for what was seen before not to count
-_EXPERTS_AHEAD = 2  # of the next layer, most; see docs/performance.md
+_EXPERTS_AHEAD = 2  # of the next layer, most; see docs/explanation/performance.md
 _MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
 _IO_NAMES = {int(number): name for name, number in engine.IO_ENGINES.items()}
 
@@ -702,7 +702,7 @@ class FlashSession:
         return take(self)
 
     def plot(self, what: str | Sequence[str] = "all", path: str | os.PathLike[str] | None = None) -> Figure:
-        """Pictures of the last 4096 calls, of what is in memory and of the device: docs/pictures.md.
+        """Pictures of the last 4096 calls, of what is in memory and of the device: docs/how-to/pictures.md.
 
         Args:
             what: "latency", "hits", "bytes", "reuse", "residency", "device", or several of these in one figure; "all":

@@ -14,7 +14,7 @@ from .later import Group, Later, own, tool
 
 __all__ = ["app", "main"]
 
-# code -> when; docs/cli.md has it, too
+# code -> when; docs/reference/cli.md has it, too
 EXIT_CODES = {
     "0": "done",
     "1": "an error, in one line on stderr; verify: not the same; doctor: a problem; bench: nothing measured",

@@ -42,7 +42,7 @@ EPILOG = (
 
 
 def trace(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The trace, docs/traces.md.", dir_okay=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The trace, docs/how-to/traces.md.", dir_okay=False)],
     model: Model = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
     text: Annotated[
