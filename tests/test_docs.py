@@ -42,6 +42,11 @@ from llama_flash.cli.later import Group
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "python/llama_flash/models"
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+LINKED = [
+    *PAGES,
+    *(ROOT / name for name in ("CHANGELOG.md", "patches/README.md", "python/llama_flash/models/README.md")),
+]
+CODE = ("plugin", "python", "gguf_tools", "ci", "tests", "Makefile", "CHANGELOG.md", "README.md")  # that names pages
 NOT_RUN = 25  # blocks that no test runs (18: examples of help): raise it only with a reason beside the block
 NOT_YET: set[str] = set()  # commands that pages name before they are there
 RUN, KINDS = ("sh", "python", "yaml"), ("not run", "in full", "stays running", "file")
@@ -328,7 +333,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+@pytest.mark.parametrize("page", LINKED, ids=page_id)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
         if "://" in target:
@@ -344,6 +349,20 @@ def test_the_index_names_every_page() -> None:
     pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
     assert linked == pages - {"README.md"}
     assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_pages_that_comments_help_and_messages_name_exist() -> None:
+    files = [file for name in CODE for file in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))]
+    named = {
+        (page, file.relative_to(ROOT))
+        for file in files
+        if file.suffix in ("", ".py", ".h", ".cpp", ".c", ".txt", ".md") and file.is_file()
+        # not: a page of another project
+        for page in re.findall(r"(?<![\w/])docs/[\w/-]+\.md", file.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 20
+    missing = [f"{file}: {page}" for page, file in sorted(named) if not (ROOT / page).is_file()]
+    assert not missing, "\n".join(missing)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -16,7 +16,7 @@
 class slot_cache {
   public:
     static constexpr int32_t NONE      = -1;
-    // tokens; chosen on recorded traces, see docs/explanation/performance.md
+    // tokens; chosen on recorded traces, see docs/measurements/2026-11-21-eviction.md
     static constexpr double  EXPERTS_HALF_LIFE = 34.0;
     static constexpr double  NEURONS_HALF_LIFE = 4.0;
 

@@ -1,7 +1,7 @@
 """What decoding a token costs: bytes and reads from flash, and the two clocks that run beside each other.
 
 The model of "LLM in a flash", sections 2 and 3, for one token at a time and a cache that is warm. The formulas and what
-they assume are written down in docs/explanation/budget.md.
+they assume are written down in docs/explanation/cost-of-a-token.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SHARED_TOKENS = 3  # see neuron_misses
 _LIKELY = (
     1.3  # experts of the next layer that are not there, as its router is expected to choose, for one that is missed
 )
-_WRONG = 0.2  # share of the experts read ahead that are not used, see docs/explanation/performance.md
+_WRONG = 0.2  # share of the experts read ahead that are not used, see docs/measurements/2026-11-21-lookahead.md
 _RUN = 256  # neurons read at once where whole layers are
 _MOST_SKEW = 20.0
 _SHARED_RANGE = (0.1, 100.0)
@@ -179,7 +179,7 @@ def expert_misses(held: float, skew: float = 0.0) -> float:
     """Share of a token's experts that is not in slots, which hold the share `held` of all.
 
     Used evenly, 1 - held of them are missed; models that prefer some miss exp(-skew x held) of that, as measured on
-    recorded traces (docs/explanation/budget.md).
+    recorded traces (docs/explanation/cost-of-a-token.md).
     """
     held = min(1.0, held)
     return (1 - held) * math.exp(-skew * held)

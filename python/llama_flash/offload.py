@@ -73,7 +73,7 @@ _MODES = {
 _PIECE = 1 << 20  # bytes of a read, at most
 _NO_WINDOW = 0xFFFFFFFF
 _MOVED = 0.05  # share of the memory that must have moved, for what was seen before not to count
-_EXPERTS_AHEAD = 2  # of the next layer, most; see docs/explanation/performance.md
+_EXPERTS_AHEAD = 2  # of the next layer, most; see docs/measurements/2026-11-21-lookahead.md
 _MERGE_GAP = 1.0  # of a record: what a read may cover without need to reach the next neuron
 _IO_NAMES = {int(number): name for name, number in engine.IO_ENGINES.items()}
 

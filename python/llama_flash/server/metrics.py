@@ -1,4 +1,4 @@
-"""/metrics: what Prometheus collects. docs/how-to/server.md has the table."""
+"""/metrics: what Prometheus collects. docs/reference/server.md has the table."""
 
 from __future__ import annotations
 
