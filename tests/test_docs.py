@@ -365,6 +365,15 @@ def test_pages_that_comments_help_and_messages_name_exist() -> None:
     assert not missing, "\n".join(missing)
 
 
+# logs say what was there on their day
+@pytest.mark.parametrize("page", [page for page in LINKED if page.parent.name != "measurements"], ids=page_id)
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:plugin|python|gguf_tools|ci|tests)/[\w/.-]+\.(?:py|h|cpp|c|txt)\b", text))
+    missing = sorted(name for name in named if not (ROOT / name).is_file())
+    assert not missing, f"{page.relative_to(ROOT)}: {', '.join(missing)}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_and_targets_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
