@@ -48,7 +48,7 @@ reproduce: build  ## the paper's figures and tables on this machine, in build/re
 demo: build  ## flash offload at work: a chat, and a model twice as large as its memory (ARGS="--help" for its options)
 	$(BIN)/python ci/demo.py $(ARGS)
 
-bindings: build  ## python/llama_flash/_bindings.py from the plugin's header
+bindings: build  ## python/llama_flash/native/bindings.py from the plugin's header
 	$(BIN)/python ci/generate_bindings.py
 
 reference: build  ## docs/reference/api.md from the docstrings, docs/reference/cli.md from the commands

@@ -1,4 +1,4 @@
-"""Writes python/llama_flash/_bindings.py from plugin/include/llama_flash.h.
+"""Writes python/llama_flash/native/bindings.py from plugin/include/llama_flash.h.
 
 `--check` writes nothing and exits 1 if the file is stale.
 """
@@ -15,7 +15,7 @@ from pycparser import c_ast, c_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ROOT / "plugin/include/llama_flash.h"
-BINDINGS = ROOT / "python/llama_flash/_bindings.py"
+BINDINGS = ROOT / "python/llama_flash/native/bindings.py"
 
 SCALARS = {
     "bool": "c_bool",
@@ -213,17 +213,17 @@ def generate(header_text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 if _bindings.py is stale; write nothing")
+    parser.add_argument("--check", action="store_true", help="exit 1 if bindings.py is stale; write nothing")
     args = parser.parse_args()
     text = generate(HEADER.read_text(encoding="utf-8"))
     current = BINDINGS.read_text(encoding="utf-8") if BINDINGS.exists() else ""
     if args.check:
         if text != current:
             diff = difflib.unified_diff(
-                current.splitlines(), text.splitlines(), "_bindings.py", "header", n=1, lineterm=""
+                current.splitlines(), text.splitlines(), "bindings.py", "header", n=1, lineterm=""
             )
             print("\n".join(diff))
-            print("error: python/llama_flash/_bindings.py is stale: run `make bindings`", file=sys.stderr)
+            print("error: python/llama_flash/native/bindings.py is stale: run `make bindings`", file=sys.stderr)
             sys.exit(1)
     elif text != current:
         BINDINGS.write_text(text, encoding="utf-8")

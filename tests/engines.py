@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import Llama
 
-from llama_flash import FlashOffload, _bindings
+from llama_flash import FlashOffload
+from llama_flash.native import bindings
 
 
 class Model(Llama):  # type: ignore[misc]
@@ -26,10 +27,10 @@ Logits = npt.NDArray[np.float32]
 
 def _io_engines() -> tuple[str, ...]:
     """Those that work here: io_uring needs liburing at build time and a kernel that allows it."""
-    library = _bindings.load()
+    library = bindings.load()
     works = []
     for name, number in (("io_uring", 1), ("pread", 2)):
-        session = library.llama_flash_session_new(_bindings.llama_flash_params(io_engine=number), None)
+        session = library.llama_flash_session_new(bindings.llama_flash_params(io_engine=number), None)
         if session:
             library.llama_flash_session_free(session)
             works.append(name)
@@ -76,10 +77,9 @@ def give_memory(llm: Any, share: float) -> int:
     """Shrinks the flash session's memory below what the budget has left for it. Returns the bytes given."""
     session = llm.flash
     assert session is not None and session.plan.mode == "flash", "the model does not run from flash"
-    needs = _bindings.llama_flash_requirements()
-    session._lib.llama_flash_session_requirements(session._handle, needs)
+    needs = session.native.requirements()
     n_bytes = int(needs.min_memory + share * (needs.expert_bytes + needs.panel_bytes))
-    session._call("llama_flash_session_set_memory", n_bytes)
+    session.native.set_memory(n_bytes)
     return n_bytes
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from engines import LEAST, QUARTER, Logits, Model, assert_same_logits, logits_of, open_flash, tokens
 from neurons import open_neurons
 
-from llama_flash import FlashReadError, _bindings
+from llama_flash import FlashReadError
 
 PROMPT, DECODED = tokens(70, seed=1), tokens(6, seed=2)
 N = len(PROMPT) + len(DECODED)
@@ -175,19 +175,17 @@ def a_wrong_guess_that_fails_is_nobodys_error(path: Path, io_engine: str) -> Non
 def a_warm_start_that_fails_is_nobodys_error(path: Path, io_engine: str) -> None:
     with opened(path, QUARTER, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
+        native = llm.flash.native
         ids = np.zeros(64, np.uint64)
-        pointer = ids.ctypes.data_as(_bindings.ctypes.POINTER(_bindings.ctypes.c_uint64))
-        llm.flash._lib.llama_flash_session_hot(llm.flash._handle, pointer, len(ids))
-        given = _bindings.llama_flash_memory()
-        llm.flash._lib.llama_flash_session_memory(llm.flash._handle, given)
-        llm.flash._call("llama_flash_session_set_memory", given.total)  # empty again
-        done = _bindings.ctypes.c_uint64()
+        hottest = native.hot(len(ids))
+        ids[: len(hottest)] = hottest
+        native.set_memory(native.memory().total)  # empty again
         with faults(EIO, 1 << 30):
-            llm.flash._call("llama_flash_session_warm", pointer, len(ids), done)
+            native.warm(ids)
             end = time.monotonic() + 20
             # a call takes note of what has failed
             while llm.flash.stats().total.errors == 0 and time.monotonic() < end:
-                llm.flash._call("llama_flash_session_warm", pointer, 0, done)
+                native.warm(ids[:0])
         assert llm.flash.stats().total.errors > 0, "nothing was read"
         assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
 

@@ -17,7 +17,7 @@ from gguf_tools.source import KeyValue, open_gguf
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
 from gguf_tools.synthetic import tiny, write
 from gguf_tools.synthetic.types import everything
-from llama_flash import FlashOffload, _bindings
+from llama_flash import FlashOffload
 
 Floats = npt.NDArray[np.float32]
 Predictor = Callable[[int, int, int], tuple[Floats, Floats, Floats]]  # (layer, n_embd, n_ff) -> in, out, bias
@@ -35,16 +35,14 @@ def open_neurons(
 
 def give_neurons(llm: Any, share: float) -> None:
     session = llm.flash
-    needs = session._requirements()
+    needs = session.native.requirements()
     assert needs.n_bundles > 0, "the file has no bundles"
     n_bytes = int(needs.min_memory + share * needs.neuron_bytes)
-    session._call("llama_flash_session_set_memory", n_bytes)
+    session.native.set_memory(n_bytes)
 
 
 def slots_of(llm: Any) -> int:
-    given = _bindings.llama_flash_memory()
-    llm.flash._lib.llama_flash_session_memory(llm.flash._handle, given)
-    return int(given.n_neuron_slots)
+    return int(llm.flash.native.memory().n_neuron_slots)
 
 
 def bundled(path: Path, **options: Any) -> Path:

@@ -21,7 +21,8 @@ from llama_flash.budget import (
 )
 from llama_flash.gguf_meta import GgufMeta, TensorInfo, read_gguf, shard_paths
 from llama_flash.graphs import Graphs, Use
-from llama_flash.placement import ContextShape, make_plan
+from llama_flash.placement import make_plan
+from llama_flash.shape import ContextShape
 
 MIB, GIB = 1 << 20, 1 << 30
 OWN = 101 * MIB  # anonymous memory and page tables of the process in the recorded trees

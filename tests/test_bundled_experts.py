@@ -170,7 +170,7 @@ ONE_LAYER = TinyExperts(n_layer=1)  # whose experts follow from the token alone
 
 def read_so_far(llm: Any) -> npt.NDArray[np.uint64]:
     """Bytes of records, and with what was read beside them; what the load read of the gates is among them."""
-    raw = llm.flash._raw()
+    raw = llm.flash.native.stats()
     return np.array([raw.bytes_used, raw.bytes_read], np.uint64)
 
 
@@ -229,9 +229,9 @@ def test_a_prompt_fills_empty_slots_so_that_decoding_starts_warm(predictor: str,
 def test_all_experts_in_memory_are_read_once_and_never_again(flash: Path) -> None:
     for predictor in MODES:
         with open_neurons(flash, predictor=predictor, share=2.0) as llm:
-            loaded = llm.flash._raw().bytes_read
+            loaded = llm.flash.native.stats().bytes_read
             logits_of(llm, PROMPT, DECODED)
-            assert llm.flash._raw().bytes_read == loaded > 0
+            assert llm.flash.native.stats().bytes_read == loaded > 0
             assert slots_of(llm) == 0
 
 
@@ -247,9 +247,9 @@ def test_auto_is_exact_where_the_gates_leave_room_else_whole_experts_and_says_so
     with open_neurons(flash) as llm:
         session = llm.flash
         assert session.stats().predictor == "exact" and "exact (gate resident)" in session.summary
-        least = session._requirements().min_memory
+        least = session.native.requirements().min_memory
         needs = session._choose_predictor(least + (1 << 20))
-        assert session.predictor == "off" and "whole experts are read" in session._describe()
+        assert session.predictor == "off" and "whole experts are read" in session._line()
         assert needs.min_memory < least
 
 

@@ -35,7 +35,7 @@ from llama_flash.device_profile import (
     quick_profile,
 )
 from llama_flash.kept_files import cache_folder
-from llama_flash.offload import io_choice
+from llama_flash.reads import io_choice
 
 KIB, MIB = 1 << 10, 1 << 20
 

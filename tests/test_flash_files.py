@@ -361,8 +361,8 @@ def ours(path: Path) -> Bundles | str | None:
     """What the engine's reader says, predictors and biases included; a string: why it refuses the file."""
     try:
         bundles = read_bundles(read_gguf(path))
-        for _ in bundles.descriptions() if bundles else ():
-            pass
+        for description in bundles.descriptions() if bundles else ():
+            description.as_struct()
     except FlashFormatError as error:
         assert str(path) in str(error)
         return str(error)

@@ -20,7 +20,9 @@ from conftest import ModelFile
 from engines import LEAST, Model, assert_same_logits, logits_of, open_flash, tokens
 from test_threads import meanwhile
 
-from llama_flash import FlashError, _bindings
+from llama_flash import FlashError
+from llama_flash.native import bindings
+from llama_flash.native.library import library
 
 PROMPT, DECODED = tokens(60, seed=1), tokens(8, seed=2)
 N = len(PROMPT) + len(DECODED)
@@ -58,19 +60,19 @@ def in_child(work: Callable[[], object]) -> None:
 
 def calls_of(llm: Any) -> dict[str, Callable[[], tuple[int, str]]]:
     """Each call of the C interface that takes a session: what it returns, and what it says. free comes last."""
-    lib, handle = llm.flash._lib, llm.flash._handle
+    lib, handle = library(), llm.flash.native.address
     ids = (ctypes.c_uint64 * 8)()
     number = ctypes.c_uint64()
 
     def call(name: str, *arguments: Any, error: bool = True) -> Callable[[], tuple[int, str]]:
         def run() -> tuple[int, str]:
-            said = _bindings.llama_flash_error()
+            said = bindings.llama_flash_error()
             code = getattr(lib, f"llama_flash_{name}")(handle, *arguments, *([said] if error else []))
             return code or 0, said.message.decode()
 
         return run
 
-    bundle, params = _bindings.llama_flash_bundle(), _bindings.llama_flash_neuron_params(n_ubatch=16)
+    bundle, params = bindings.llama_flash_bundle(), bindings.llama_flash_neuron_params(n_ubatch=16)
     path = os.fsencode(llm.model_path)
     return {
         "session_bind_begin": call("session_bind_begin"),
@@ -79,23 +81,23 @@ def calls_of(llm: Any) -> dict[str, Callable[[], tuple[int, str]]]:
         "session_add_rows": call("session_add_rows", b"w", True),
         "session_bind_weight": call("session_bind_weight", b"w", path, 0, 0, 32, 1, 1),
         "session_set_neurons": call("session_set_neurons", params),
-        "session_requirements": call("session_requirements", _bindings.llama_flash_requirements(), error=False),
+        "session_requirements": call("session_requirements", bindings.llama_flash_requirements(), error=False),
         "session_set_memory": call("session_set_memory", 1 << 30),
-        "session_resize": call("session_resize", 1 << 30, True, _bindings.llama_flash_resize()),
-        "session_memory": call("session_memory", _bindings.llama_flash_memory(), error=False),
+        "session_resize": call("session_resize", 1 << 30, True, bindings.llama_flash_resize()),
+        "session_memory": call("session_memory", bindings.llama_flash_memory(), error=False),
         "session_hot": call("session_hot", ids, 8, error=False),
         "session_warm": call("session_warm", ids, 8, number),
         "session_trace": call("session_trace", 100),
         "session_trace_take": call(
-            "session_trace_take", (_bindings.llama_flash_trace_entry * 8)(), 8, number, error=False
+            "session_trace_take", (bindings.llama_flash_trace_entry * 8)(), 8, number, error=False
         ),
-        "session_trace_tensor": call("session_trace_tensor", 0, _bindings.llama_flash_trace_tensor(), error=False),
-        "session_tensors": call("session_tensors", (_bindings.llama_flash_tensor * 8)(), 8, error=False),
+        "session_trace_tensor": call("session_trace_tensor", 0, bindings.llama_flash_trace_tensor(), error=False),
+        "session_tensors": call("session_tensors", (bindings.llama_flash_tensor * 8)(), 8, error=False),
         "session_residency": call("session_residency", None, None, 144),
         "session_reuse": call("session_reuse", (ctypes.c_uint64 * 256)()),
         "abort": call("abort", error=False),
         "session_take_error": call("session_take_error"),
-        "session_stats": call("session_stats", _bindings.llama_flash_stats(), error=False),
+        "session_stats": call("session_stats", bindings.llama_flash_stats(), error=False),
         "session_free": call("session_free", error=False),
     }
 
@@ -132,7 +134,7 @@ def test_a_forked_child_is_refused_by_every_call(form: str, model_file: ModelFil
                 elif name == "abort":
                     assert code, "llama_decode would go on"
                 else:
-                    assert code == _bindings.llama_flash_code.LLAMA_FLASH_E_INVALID, (name, code)
+                    assert code == bindings.llama_flash_code.LLAMA_FLASH_E_INVALID, (name, code)
                     assert "fork" in said or name in silent, (name, said)
 
         def decode() -> None:

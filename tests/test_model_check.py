@@ -21,13 +21,14 @@ from serving import refusal
 from test_cli_commands import Flash, here  # noqa: F401  # a fixture
 
 from gguf_tools.synthetic import tiny, write
-from llama_flash import FlashFormatError, _bindings, plan
+from llama_flash import FlashFormatError, plan
 from llama_flash.dry_run import check_model
 from llama_flash.ggml_types import TYPE_SIZES
 from llama_flash.gguf_meta import read_gguf
+from llama_flash.native import bindings
 
 GIB = 1 << 30
-MODELS = Path(_bindings.__file__).parent / "models"
+MODELS = Path(bindings.__file__).parent / "models"
 Q8_1, Q8_K, F16, F64 = 9, 15, 1, 28
 
 Change = Callable[[Head], Head]
@@ -220,7 +221,7 @@ def test_a_tail_behind_the_last_tensor_is_no_weight(model_file: ModelFile, tmp_p
 
 
 def test_the_sizes_of_types_are_the_engines() -> None:
-    library = ctypes.CDLL(str(_bindings.library_path().with_name("libggml-base.so")))
+    library = ctypes.CDLL(str(bindings.library_path().with_name("libggml-base.so")))
     library.ggml_type_size.restype, library.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
     numbers = (*range(max(n for n in TYPE_SIZES if n < 1000) + 1), *TYPE_SIZES)
     known = {n: (library.ggml_blck_size(n), library.ggml_type_size(n)) for n in numbers}
@@ -230,8 +231,8 @@ def test_the_sizes_of_types_are_the_engines() -> None:
 def test_an_assert_elsewhere_ends_the_process_as_it_did() -> None:
     script = (
         "import ctypes, llama_cpp\n"
-        "from llama_flash import _bindings\n"
-        "library = ctypes.CDLL(str(_bindings.library_path().with_name('libggml-base.so')))\n"
+        "from llama_flash.native import bindings\n"
+        "library = ctypes.CDLL(str(bindings.library_path().with_name('libggml-base.so')))\n"
         "library.ggml_abort(b'place.c', 7, b'told')\n"
     )
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}

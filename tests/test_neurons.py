@@ -239,9 +239,9 @@ def test_a_window_of_none_reads_every_active_neuron_of_every_token(predicted: Pa
 def test_all_neurons_in_memory_are_read_once_and_never_again(predicted: Path) -> None:
     for predictor in ("exact", "lowrank", "off"):
         with open_neurons(predicted, predictor=predictor, share=2.0) as llm:
-            loaded = llm.flash._raw().bytes_read
+            loaded = llm.flash.native.stats().bytes_read
             logits_of(llm, PROMPT, DECODED)
-            assert llm.flash._raw().bytes_read == loaded > 0
+            assert llm.flash.native.stats().bytes_read == loaded > 0
             assert slots_of(llm) == 0
 
 

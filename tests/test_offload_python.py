@@ -227,7 +227,7 @@ def test_a_file_cut_short_stops_the_decode_and_the_model_is_usable_once_it_is_ba
     expected = logits(load(moe, False, logits_all=True))
     llm = load(copy, {"what": "experts"}, logits_all=True)
     assert llm.flash is not None
-    llm.flash._call("llama_flash_session_set_memory", llm.flash._requirements().min_memory)
+    llm.flash.native.set_memory(llm.flash.native.requirements().min_memory)
     assert np.array_equal(logits(llm), expected)  # what is read again has been read before
     content, times = copy.read_bytes(), copy.stat()
     os.truncate(copy, len(content) // 4)
@@ -277,8 +277,8 @@ def test_without_the_plugin_llama_cpp_imports_and_says_what_is_missing(tmp_path:
     script = f"""
 import ctypes, sys
 from pathlib import Path
-from llama_flash import _bindings
-_bindings.library_path = lambda: Path("/nowhere/libllama_flash.so")
+from llama_flash.native import bindings
+bindings.library_path = lambda: Path("/nowhere/libllama_flash.so")
 import llama_cpp, llama_flash
 llama_cpp.Llama({str(moe)!r}, verbose=False).close()
 try:

@@ -19,10 +19,11 @@ from engines import Model, _open, open_flash, tokens
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from neurons import bundled, open_neurons, write_model
 
-from llama_flash import FlashError, FlashOffload, _bindings
+from llama_flash import FlashError, FlashOffload
 from llama_flash.device import Device
 from llama_flash.device_profile import CHUNKS, DEPTHS, DeviceProfile, ReadRate
 from llama_flash.history import LIMIT, Call, History
+from llama_flash.native import bindings
 from llama_flash.pictures import PICTURES, draw, draw_profile
 from llama_flash.residency import NEVER
 from llama_flash.residency_map import describe_maps
@@ -95,7 +96,7 @@ def test_a_snapshot_is_the_same_after_a_file(
 
 
 def test_the_history_is_bounded() -> None:
-    history, raw = History(), _bindings.llama_flash_stats()
+    history, raw = History(), bindings.llama_flash_stats()
     history.reset(raw)
 
     def more() -> None:
@@ -119,7 +120,7 @@ def test_the_history_is_bounded() -> None:
 
 def test_a_call_whose_begin_nobody_told_took_at_least_its_operations() -> None:
     now = 100.0
-    history, raw = History(clock=lambda: now), _bindings.llama_flash_stats()
+    history, raw = History(clock=lambda: now), bindings.llama_flash_stats()
     history.reset(raw)
     now, raw.op_ns = 110.0, 3_000_000_000
     history.end(50, raw)

@@ -22,11 +22,12 @@ from test_capped_models import require_caps
 import llama_flash
 from gguf_tools.bundle import bundle
 from gguf_tools.synthetic import tiny, write
-from llama_flash import FlashBudgetError, FlashError, FlashFormatError, FlashOffload, _bindings, run_capped
+from llama_flash import FlashBudgetError, FlashError, FlashFormatError, FlashOffload, run_capped
 from llama_flash.budget import Breakdown, held_by_process
 from llama_flash.cost import expect
-from llama_flash.planner import LoadPlan, cost_of
+from llama_flash.planner import LoadPlan
 from llama_flash.profiles import profile_for
+from llama_flash.session.expected import cost_of
 
 MIB = 1 << 20
 MODELS = Path(llama_flash.__file__).parent / "models"
@@ -275,10 +276,9 @@ def test_experts_are_read_as_expected_with_even_routing_and_less_otherwise(name:
     path = model_file("qwen3moe") if name == "even" else MODELS / name
     llm = load(path, flash={"what": "experts"})
     assert llm.flash is not None
-    needs = llm.flash._requirements()
+    needs = llm.flash.native.requirements()
     give_memory(llm, 0.6)
-    given = _bindings.llama_flash_memory()
-    llm.flash._lib.llama_flash_session_memory(llm.flash._handle, given)
+    given = llm.flash.native.memory()
     memory = Breakdown(slots=given.slots, pinned=given.pinned, stream=given.stream)
     expected = expect(llm.flash.meta, llm.flash.plan, memory, needs, profile_for(path), lookahead=2)
     for token in tokens(40, seed=3):

@@ -16,7 +16,9 @@ from neurons import bundled, open_neurons, some_active, with_predictors, write_m
 from test_threads import meanwhile
 
 from gguf_tools.routing import trace_routing
-from llama_flash import FlashError, _bindings
+from llama_flash import FlashError
+from llama_flash.native import bindings
+from llama_flash.native.library import library
 from llama_flash.residency import NEVER, Place, Residency
 
 IN_FILE, IN_SLOT, PINNED = Place.LLAMA_FLASH_IN_FILE, Place.LLAMA_FLASH_IN_SLOT, Place.LLAMA_FLASH_PINNED
@@ -78,17 +80,16 @@ def test_slots_are_counted_alike_when_they_are_few(model_file: ModelFile) -> Non
         for token in tokens(20, seed=7):
             llm.eval([token])
             found = llm.flash.residency()
-            assert (found.place == IN_SLOT).sum() == llm.flash._raw().slots_used
+            assert (found.place == IN_SLOT).sum() == llm.flash.native.stats().slots_used
         assert 0 < (found.place == IN_SLOT).sum() < len(found.place) / 2
-        llm.flash._call("llama_flash_session_set_memory", llm.flash._requirements().max_memory)
+        llm.flash.native.set_memory(llm.flash.native.requirements().max_memory)
         after = llm.flash.residency()
         assert (after.place == IN_FILE).all() and (after.age == NEVER).all()
 
 
 def test_panels_are_pinned_or_pass_by_and_all_are_used(model_file: ModelFile) -> None:
     with open_flash(model_file("llama", "Q4_0"), share=0.5) as llm:
-        given = _bindings.llama_flash_memory()
-        llm.flash._lib.llama_flash_session_memory(llm.flash._handle, given)
+        given = llm.flash.native.memory()
         found = llm.flash.residency()
         assert {t.kind for t in found.tensors} == {"panels"} and (found.age == NEVER).all()
         assert 0 < (found.place == PINNED).sum() == given.n_pinned < len(found.place)
@@ -115,7 +116,7 @@ def test_the_neurons_of_the_last_token_have_no_age(predictor: str, bundles: Path
             assert {t.kind for t in found.tensors if "bundle" in t.name} == {"neurons"}
             assert (found.age == 0).sum() == stats.last.neurons_active
             there = found.place >= Place.LLAMA_FLASH_COMING  # what is read ahead has its slot already
-            assert there.sum() == llm.flash._raw().neuron_slots_used
+            assert there.sum() == llm.flash.native.stats().neuron_slots_used
         reuse, total = llm.flash.reuse(), llm.flash.stats().total
         assert reuse.sum() == total.neurons_active > 0
         assert reuse[1:6].sum() == total.neurons_active - total.neurons_newly_active > 0
@@ -140,26 +141,26 @@ def test_numbers_follow_one_another(model_file: ModelFile) -> None:
                 int(tensor.name.split(".")[1]) if "blk" in tensor.name else -1,
             )
             first += tensor.count
-        assert sum(t.count for t in tensors if t.kind == "experts") == llm.flash._requirements().n_experts
-        few = (_bindings.llama_flash_tensor * 2)()
-        assert llm.flash._lib.llama_flash_session_tensors(llm.flash._handle, few, 2) == len(tensors)
+        assert sum(t.count for t in tensors if t.kind == "experts") == llm.flash.native.requirements().n_experts
+        few = (bindings.llama_flash_tensor * 2)()
+        assert library().llama_flash_session_tensors(llm.flash.native.address, few, 2) == len(tensors)
         assert few[1].name.decode() == tensors[1].name
 
 
 def test_what_cannot_be_told_is_an_error(model_file: ModelFile) -> None:
-    library = _bindings.load()
-    new = library.llama_flash_session_new(None, None)
-    assert library.llama_flash_session_tensors(new, None, 0) == 0
-    error = _bindings.llama_flash_error()
-    assert library.llama_flash_session_residency(new, None, None, 0, ctypes.byref(error)) == 1
+    lib = bindings.load()
+    new = lib.llama_flash_session_new(None, None)
+    assert lib.llama_flash_session_tensors(new, None, 0) == 0
+    error = bindings.llama_flash_error()
+    assert lib.llama_flash_session_residency(new, None, None, 0, ctypes.byref(error)) == 1
     assert b"before set_memory" in error.message
-    library.llama_flash_session_free(new)
-    assert library.llama_flash_session_residency(None, None, None, 0, None) == 1
-    assert library.llama_flash_session_reuse(None, None, None) == 1
+    lib.llama_flash_session_free(new)
+    assert lib.llama_flash_session_residency(None, None, None, 0, None) == 1
+    assert lib.llama_flash_session_reuse(None, None, None) == 1
     with open_flash(model_file("qwen3moe", "Q4_0"), n_threads=1) as llm:
         with pytest.raises(FlashError, match="of 5 records where there are 144"):
-            llm.flash._call("llama_flash_session_residency", None, None, 5)
-        llm.flash._call("llama_flash_session_residency", None, None, 144)
+            llm.flash.native.residency(5)
+        llm.flash.native.residency(144)
         if (child := os.fork()) == 0:
             said = 0
             for ask in (llm.flash.residency, llm.flash.reuse):
@@ -187,8 +188,7 @@ def test_it_can_be_asked_while_a_model_decodes(form: str, model_file: ModelFile,
 
         def ask() -> None:
             found = llm.flash.residency()
-            given = _bindings.llama_flash_memory()
-            llm.flash._lib.llama_flash_session_memory(llm.flash._handle, given)
+            given = llm.flash.native.memory()
             assert (found.place == PINNED).sum() == given.n_pinned + given.n_neurons_pinned
             assert (found.place == IN_SLOT).sum() <= given.n_slots + given.n_neuron_slots
             assert np.diff(llm.flash.reuse().astype(np.int64)).any() or form == "llama"

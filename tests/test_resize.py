@@ -16,8 +16,8 @@ from engines import LEAST, MOST, QUARTER, Logits, assert_same_logits, logits_of,
 from neurons import bundled, open_neurons, some_active, with_predictors, write_model
 
 from gguf_tools.synthetic import tiny, write
-from llama_flash import _bindings
 from llama_flash.cgroup import process_memory
+from llama_flash.native import bindings
 
 PROMPT, DECODED = tokens(60, seed=1), tokens(24, seed=2)
 N = len(PROMPT) + len(DECODED)
@@ -51,9 +51,7 @@ def open_form(form: str, files: dict[str, Path], share: float) -> Any:
 
 
 def resize(llm: Any, n_bytes: int, urgent: bool = False) -> Any:
-    out = _bindings.llama_flash_resize()
-    llm.flash._call("llama_flash_session_resize", n_bytes, urgent, out)
-    return out
+    return llm.flash.native.resize(n_bytes, urgent)
 
 
 def settle(llm: Any, n_bytes: int) -> Any:
@@ -66,13 +64,11 @@ def settle(llm: Any, n_bytes: int) -> Any:
 
 
 def given(llm: Any) -> Any:
-    out = _bindings.llama_flash_memory()
-    llm.flash._lib.llama_flash_session_memory(llm.flash._handle, out)
-    return out
+    return llm.flash.native.memory()
 
 
 def bounds(llm: Any) -> tuple[int, int]:
-    needs = llm.flash._requirements()
+    needs = llm.flash.native.requirements()
     return needs.min_memory, needs.max_memory
 
 
@@ -133,8 +129,8 @@ def row_bytes(llm: Any) -> int:
 def test_from_all_to_the_least_and_back(form: str, files: dict[str, Path]) -> None:
     with open_form(form, files, MOST) as llm:
         least, most = bounds(llm)
-        llm.flash._call("llama_flash_session_set_memory", most)
-        needs = llm.flash._requirements()
+        llm.flash.native.set_memory(most)
+        needs = llm.flash.native.requirements()
         n_all = needs.n_experts + needs.n_panels + needs.n_neurons
         expected: Logits = logits_of(llm, PROMPT, DECODED)
         for size in (least, (least + most) // 2, most, least, most):
@@ -162,18 +158,18 @@ def test_from_all_to_the_least_and_back(form: str, files: dict[str, Path]) -> No
 def test_what_fits_stays_cached(files: dict[str, Path]) -> None:
     """Half of the slots go: what the cache would have kept is not read again."""
     with open_form("experts", files, MOST) as llm:
-        llm.flash._call("llama_flash_session_set_memory", bounds(llm)[1])
+        llm.flash.native.set_memory(bounds(llm)[1])
         logits_of(llm, PROMPT, DECODED)
         memory = given(llm)
-        cached = llm.flash._raw().slots_used
+        cached = llm.flash.native.stats().slots_used
         keep = memory.n_slots // 2
         assert cached > keep
         settle(llm, resize(llm, memory.total).least + memory.slots // 2)
-        assert abs(int(llm.flash._raw().slots_used) - keep) <= 3
+        assert abs(int(llm.flash.native.stats().slots_used) - keep) <= 3
         read = llm.flash.stats().total.bytes_read
         settle(llm, memory.total)
         assert llm.flash.stats().total.bytes_read == read, "growing reads nothing"
-        assert abs(int(llm.flash._raw().slots_used) - keep) <= 3
+        assert abs(int(llm.flash.native.stats().slots_used) - keep) <= 3
 
 
 def test_given_back_is_gone(model_folder: Path) -> None:
@@ -220,7 +216,7 @@ def test_panels_are_read_ahead_after_growing_while_decoding(wide: Path) -> None:
         begin_growing(llm, least, size)
         llm.eval([1])
         settle(llm, size)
-        assert 0 < given(llm).n_pinned < llm.flash._requirements().n_panels
+        assert 0 < given(llm).n_pinned < llm.flash.native.requirements().n_panels
         read = [llm.flash.stats().total.bytes_used]
         for token in (2, 3, 4, 5):
             llm.eval([token])
@@ -236,7 +232,7 @@ def test_decoding_goes_on_when_pinned_neurons_leave(form: str, files: dict[str, 
         least, most = bounds(llm)
         expected = logits_of(llm, PROMPT, DECODED)
         for urgent in (False, True):
-            llm.flash._call("llama_flash_session_set_memory", most)
+            llm.flash.native.set_memory(most)
             assert given(llm).n_neurons_pinned > 0
             llm.reset()
             llm.eval(PROMPT)
@@ -276,7 +272,7 @@ def test_memory_of_pinned_panels_is_counted(model_folder: Path) -> None:
     path = write(tiny("llama", "Q4_0", n_ff=32768), model_folder / "homes.gguf")[0]
     before, slack = bytes_in_homes(), 64 << 10
     with open_flash(path, what="ffn", share=LEAST, n_ubatch=64) as llm:
-        needs = llm.flash._requirements()
+        needs = llm.flash.native.requirements()
         least = given(llm).total
         logits_of(llm, PROMPT, DECODED[:3])
         assert bytes_in_homes() - before <= given(llm).pinned + slack
@@ -290,9 +286,9 @@ def test_memory_of_pinned_panels_is_counted(model_folder: Path) -> None:
 
 
 def test_before_there_is_memory(model_file: ModelFile) -> None:
-    library = _bindings.load()
+    library = bindings.load()
     session = library.llama_flash_session_new(None, None)
-    error, out = _bindings.llama_flash_error(), _bindings.llama_flash_resize()
+    error, out = bindings.llama_flash_error(), bindings.llama_flash_resize()
     assert library.llama_flash_session_resize(session, 1 << 30, False, out, error) == 1
     assert b"set_memory" in error.message
     assert library.llama_flash_session_resize(None, 1 << 30, False, out, error) == 1

@@ -12,13 +12,12 @@ from conftest import ModelFile
 from engines import LEAST, QUARTER, assert_same_logits, give_memory, logits_of, open_flash, tokens
 
 from gguf_tools.synthetic import tiny, write
-from llama_flash import FlashError, _bindings
+from llama_flash import FlashError
+from llama_flash.native import bindings
 
 
-def _memory(llm: Any) -> _bindings.llama_flash_memory:
-    memory = _bindings.llama_flash_memory()
-    llm.flash._lib.llama_flash_session_memory(llm.flash._handle, memory)
-    return memory
+def _memory(llm: Any) -> bindings.llama_flash_memory:
+    return llm.flash.native.memory()
 
 
 @pytest.mark.parametrize("form", ["qwen3moe", "deepseek2", "llama"])
@@ -42,9 +41,8 @@ def test_memory_for_everything_reads_each_weight_once(model_file: ModelFile) -> 
     prompt, decoded = tokens(70, seed=1), tokens(6, seed=2)
     with open_flash(model_file("qwen3moe", "Q4_0"), what="all") as llm:
         session = llm.flash
-        needs = _bindings.llama_flash_requirements()
-        session._lib.llama_flash_session_requirements(session._handle, needs)
-        session._call("llama_flash_session_set_memory", needs.max_memory)
+        needs = session.native.requirements()
+        session.native.set_memory(needs.max_memory)
         memory = _memory(llm)
         assert memory.n_slots == needs.n_experts and memory.n_pinned == needs.n_panels
         logits_of(llm, prompt, decoded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ from conftest import ModelFile
 from engines import IO_ENGINES, give_memory, logits_of, open_flash, open_resident, tokens
 from neurons import bundled, open_neurons, write_model
 
-from llama_flash import FlashError, _bindings
+from llama_flash import FlashError
 from llama_flash.archives import write_archive
+from llama_flash.native.handle import TRACE_ENTRY
 from llama_flash.simulate import as_counted
 from llama_flash.snapshot import Snapshot
-from llama_flash.trace import Recorder, Trace, traced_tensors
+from llama_flash.trace import Recorder, Trace
 
 PROMPT, DECODED = tokens(90, seed=1), tokens(60, seed=2)
 FEW = [tokens(n, seed=n) for n in (2, 1, 2)]  # at once: like drafts that are verified
@@ -162,18 +162,16 @@ def test_entries_without_room_are_counted_and_a_reader_that_comes_late_is_told(m
     with open_flash(model_file("qwen3moe")) as llm:
         session = llm.flash
         whole = len(record(llm, DECODED[:1]).record)
-        session._call("llama_flash_session_trace", 10)
+        session.native.trace(10)
         llm.eval(DECODED[1:2])
-        entries = (_bindings.llama_flash_trace_entry * 100)()
-        lost = ctypes.c_uint64()
-        take = session._lib.llama_flash_session_trace_take
-        assert take(session._handle, entries, 4, lost) == 4 and lost.value == whole - 10
-        assert take(session._handle, entries, 100, lost) == 6 and lost.value == 0
-        session._call("llama_flash_session_trace", 0)
+        entries = np.empty(100, TRACE_ENTRY)
+        assert session.native.take_trace(entries[:4]) == (4, whole - 10)
+        assert session.native.take_trace(entries) == (6, 0)
+        session.native.trace(0)
         llm.eval(DECODED[2:3])
-        assert take(session._handle, entries, 100, lost) == 0 and lost.value == 0
+        assert session.native.take_trace(entries) == (0, 0)
         with Recorder(session) as recorder:
-            session._call("llama_flash_session_trace", 10)
+            session.native.trace(10)
             with pytest.raises(FlashError, match=f"has lost {whole - 10} records"):
                 llm.eval(DECODED[3:4])
             assert recorder.session is session
@@ -202,7 +200,7 @@ def test_answers_do_not_depend_on_being_recorded(model_file: ModelFile) -> None:
 
 def test_tensors_are_described(model_file: ModelFile) -> None:
     with open_flash(model_file("qwen3moe"), what="all") as llm:
-        tensors = traced_tensors(llm.flash)
+        tensors = llm.flash.native.traced_tensors()
         cached = [t for t in tensors if t.n_records]
         assert {t.name.decode().split(".")[2] for t in cached} == {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
         assert len(cached) < len(tensors), "panels are numbered, and have no records"

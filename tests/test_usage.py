@@ -20,8 +20,9 @@ from test_cost import RATE, device, model, needs, placed
 import llama_flash
 from llama_flash import FlashOffload, usage
 from llama_flash.budget import Breakdown
-from llama_flash.cost import expect, expert_misses, expert_slots, neuron_misses, shared_of, skew_of
+from llama_flash.cost import expect
 from llama_flash.history import Call
+from llama_flash.misses import expert_misses, expert_slots, neuron_misses, shared_of, skew_of
 from llama_flash.stats import Counters
 from llama_flash.usage import LEAST_TOKENS, Usage, later_half, observe
 
@@ -198,9 +199,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch
 def run(path: Path, n: int, **options: Any) -> Any:
     flash = FlashOffload(what="experts", **options)
     llm = Llama(str(path), n_ctx=256, n_threads=2, verbose=False, flash_offload=flash)
-    needed = llm.flash._requirements()
-    llm.flash._call("llama_flash_session_set_memory", int(needed.min_memory + 0.5 * needed.expert_bytes))
-    llm.flash._note_memory()
+    needed = llm.flash.native.requirements()
+    llm.flash.native.set_memory(int(needed.min_memory + 0.5 * needed.expert_bytes))
+    llm.flash.share.note_memory()
     llm.eval(tokens(8, seed=1))
     for token in tokens(n, seed=2):
         llm.eval([token])
@@ -230,9 +231,9 @@ def test_memory_that_moved_begins_a_new_count(model_file: ModelFile) -> None:
     llm = Llama(str(path), n_ctx=256, n_threads=2, verbose=False, flash_offload=FlashOffload(what="experts"))
     for token in tokens(100, seed=2):
         llm.eval([token])
-    needed = llm.flash._requirements()
-    llm.flash._call("llama_flash_session_set_memory", int(needed.min_memory + 0.5 * needed.expert_bytes))
-    llm.flash._note_memory()
+    needed = llm.flash.native.requirements()
+    llm.flash.native.set_memory(int(needed.min_memory + 0.5 * needed.expert_bytes))
+    llm.flash.share.note_memory()
     llm.close()
     assert usage.load([path]) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -16,7 +17,8 @@ from engines import assert_same_logits, logits_of, tokens
 from llama_cpp import Llama
 from neurons import bundled, open_neurons, some_active, with_predictors, write_model
 
-from llama_flash import Controller, FlashOffload, _bindings, hot
+from llama_flash import Controller, FlashOffload, hot
+from llama_flash.native.library import library
 
 PROMPT, DECODED = tokens(60, seed=1), tokens(24, seed=2)
 N = len(PROMPT) + len(DECODED)
@@ -43,8 +45,8 @@ def load(path: Path, **options: Any) -> Any:
     os.environ["LLAMA_FLASH_WARM_START"] = "0"  # not before the memory is as the test wants it
     llm = Llama(str(path), n_ctx=256, n_threads=2, logits_all=True, verbose=False, flash_offload=flash)
     if path.name == "warm.gguf":  # there is room for all: with slots, and not pinned
-        needs = llm.flash._requirements()
-        llm.flash._call("llama_flash_session_set_memory", int(needs.min_memory + 0.8 * needs.neuron_bytes))
+        needs = llm.flash.native.requirements()
+        llm.flash.native.set_memory(int(needs.min_memory + 0.8 * needs.neuron_bytes))
     os.environ["LLAMA_FLASH_WARM_START"] = wanted
     controller = Controller.of_process()
     with controller.locked():  # it may have looked already, and would not look again
@@ -54,7 +56,7 @@ def load(path: Path, **options: Any) -> Any:
 
 
 def slots_used(llm: Any) -> int:
-    raw = llm.flash._raw()
+    raw = llm.flash.native.stats()
     return int(raw.slots_used + raw.neuron_slots_used)
 
 
@@ -96,14 +98,11 @@ def test_the_hottest_come_first(model: Path) -> None:
     llm = load(model)
     logits_of(llm, PROMPT, DECODED)
     n = slots_used(llm)
-    ids = np.zeros(n, np.uint64)
-    library, handle = llm.flash._lib, llm.flash._handle
-    pointer = ids.ctypes.data_as(_bindings.ctypes.POINTER(_bindings.ctypes.c_uint64))
-    assert library.llama_flash_session_hot(handle, pointer, n) == n
-    assert len(set(ids.tolist())) == n
+    ids = llm.flash.native.hot()
+    assert len(ids) == n == len(set(ids.tolist()))
     few = np.zeros(3, np.uint64)
-    pointer = few.ctypes.data_as(_bindings.ctypes.POINTER(_bindings.ctypes.c_uint64))
-    assert library.llama_flash_session_hot(handle, pointer, 3) == n
+    pointer = few.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
+    assert library().llama_flash_session_hot(llm.flash.native.address, pointer, 3) == n
     assert few.tolist() == ids[:3].tolist()
     llm.close()
 
@@ -132,7 +131,7 @@ def test_a_file_that_does_not_fit_is_ignored_with_one_line(
         file.write_bytes(json.dumps(header).encode() + b"\n" + data)
     with caplog.at_level(logging.WARNING, logger="llama_flash"):
         second = load(path)
-        assert until(lambda: second.flash._hot is not None)
+        assert until(lambda: second.flash.share.memento.left is not None)
     assert len([record for record in caplog.records if "hot weights" in record.message]) == 1
     assert slots_used(second) == 0
     second.close()
@@ -140,10 +139,10 @@ def test_a_file_that_does_not_fit_is_ignored_with_one_line(
 
 def test_ids_that_make_no_sense_are_passed_over(model_file: ModelFile) -> None:
     llm = load(model_file("qwen3moe", "Q4_0"))
-    assert until(lambda: llm.flash._hot is not None)
+    assert until(lambda: llm.flash.share.memento.left is not None)
     Controller.of_process()._unsettled = True
-    llm.flash._hot = np.array([1 << 62, (1 << 63) | 5, 2**64 - 1, 10**6, 0, 0, 3], np.uint64)
-    assert until(lambda: len(llm.flash._hot) == 0)
+    llm.flash.share.memento.left = np.array([1 << 62, (1 << 63) | 5, 2**64 - 1, 10**6, 0, 0, 3], np.uint64)
+    assert until(lambda: len(llm.flash.share.memento.left) == 0)
     assert until(lambda: slots_used(llm) == 2)
     logits_of(llm, PROMPT, DECODED)
     llm.close()
@@ -156,19 +155,14 @@ def test_slots_are_left_for_who_asks(model_folder: Path, monkeypatch: pytest.Mon
     path = with_predictors(plain, plain.with_name("few.gguf"), some_active)
     ids = np.arange((1 << 63) + 1000, (1 << 63) + 1500, dtype=np.uint64)  # of the last layers
     with open_neurons(path, predictor="lowrank", share=0.0, n_ctx=64) as llm:
-        needs = llm.flash._requirements()
+        needs = llm.flash.native.requirements()
         for share in (0.0, 0.05):
             for token in DECODED[:4]:
                 answers = []
                 for warm in (False, True):
-                    llm.flash._call(
-                        "llama_flash_session_set_memory", int(needs.min_memory + share * needs.neuron_bytes)
-                    )
+                    llm.flash.native.set_memory(int(needs.min_memory + share * needs.neuron_bytes))
                     if warm:
-                        done = _bindings.ctypes.c_uint64()
-                        pointer = ids.ctypes.data_as(_bindings.ctypes.POINTER(_bindings.ctypes.c_uint64))
-                        llm.flash._call("llama_flash_session_warm", pointer, len(ids), done)
-                        assert 0 < done.value < len(ids)
+                        assert 0 < llm.flash.native.warm(ids) < len(ids)
                     llm.reset()
                     llm.eval([token])
                     answers.append(np.array(llm.scores[:1], copy=True))

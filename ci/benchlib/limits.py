@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchlib.runs import Run
-from llama_flash.device_profile import probe_reads
+from llama_flash.native.calls import probe_reads
 
 _SECTOR = 4096
 _SECONDS = 1.0  # of raw reads after each run

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_flash.device_profile import probe_reads
+from llama_flash.native.calls import probe_reads
 
 RECORD = 864 << 10  # one expert's slice of one matrix of Qwen3-30B-A3B in Q4_0, and the unit of the raw read rates
 LINUX_READAHEAD_KB = 128

@@ -63,6 +63,6 @@ def _open(path: Path, flash: Any) -> Any:
 
     llm = llama_cpp.Llama(str(path), n_ctx=512, n_threads=2, logits_all=True, verbose=False, flash_offload=flash)
     if flash:
-        needs = llm.flash._requirements()
-        llm.flash._call("llama_flash_session_set_memory", needs.min_memory + needs.neuron_bytes // 10)
+        needs = llm.flash.native.requirements()
+        llm.flash.native.set_memory(needs.min_memory + needs.neuron_bytes // 10)
     return llm

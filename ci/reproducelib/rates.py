@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from llama_flash.device_profile import probe_reads
+from llama_flash.native.calls import probe_reads
 
 CHUNKS = tuple(4096 << i for i in range(9))  # 4 KiB to 1 MiB
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128)

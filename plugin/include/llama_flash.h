@@ -1,6 +1,6 @@
 // llama-flash: weights of a llama.cpp model that stay in the GGUF file ("flash tensors").
 //
-// This is the plugin's only public header; python/llama_flash/_bindings.py is generated from it.
+// This is the plugin's only public header; python/llama_flash/native/bindings.py is generated from it.
 //
 // Life of a session, in this order:
 //   llama_flash_register()                  once per process, before the first model is loaded

@@ -8,16 +8,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from .errors import FlashError
 from .gguf_meta import GgufMeta
 from .graphs import graphs_of
 from .options import FlashOffload
+from .placed import Plan
+from .shape import ContextShape
 from .sizes import format_size
-
-if TYPE_CHECKING:
-    from .placement import ContextShape, Plan
 
 __all__ = ["advice_for"]
 

@@ -5,7 +5,6 @@ Nothing is computed on a file that contradicts itself: every check is made here,
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import re
@@ -17,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import _bindings
 from .errors import FlashFormatError
 from .ggml_types import TYPE_SIZES, tensor_bytes
 from .gguf_meta import GgufMeta, SkippedArray, TensorInfo, read_gguf
+from .native.params import Bytes, NeuronBundle, NeuronPredictor
 
 __all__ = ["BUNDLE_TYPE", "BundleFormat", "Bundles", "LayerBundle", "holds_bundles", "read_bundles"]
 
@@ -47,12 +46,12 @@ _PREDICTOR_TYPES = (_F32, 1, 8, 30)  # F16, Q8_0, BF16
 _MOST_LAYERS = 512  # of the engine, LLAMA_MAX_LAYERS
 _WHOLE = ("uint32", "int32", "uint64", "int64")
 _NO_WEIGHTS = frozenset({9, 15, *range(24, 29), BUNDLE_TYPE})  # Q8_1, Q8_K, I8 to I64, F64: the engine's own results
-_ACTIVATIONS: dict[str, tuple[int, frozenset[bool]]] = {  # name: (enum, whether gated)
-    "relu": (_bindings.llama_flash_activation.LLAMA_FLASH_RELU, frozenset({False})),
-    "relu2": (_bindings.llama_flash_activation.LLAMA_FLASH_RELU2, frozenset({False, True})),
-    "reglu": (_bindings.llama_flash_activation.LLAMA_FLASH_RELU, frozenset({True})),
-    "fatrelu": (_bindings.llama_flash_activation.LLAMA_FLASH_FATRELU, frozenset({True})),
-    "drelu": (_bindings.llama_flash_activation.LLAMA_FLASH_DRELU, frozenset({True})),
+_ACTIVATIONS: dict[str, frozenset[bool]] = {  # name: whether gated
+    "relu": frozenset({False}),
+    "relu2": frozenset({False, True}),
+    "reglu": frozenset({True}),
+    "fatrelu": frozenset({True}),
+    "drelu": frozenset({True}),
 }
 
 
@@ -133,38 +132,38 @@ class Bundles:
             for part in self.format.parts
         ]
 
-    def descriptions(self) -> Iterator[Any]:
-        """`struct llama_flash_bundle` of each layer, in order; each is valid until the next is asked for."""
+    def descriptions(self) -> Iterator[NeuronBundle]:
+        """Each layer's bundle as the plugin is told of it, with its biases and predictor read from the file."""
         form = self.format
         for layer in self.layers:
-            raw = _bindings.llama_flash_bundle()
-            raw.layer, raw.n_ff, raw.n_embd = layer.layer, layer.n_ff, form.n_embd
-            raw.activation = _ACTIVATIONS[form.activation][0]
-            raw.threshold = form.threshold
-            raw.split = form.split
-            raw.n_expert, raw.n_expert_used = layer.n_expert, self.n_expert_used if layer.n_expert else 0
-            raw.record_bytes = form.record_bytes
-            raw.gate.type = -1
-            for part in form.parts:
-                target = getattr(raw, part.name)
-                target.type, target.offset = part.type, part.offset
-            kept = []
-            floats = ctypes.POINTER(ctypes.c_float)
-            for name, tensor in (("up_bias", layer.up_bias), ("gate_bias", layer.gate_bias)):
-                if tensor is not None:
-                    kept.append(_read(tensor, 4 * layer.n_ff))
-                    setattr(raw, name, kept[-1].ctypes.data_as(floats))
-            if layer.predictor is not None:
-                a, b, bias = layer.predictor
-                raw.predictor_rank, raw.predictor_in_type, raw.predictor_out_type = layer.rank, a.type, b.type
-                kept += [
-                    _read(a, _row_bytes(a.type, form.n_embd) * layer.rank),
-                    _read(b, _row_bytes(b.type, layer.rank) * layer.n_ff),
-                    _read(bias, 4 * layer.n_ff),
-                ]
-                raw.predictor_in, raw.predictor_out = kept[-3].ctypes.data, kept[-2].ctypes.data
-                raw.predictor_bias = kept[-1].ctypes.data_as(floats)
-            yield raw
+            yield NeuronBundle(
+                layer=layer.layer,
+                n_ff=layer.n_ff,
+                n_embd=form.n_embd,
+                activation=form.activation,
+                threshold=form.threshold,
+                split=form.split,
+                n_expert=layer.n_expert,
+                n_expert_used=self.n_expert_used if layer.n_expert else 0,
+                record_bytes=form.record_bytes,
+                parts={part.name: (part.type, part.offset) for part in form.parts},
+                up_bias=None if layer.up_bias is None else _read(layer.up_bias, 4 * layer.n_ff),
+                gate_bias=None if layer.gate_bias is None else _read(layer.gate_bias, 4 * layer.n_ff),
+                predictor=self._predictor(layer),
+            )
+
+    def _predictor(self, layer: LayerBundle) -> NeuronPredictor | None:
+        if layer.predictor is None:
+            return None
+        a, b, bias = layer.predictor
+        return NeuronPredictor(
+            rank=layer.rank,
+            in_type=a.type,
+            out_type=b.type,
+            matrix_in=_read(a, _row_bytes(a.type, self.format.n_embd) * layer.rank),
+            matrix_out=_read(b, _row_bytes(b.type, layer.rank) * layer.n_ff),
+            bias=_read(bias, 4 * layer.n_ff),
+        )
 
 
 def holds_bundles(path: str | os.PathLike[str]) -> bool:
@@ -321,7 +320,7 @@ def _format(keys: _Keys, model: _Model) -> BundleFormat:
 
     key = f"{model.architecture}.feed_forward_activation"
     activation = keys.one_of(key, _ACTIVATIONS)
-    if gated not in _ACTIVATIONS[activation][1]:
+    if gated not in _ACTIVATIONS[activation]:
         raise keys.error(key, f"is {activation!r}, which does not fit the parts {', '.join(names)}")
     threshold = keys.get(f"{key}_threshold", "float32") if activation == "fatrelu" else 0.0
     if not math.isfinite(threshold):
@@ -482,7 +481,7 @@ def _row_bytes(kind: int, length: int) -> int:
     return tensor_bytes(kind, (length,))
 
 
-def _read(tensor: TensorInfo, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read(tensor: TensorInfo, size: int) -> Bytes:
     """Bytes of a small tensor. They do not stay in the page cache, which counts against a memory cap."""
     with tensor.file.open("rb", buffering=0) as stream:
         data = np.fromfile(stream, np.uint8, size, offset=tensor.offset)

@@ -6,32 +6,21 @@ they assume are written down in docs/explanation/cost-of-a-token.md.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from .budget import Breakdown
 from .device_profile import DeviceProfile
 from .gguf_meta import GgufMeta
-from .placement import Plan, expert_bytes
+from .misses import SHARED_TOKENS, expert_misses, expert_slots, neuron_misses, neurons_held
+from .native.params import Requirements
+from .placed import Plan
+from .placement import expert_bytes
+from .usage import Usage
 
-if TYPE_CHECKING:
-    from .usage import Usage
-
-__all__ = [
-    "ASSUMED_ACTIVE",
-    "Cost",
-    "Traffic",
-    "expect",
-    "expert_misses",
-    "expert_slots",
-    "neuron_misses",
-    "neurons_held",
-    "shared_of",
-    "skew_of",
-]
+__all__ = ["ASSUMED_ACTIVE", "Cost", "Traffic", "expect"]
 
 ASSUMED_OPEN = 0.4  # share of the gates of a routed expert
 ASSUMED_ACTIVE = 0.10  # share of the neurons, where the file does not say
@@ -40,14 +29,11 @@ _SECTOR = 4096
 _ALIGNMENT = 32  # of tensors in a GGUF file, so that a record begins anywhere in a sector
 _MARGIN = _SECTOR - _ALIGNMENT  # bytes of whole sectors beyond a record's own, on average over where it begins
 _PIECE = 1 << 20  # bytes of a read, at most
-_SHARED_TOKENS = 3  # see neuron_misses
 _LIKELY = (
     1.3  # experts of the next layer that are not there, as its router is expected to choose, for one that is missed
 )
 _WRONG = 0.2  # share of the experts read ahead that are not used, see docs/measurements/2026-11-21-lookahead.md
 _RUN = 256  # neurons read at once where whole layers are
-_MOST_SKEW = 20.0
-_SHARED_RANGE = (0.1, 100.0)
 
 
 @dataclass(frozen=True)
@@ -102,7 +88,7 @@ def expect(
     meta: GgufMeta,
     plan: Plan,
     memory: Breakdown,
-    needs: Any,
+    needs: Requirements | None,
     profile: DeviceProfile,
     *,
     predictor: str = "none",
@@ -115,7 +101,7 @@ def expect(
 
     Args:
         memory: how the budget is divided; slots, pinned and stream are used, in bytes.
-        needs: `struct llama_flash_requirements` of the plan's flash tensors; ignored where nothing is on flash.
+        needs: of the plan's flash tensors; None where nothing is on flash.
         predictor: how active neurons are found.
         window: as in FlashOffload.
         lookahead: most experts of the next layer that are read ahead.
@@ -123,47 +109,46 @@ def expect(
     """
     if usage and usage.predictor != predictor:
         usage = None
+    load = _Load(meta, plan, memory, needs, predictor, window, io_depth, lookahead, usage)
     assumptions = ["one token at a time, slots warm, an empty KV cache"]
-    touched = _resident_touched(meta, plan)
     parts: list[Traffic] = []
     if plan.mode == "flash":
-        n_used, n_expert = meta.number("expert_used_count"), max(1, meta.number("expert_count"))
         if plan.bundles:
-            parts += _neurons(meta, plan, memory, needs, profile, predictor, window, io_depth, assumptions, usage)
-            touched += _neurons_touched(meta, plan, needs, predictor)
-        if plan.panel_bytes and needs.n_panels:
-            pinned = min(plan.panel_bytes, memory.pinned)
-            size = needs.panel_bytes / needs.n_panels
-            streamed = needs.n_panels * (1 - pinned / plan.panel_bytes)
-            parts.append(
-                _records("panels", streamed, size, memory.stream / _PIECE, io_depth, profile, pinned / plan.panel_bytes)
-            )
-            touched += plan.panel_bytes
+            parts += _neurons(load, profile, assumptions)
+        parts += _panels(load, profile)
         for name in plan.tables:  # each is waited for before the next is asked for
             table = meta.tensors[name]
             parts.append(_records("rows", 1, table.size / table.shape[1], 1, io_depth, profile, 0.0))
-        if plan.expert_bytes and needs.n_experts:
-            size = needs.expert_bytes / needs.n_experts
-            held = min(1.0, memory.slots / expert_slots(needs))
-            used = needs.n_experts * n_used / n_expert
-            layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
-            skew = usage.skew if usage else None
-            missed = expert_misses(held, skew or 0.0)
-            together = used * missed / max(1, layers) * max(1.0, size / _PIECE)
-            in_vain = needs.n_experts / n_expert * min(lookahead, n_used * missed * _LIKELY) * _WRONG
-            parts.append(_records("experts", used * missed + in_vain, size, together, io_depth, profile, 1 - missed))
-            touched += plan.expert_bytes * n_used / n_expert
-            if held < 1 and skew is None:
-                assumptions.append("experts are used evenly: most models read less")
-            elif held < 1:
-                assumptions.append("experts are used as in the last run")
+        parts += _experts(load, profile, assumptions)
     parts = [part for part in parts if part.reads > 0]
+    touched = _touched(load)
     compute, waited = touched / profile.dram, 0.0
     if usage and plan.mode == "flash":
         compute = max(compute, usage.computing)
         waited = _waited([part for part in parts if part.kind != "panels"], usage)
         assumptions.append(f"computing and waiting as in the last run, of {usage.tokens} tokens")
     return Cost(tuple(parts), touched, compute, tuple(assumptions), waited)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """A model as it would be loaded; see expect."""
+
+    meta: GgufMeta
+    plan: Plan
+    memory: Breakdown
+    needs: Requirements | None
+    predictor: str
+    window: int | None
+    io_depth: int
+    lookahead: int
+    usage: Usage | None
+
+    @property
+    def flash(self) -> Requirements:
+        """What the flash tensors need: there are some."""
+        assert self.needs is not None
+        return self.needs
 
 
 def _waited(parts: list[Traffic], usage: Usage) -> float:
@@ -173,62 +158,6 @@ def _waited(parts: list[Traffic], usage: Usage) -> float:
         return 0.0
     hidden = max(0.0, usage.read * seconds / n_bytes - usage.waited)
     return max(0.0, seconds - hidden)
-
-
-def expert_misses(held: float, skew: float = 0.0) -> float:
-    """Share of a token's experts that is not in slots, which hold the share `held` of all.
-
-    Used evenly, 1 - held of them are missed; models that prefer some miss exp(-skew x held) of that, as measured on
-    recorded traces (docs/explanation/cost-of-a-token.md).
-    """
-    held = min(1.0, held)
-    return (1 - held) * math.exp(-skew * held)
-
-
-def skew_of(held: float, missed: float) -> float | None:
-    """The skew with which expert_misses(held) is `missed`; None where that cannot be told."""
-    if not (0 < held < 1 and missed > 0):
-        return None
-    return min(_MOST_SKEW, max(0.0, -math.log(missed / (1 - held)) / held))
-
-
-def expert_slots(needs: Any) -> int:
-    """Bytes of slots that hold all experts: a slot takes whole sectors."""
-    return int(needs.expert_bytes + _SECTOR * needs.n_experts)
-
-
-def neurons_held(plan: Plan, memory: Breakdown, needs: Any) -> float:
-    """Share of all neurons that slots hold. Those of experts' bundles have what the experts leave: nothing."""
-    slots = 0 if plan.expert_bytes else memory.slots
-    return float(min(1.0, slots / needs.neuron_record / plan.n_neurons))
-
-
-def neuron_misses(
-    active: float, held: float, window: int | None = None, shared: float = float(_SHARED_TOKENS)
-) -> float:
-    """Share of a token's active neurons that is not in slots.
-
-    Args:
-        active: share of the neurons that a token activates.
-        held: share of the neurons that slots hold.
-        window: tokens whose neurons stay, None: as many as have room.
-        shared: after so many tokens in slots the misses are half of what they would be if all neurons were alike.
-
-    Slots hold the neurons of held/active tokens. If all neurons were alike, (1 - held) would be missed. Tokens share
-    neurons, and some neurons are used more than others: that divides the misses by 1 + held/active/shared, 3 as with
-    the shipped OPT model at five sizes of the cache, exact and by predictors. The paper's OPT 6.7B misses half as many.
-    """
-    if window is not None:
-        held = min(held, active * window)
-    return (1 - min(1.0, held)) / (1 + held / active / shared) if active > 0 else 0.0
-
-
-def shared_of(active: float, held: float, missed: float) -> float | None:
-    """The `shared` with which neuron_misses(active, held) is `missed`; None where that cannot be told."""
-    if not (active > 0 and 0 < held < 1 and 0 < missed < 1 - held):
-        return None
-    least, most = _SHARED_RANGE
-    return min(most, max(least, held / active / ((1 - held) / missed - 1)))
 
 
 def _records(
@@ -247,30 +176,52 @@ def _records(
     return Traffic(kind, n * span, n * pieces, at_once, hit_rate, n * span / profile.rate(span / pieces, depth))
 
 
-def _neurons(
-    meta: GgufMeta,
-    plan: Plan,
-    memory: Breakdown,
-    needs: Any,
-    profile: DeviceProfile,
-    predictor: str,
-    window: int | None,
-    io_depth: int,
-    assumptions: list[str],
-    usage: Usage | None,
-) -> Iterator[Traffic]:
+def _panels(load: _Load, profile: DeviceProfile) -> Iterator[Traffic]:
+    plan, memory = load.plan, load.memory
+    if not plan.panel_bytes or not load.flash.n_panels:
+        return
+    pinned = min(plan.panel_bytes, memory.pinned)
+    size = load.flash.panel_bytes / load.flash.n_panels
+    streamed = load.flash.n_panels * (1 - pinned / plan.panel_bytes)
+    share = pinned / plan.panel_bytes
+    yield _records("panels", streamed, size, memory.stream / _PIECE, load.io_depth, profile, share)
+
+
+def _experts(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Iterator[Traffic]:
+    meta, plan = load.meta, load.plan
+    if not plan.expert_bytes or not load.flash.n_experts:
+        return
+    n_used, n_expert = meta.number("expert_used_count"), max(1, meta.number("expert_count"))
+    n_records = load.flash.n_experts
+    size = load.flash.expert_bytes / n_records
+    held = min(1.0, load.memory.slots / expert_slots(load.flash))
+    used = n_records * n_used / n_expert
+    layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
+    skew = load.usage.skew if load.usage else None
+    missed = expert_misses(held, skew or 0.0)
+    together = used * missed / max(1, layers) * max(1.0, size / _PIECE)
+    in_vain = n_records / n_expert * min(load.lookahead, n_used * missed * _LIKELY) * _WRONG
+    yield _records("experts", used * missed + in_vain, size, together, load.io_depth, profile, 1 - missed)
+    if held < 1 and skew is None:
+        assumptions.append("experts are used evenly: most models read less")
+    elif held < 1:
+        assumptions.append("experts are used as in the last run")
+
+
+def _neurons(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Iterator[Traffic]:
+    meta, plan, memory, needs, predictor = load.meta, load.plan, load.memory, load.flash, load.predictor
     assert plan.bundles is not None
     n_layers = len(plan.bundles.layers)
     if predictor == "off" and not plan.bundles.n_expert_used:
         held = min(1.0, memory.pinned / plan.neuron_bytes) if not plan.panel_bytes else 0.0
         runs = plan.n_neurons / _RUN * (1 - held)
         size = _RUN * plan.neuron_bytes / plan.n_neurons
-        yield _records("neurons", runs, size, memory.stream / _PIECE, io_depth, profile, held)
+        yield _records("neurons", runs, size, memory.stream / _PIECE, load.io_depth, profile, held)
         return
     if memory.pinned >= plan.neuron_bytes:
         return  # everything fits
     active, said = _active_share(meta, plan, predictor)
-    shared = float(_SHARED_TOKENS)
+    shared, usage = SHARED_TOKENS, load.usage
     if usage and usage.active and usage.shared:
         active, shared = usage.active, usage.shared
         assumptions.append("neurons are used as in the last run; those read ahead in vain are not counted")
@@ -278,7 +229,7 @@ def _neurons(
         if not said:
             assumptions.append(f"{active:.0%} of the neurons are active: the file does not say")
         assumptions.append("tokens share neurons as in the shipped OPT model; those read ahead in vain are not counted")
-    missed = neuron_misses(active, neurons_held(plan, memory, needs), window, shared)
+    missed = neuron_misses(active, neurons_held(plan, memory, needs), load.window, shared)
     # neurons to read, and reads of them: a read goes on over one record that is not wanted to reach one that is
     share = active * missed
     wanted = plan.n_neurons * share
@@ -287,10 +238,25 @@ def _neurons(
     form = plan.bundles.format
     streams = len(form.parts) - (predictor == "exact") if form.split else 1
     size = covered * needs.neuron_record / max(reads, 1e-9) / streams
-    yield _records("neurons", reads * streams, size, reads * streams / n_layers, io_depth, profile, 1 - missed)
+    yield _records("neurons", reads * streams, size, reads * streams / n_layers, load.io_depth, profile, 1 - missed)
 
 
-def _neurons_touched(meta: GgufMeta, plan: Plan, needs: Any, predictor: str) -> float:
+def _touched(load: _Load) -> float:
+    """Bytes of weights that a token computes with."""
+    meta, plan = load.meta, load.plan
+    touched = _resident_touched(meta, plan)
+    if plan.mode != "flash":
+        return touched
+    if plan.bundles:
+        touched += _neurons_touched(meta, plan, load.flash, load.predictor)
+    if plan.panel_bytes and load.flash.n_panels:
+        touched += plan.panel_bytes
+    if plan.expert_bytes and load.flash.n_experts:
+        touched += plan.expert_bytes * meta.number("expert_used_count") / max(1, meta.number("expert_count"))
+    return touched
+
+
+def _neurons_touched(meta: GgufMeta, plan: Plan, needs: Requirements, predictor: str) -> float:
     assert plan.bundles is not None
     if predictor == "off" and not plan.bundles.n_expert_used:
         return float(plan.neuron_bytes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ctypes
 import errno
 import math
 import os
@@ -25,11 +24,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import _bindings
 from .budget import held_by_process, resolve_budget
 from .device import Device, device_of
-from .engine import IO_ENGINES, library, raise_error
 from .errors import FlashError
+from .native import bindings
+from .native.calls import probe_reads
+from .native.library import IO_ENGINES
 from .options import IoEngine
 from .sizes import format_size
 
@@ -190,7 +190,7 @@ def measure(
         # the deepest last: what came before tells how long it takes until all has arrived
         cells = sorted(((c, d) for c in CHUNKS for d in DEPTHS if c <= file_bytes), key=lambda cell: cell[0] * cell[1])
         reads: list[ReadRate] = []
-        probe = _bindings.llama_flash_probe()
+        probe = bindings.llama_flash_probe()
         for i, (chunk, depth) in enumerate(cells):
             left = _SECONDS - (time.monotonic() - started)
             fastest = max((read.bytes_per_second for read in reads), default=math.inf)
@@ -214,7 +214,7 @@ def _faster_engine(path: str, file_bytes: int, measured: int) -> str:
         if chunk > file_bytes:
             continue
         try:
-            pair = [probe_reads(path, chunk, depth, _QUICK_SECONDS, engine) for engine in (other, mine)]  # type: ignore[arg-type]
+            pair = [probe_reads(path, chunk, depth, _QUICK_SECONDS, engine) for engine in (other, mine)]
         except FlashError:  # not to be had here
             return ""
         ratio, n = ratio * (pair[0].bytes / pair[0].ns) / (pair[1].bytes / pair[1].ns), n + 1
@@ -224,7 +224,7 @@ def _faster_engine(path: str, file_bytes: int, measured: int) -> str:
 def quick_profile(path: str | os.PathLike[str], io_engine: IoEngine = "auto") -> DeviceProfile:
     """A few sizes and depths, read from the file `path` itself in half a second; defaults where that fails."""
     reads: list[ReadRate] = []
-    probe = _bindings.llama_flash_probe()
+    probe = bindings.llama_flash_probe()
     size, room = os.stat(path).st_size, _room()
     with contextlib.suppress(FlashError, OSError):
         for chunk, depth in _QUICK:
@@ -248,28 +248,6 @@ def default_profile(path: str | os.PathLike[str]) -> DeviceProfile:
     return DeviceProfile(device_of(path), "", "defaults", "", True, 0, _DEFAULT_DRAM, reads)
 
 
-def probe_reads(
-    path: str | os.PathLike[str], chunk: int, depth: int, seconds: float, io_engine: IoEngine = "auto"
-) -> _bindings.llama_flash_probe:
-    """Random reads of `chunk` bytes, `depth` in flight, by the plugin's reader.
-
-    Raises:
-        FlashReadError: the file cannot be opened or read.
-        FlashError: a chunk larger than the file or not of whole sectors of 4096 bytes, or no such I/O engine here.
-    """
-    import llama_cpp  # noqa: F401  # registers the plugin
-
-    params = _bindings.llama_flash_params(io_engine=IO_ENGINES[io_engine], io_depth=depth)
-    probe, error = _bindings.llama_flash_probe(), _bindings.llama_flash_error()
-    milliseconds = max(1, int(1000 * seconds))
-    code = library().llama_flash_probe_reads(
-        os.fsencode(path), chunk, milliseconds, ctypes.byref(params), ctypes.byref(probe), ctypes.byref(error)
-    )
-    if code != 0:
-        raise_error(error)
-    return probe
-
-
 def measure_dram(n_bytes: int = _DRAM_BYTES) -> float:
     """Bytes per second that all cores together read from memory; the default where there is no room to measure."""
     n_bytes = min(n_bytes, _room())
@@ -291,7 +269,7 @@ def _room() -> int:
     return max(0, resolve_budget().total - held_by_process()) // 2
 
 
-def _read_rate(chunk: int, depth: int, probe: _bindings.llama_flash_probe) -> ReadRate:
+def _read_rate(chunk: int, depth: int, probe: bindings.llama_flash_probe) -> ReadRate:
     return ReadRate(
         chunk, depth, probe.bytes / (probe.ns / 1e9), probe.latency_ns / 1e9, probe.latency_p99_ns / 1e9, probe.reads
     )
@@ -300,7 +278,7 @@ def _read_rate(chunk: int, depth: int, probe: _bindings.llama_flash_probe) -> Re
 def _profile(
     device: Device,
     source: Literal["measured", "quick probe"],
-    probe: _bindings.llama_flash_probe,
+    probe: bindings.llama_flash_probe,
     file_bytes: int,
     dram: float,
     reads: list[ReadRate],

@@ -7,7 +7,6 @@ what stops flash offload, "warning" what makes it slower or takes a command away
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import mmap
@@ -33,6 +32,7 @@ from .device import device_of
 from .errors import FlashBudgetError, FlashCapError, FlashError, FlashFormatError
 from .gguf_meta import kind_of_file, read_gguf
 from .kept_files import cache_folder
+from .native.kernel import io_uring_refused
 from .sizes import format_size
 
 __all__ = ["Finding", "Level", "examine"]
@@ -44,7 +44,6 @@ _LEAST_ROOM = 256 << 20  # bytes; an interpreter with the engine takes a third o
 _LEAST_DISK = _GIB  # bytes that a device profile writes, at most
 _BLOCK = 4096  # bytes, of a direct read
 _SLOW = 4e6  # nanoseconds until a block arrives: hard disks need more
-_IO_URING_SETUP = 425  # the same on every architecture
 _REMOTE = ("nfs", "cifs", "smb", "9p", "fuse", "ceph", "virtiofs")  # beginnings of file systems' names
 
 # what decides the speed of the kernels: the name in /proc/cpuinfo and in llama_print_system_info()
@@ -61,9 +60,9 @@ _ARM = {"asimd": "NEON", "asimddp": "DOTPROD", "i8mm": "MATMUL_INT8", "sve": "SV
 
 _ASK_ENGINE = """
 import json, llama_cpp
-from llama_flash import engine
+from llama_flash.native.library import library
 try:
-    engine.library()
+    library()
     problem = None
 except Exception as error:
     problem = str(error)
@@ -329,7 +328,7 @@ def _readahead(path: Path) -> Finding:
 
 def _io_uring(path: Path, engine_works: bool) -> Finding:
     slower = "the pread threads are used, which is slower for many small reads"
-    if refused := _io_uring_refused():
+    if refused := io_uring_refused():
         disabled = _text(Path("/proc/sys/kernel/io_uring_disabled"))
         if disabled in ("1", "2"):
             mend = f"{slower}; sysctl kernel.io_uring_disabled=0 allows it"
@@ -455,24 +454,13 @@ def _read_direct(name: str) -> int:
         os.close(fd)
 
 
-def _io_uring_refused() -> int:
-    """0 if the kernel sets up a ring for us, else its errno."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    params = ctypes.create_string_buffer(120)  # struct io_uring_params
-    ring = libc.syscall(ctypes.c_long(_IO_URING_SETUP), ctypes.c_uint(1), params)
-    if ring < 0:
-        return ctypes.get_errno()
-    os.close(ring)
-    return 0
-
-
 def _probe(path: Path, io_engine: Literal["auto", "io_uring"]) -> Any:
     """Reads with the plugin's reader, one block after the other; what llama_flash_probe_reads tells.
 
     Raises:
         FlashError: it cannot.
     """
-    from .device_profile import probe_reads
+    from .native.calls import probe_reads
 
     with _file_at(path) as name:
         return probe_reads(name, _BLOCK, 1, 0.05, io_engine)

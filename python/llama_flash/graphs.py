@@ -6,23 +6,22 @@ The vocabulary is left out of it, which is most of what reading a head takes; no
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import _bindings, engine
 from .bundles import read_bundles
 from .errors import FlashError
 from .ggml_types import tensor_bytes
 from .gguf_meta import GgufMeta, SkippedArray, Value
-
-if TYPE_CHECKING:
-    from .placement import ContextShape
+from .native import bindings
+from .native.calls import context_memory, graph_uses
+from .no_alloc import context_params, no_alloc_context
+from .shape import ContextShape
 
 __all__ = ["Graphs", "Use", "graphs_of"]
 
@@ -52,7 +51,7 @@ _TYPE_NUMBERS = {  # of GGUF
 _ARRAY = 9
 _LAYOUTS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
-_Graph = _bindings.llama_flash_graph
+_Graph = bindings.llama_flash_graph
 
 _kept: dict[tuple[Any, ...], Graphs | FlashError] = {}
 
@@ -109,11 +108,9 @@ def _ask_engine(path: str, meta: GgufMeta, shape: ContextShape) -> Graphs:
     import llama_cpp
     from llama_cpp._utils import suppress_stdout_stderr
 
-    from .dry_run import buffers_of, context_params, no_alloc_context
-
     uses: dict[str, Use] = {}
     with no_alloc_context(path, read_bundles(meta), context_params(shape)) as (model, context):
-        buffers = buffers_of(context)
+        buffers = context_memory(context)
         many = min(_TOKENS, shape.n_ubatch)
         graphs = [(1, _Graph.LLAMA_FLASH_GRAPH_TOKENS), (many, _Graph.LLAMA_FLASH_GRAPH_TOKENS)]
         if llama_cpp.llama_model_has_encoder(model):
@@ -121,27 +118,11 @@ def _ask_engine(path: str, meta: GgufMeta, shape: ContextShape) -> Graphs:
         graphs.append((many, _Graph.LLAMA_FLASH_GRAPH_EMBEDDINGS))
         for n_tokens, graph in graphs:
             with suppress_stdout_stderr(disable=False):  # the engine tells of each input
-                found = list(_uses_of(context, n_tokens, graph))
+                found = list(graph_uses(context, n_tokens, graph))
             for name, use in found:
                 if name in meta.tensors:
-                    uses[name] = uses.get(name, Use(0)) | use
+                    uses[name] = uses.get(name, Use(0)) | Use(use)
     return Graphs(uses, buffers.context, buffers.compute)
-
-
-def _uses_of(context: Any, n_tokens: int, graph: int) -> Iterator[tuple[str, Use]]:
-    error, n = _bindings.llama_flash_error(), ctypes.c_uint64()
-    found = (_bindings.llama_flash_weight_use * 0)()
-    while True:
-        code = engine.library().llama_flash_graph_uses(
-            context, n_tokens, graph, found, len(found), ctypes.byref(n), ctypes.byref(error)
-        )
-        if code != 0:
-            engine.raise_error(error)
-        if n.value <= len(found):
-            break
-        found = (_bindings.llama_flash_weight_use * n.value)()
-    for entry in found[: n.value]:
-        yield entry.name.decode("utf-8", errors="replace"), Use(entry.uses)
 
 
 @contextmanager

@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
-from . import _bindings
+from .native import bindings
 from .stats import Counters
 
 __all__ = ["LIMIT", "Call", "History"]
@@ -47,7 +46,7 @@ class History:
         # (began, ended, tokens, bytes of a struct llama_flash_stats); the first one is what the next is counted from
         self._ends: deque[tuple[float | None, float, int, bytes]] = deque(maxlen=limit + 1)
 
-    def reset(self, raw: Any) -> None:
+    def reset(self, raw: bindings.llama_flash_stats | None) -> None:
         """Forgets all calls; `raw`: the counters that the next one is counted from, None where nothing is counted."""
         self._ends.clear()
         self._ends.append((None, self._clock(), 0, _bytes(raw)))
@@ -55,8 +54,8 @@ class History:
     def begin(self) -> None:
         self._began = self._clock()
 
-    def end(self, n_tokens: int, raw: Any) -> None:
-        """A call has ended; raw: `struct llama_flash_stats` after it, None where nothing is counted."""
+    def end(self, n_tokens: int, raw: bindings.llama_flash_stats | None) -> None:
+        """A call has ended; raw: the counters after it, None where nothing is counted."""
         self._ends.append((self._began, self._clock(), n_tokens, _bytes(raw)))
         self._began = None
 
@@ -72,9 +71,9 @@ class History:
         return found
 
 
-def _bytes(raw: Any) -> bytes:
+def _bytes(raw: bindings.llama_flash_stats | None) -> bytes:
     return b"" if raw is None else bytes(raw)
 
 
 def _counters(raw: bytes) -> Counters:
-    return Counters.from_struct(_bindings.llama_flash_stats.from_buffer_copy(raw)) if raw else Counters()
+    return Counters.from_struct(bindings.llama_flash_stats.from_buffer_copy(raw)) if raw else Counters()

@@ -9,20 +9,16 @@ Imported by llama_cpp itself, so nothing here imports llama_cpp at first.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
-from . import engine
 from .errors import FlashError, FlashFormatError
 from .limits import addresses_hint
+from .native.calls import guarded
 
 __all__ = ["load_model", "new_context"]
 
-_STOCK = {"llama_flash_load_model": "llama_model_load_from_file", "llama_flash_new_context": "llama_init_from_model"}
-_MOST_TEXT = 16 << 10  # bytes of the engine's log
 _FUNCTION = re.compile(r"^(?:[A-Za-z_][\w:~<>]*: )+(?=\S)")
 _STAGES = re.compile(r"error loading model(?: [a-z]+)*: |failed to initialize the context: |cpp: ")
 _ASSERT = re.compile(r"(?:\S*/)?([\w.-]+\.(?:c|cpp|h|hpp):\d+): (?:GGML_ASSERT\((.*)\) failed)?")
@@ -64,7 +60,7 @@ def load_model(path: str | os.PathLike[str], params: Any) -> int:
         FlashFormatError: the engine refuses the file, with its reason; also a ValueError.
         FlashError: there is no memory for it; also a ValueError.
     """
-    made, reason = _guarded("llama_flash_load_model", os.fsencode(path), params)
+    made, reason = guarded("llama_flash_load_model", os.fsencode(path), params)
     if made:
         return made
     raise _error(f"Failed to load model from file: {os.fspath(path)}", reason)
@@ -81,26 +77,13 @@ def new_context(path: str | os.PathLike[str], model: int, params: Any) -> int:
         FlashFormatError: what the file says of the model is impossible; also a ValueError.
         FlashError: the context cannot be made of these parameters, or there is no memory for it; also a ValueError.
     """
-    made, reason = _guarded("llama_flash_new_context", model, params)
+    made, reason = guarded("llama_flash_new_context", model, params)
     if made:
         return made
     said = f"Failed to create llama_context: {os.fspath(path)}"
     if _ASSERT.search(reason):
         raise _error(said, reason)
     raise _LoadError(f"{said}: {_clean(reason)}")
-
-
-def _guarded(function: str, of: Any, params: Any) -> tuple[int, str]:
-    """Address of what was made, 0 with what the engine logged if nothing was."""
-    try:
-        call: Callable[..., int | None] = getattr(engine.library(), function)
-    except FlashError:  # without the plugin, the engine is as stock
-        from llama_cpp import llama_cpp
-
-        return getattr(llama_cpp, _STOCK[function])(of, params) or 0, ""
-    reason = ctypes.create_string_buffer(_MOST_TEXT)
-    made = call(of, ctypes.byref(params), reason, _MOST_TEXT)
-    return made or 0, reason.value.decode("utf-8", errors="replace")
 
 
 def _error(said: str, log: str) -> FlashError:

@@ -1,16 +1,15 @@
 """Which weights stay on flash, decided before the model is loaded.
 
 Sizes of weights are exact (they are in the GGUF file); KV cache and graph buffers are estimated here, and measured once
-the context exists (offload.py). Says nothing about slots: how memory is split is the plugin's business.
+the context exists (session.py). Says nothing about slots: how memory is split is the plugin's business.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from .advice import advice_for
 from .budget import Breakdown, Budget, refuse
@@ -18,15 +17,14 @@ from .bundles import Bundles, read_bundles
 from .errors import FlashFormatError
 from .gguf_meta import GgufMeta, TensorInfo
 from .graphs import Graphs, Use, graphs_of
+from .native.params import Mode, Requirements
 from .options import FlashOffload, Predictor
+from .placed import Plan
+from .shape import ContextShape
 from .sizes import parse_size
 
 __all__ = [
-    "KV_TYPES",
-    "ContextShape",
     "Kind",
-    "Mode",
-    "Plan",
     "choose_predictor",
     "estimate",
     "expert_bytes",
@@ -36,8 +34,6 @@ __all__ = [
     "select",
     "work_bytes",
 ]
-
-Mode = Literal["exact", "lowrank", "off"]  # how the active neurons of bundles are found
 
 # Kinds of weights in the order in which they go to flash: of tables a token needs a row; experts cost the fewest bytes
 # per token for the memory they free, then dense feed-forward weights, then every other matrix.
@@ -52,79 +48,16 @@ _FEED_FORWARD = re.compile(r"ffn_|channel_mix_")
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_(exps|chexps)\.weight")
 _LAYER_SHARE = 0.2  # of a layer's neurons: with fewer slots, active neurons would be read twice for a token
 _EXACT_SHARE = 0.10  # of the neurons: with room for fewer beside what exact keeps resident, lowrank is better
-_LAYER = re.compile(r"((?:.*\.)?blk\.)(\d+)(\..*)")
 _ROWS = 1 << 20  # bytes to read rows of tables to
 _SMALLEST = 64 << 10  # bytes of a weight that is worth a read
 
 _PLAIN_TYPES = (0, 1, 30)  # enum ggml_type of F32, F16, BF16: computed on as they are in the file
 _LOAD_PIECES = 16 << 20  # bytes of the buffer through which weights are read, and of the heap that it leaves behind
 
-# types of KV caches (enum ggml_type), and bytes per element
-KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+# bytes per element of a KV cache, by enum ggml_type
 _KV_BYTES = {0: 4.0, 1: 2.0, 2: 18 / 32, 3: 20 / 32, 6: 22 / 32, 7: 24 / 32, 8: 34 / 32, 20: 18 / 32, 30: 2.0}
 _HEAP_PER_TOKEN = 300  # bytes of the engine's heap per vocabulary entry: strings, maps, merges
 _ENGINE_HEAP = 16 << 20  # graphs, thread pool, tensor tables
-
-
-@dataclass(frozen=True)
-class ContextShape:
-    """What decides the size of a context's buffers."""
-
-    n_ctx: int  # tokens; 0: as trained
-    n_batch: int = 512
-    n_ubatch: int = 512
-    n_outputs: int = 1  # rows of logits kept by the engine
-    n_scores: int = 0  # rows of logits kept in Python
-    type_k: int = 1  # enum ggml_type
-    type_v: int = 1
-    flash_attn: bool = False
-    embedding: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be on flash, and why."""
-
-    mode: Literal["flash", "resident", "nothing"]  # nothing: the file has no weight that could be left on flash
-    tensors: tuple[TensorInfo, ...]  # the flash tensors
-    resident_bytes: int  # weights that stay in DRAM
-    expert_bytes: int  # on flash
-    panel_bytes: int  # on flash
-    expected: Breakdown  # estimates; the flash part is empty
-    bundles: Bundles | None = None  # neuron bundles, always on flash
-    tables: Mapping[str, bool] = field(default_factory=dict)  # flash tensors of which rows are read; True: only rows
-    row_bytes: int = 0  # of those of which only rows are read, on flash
-
-    @property
-    def neuron_bytes(self) -> int:
-        """Of bundles, on flash."""
-        return self.bundles.neuron_bytes if self.bundles else 0
-
-    @property
-    def n_neurons(self) -> int:
-        """In bundles, of all layers."""
-        return self.bundles.n_neurons if self.bundles else 0
-
-    @property
-    def flash_bytes(self) -> int:
-        return self.expert_bytes + self.panel_bytes + self.row_bytes + self.neuron_bytes
-
-    def patterns(self) -> list[str]:
-        """Regular expressions (ECMAScript) that match the names of the flash tensors and no others."""
-        layers: dict[tuple[str, str], list[int]] = defaultdict(list)
-        plain = []
-        for name in [*(tensor.name for tensor in self.tensors), *(self.bundles.part_names() if self.bundles else ())]:
-            if match := _LAYER.fullmatch(name):
-                layers[match[1], match[3]].append(int(match[2]))
-            else:
-                plain.append(name)
-        return [
-            *(
-                f"^{re.escape(before)}({'|'.join(map(str, sorted(which)))}){re.escape(after)}$"
-                for (before, after), which in layers.items()
-            ),
-            *(f"^{re.escape(name)}$" for name in plain),
-        ]
 
 
 def kind_of(name: str, use: Use) -> Kind | None:
@@ -265,12 +198,14 @@ def make_plan(
     return candidates[-1]
 
 
-def choose_predictor(path: str, bundles: Bundles, asked: Predictor, left: int, needs_of: Callable[[Mode], Any]) -> Any:
+def choose_predictor(
+    path: str, bundles: Bundles, asked: Predictor, left: int, needs_of: Callable[[Mode], Requirements]
+) -> Requirements:
     """How active neurons are found: the last mode that `needs_of` was called with. Returns what that one needs.
 
     Args:
         left: bytes there are for the flash tensors.
-        needs_of: `struct llama_flash_requirements` of a mode.
+        needs_of: what the flash tensors need in a mode.
 
     Raises:
         FlashFormatError: "lowrank" was asked for, and the file has no predictors.

@@ -6,30 +6,34 @@ plugin's own (dry_run.py), what it costs is cost.py's: this puts them together f
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from . import engine, hot
 from .advice import advice_for
 from .budget import GROWTH, KERNEL, Breakdown, Budget, refuse, reserve_of, resolve_budget
 from .bundles import Bundles, read_bundles
-from .cost import Cost, expect, expert_slots
+from .cost import Cost, expect
 from .device_profile import DeviceProfile
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
 from .errors import FlashBudgetError, FlashError, FlashFormatError
 from .gguf_meta import GgufMeta, check_vocabulary, read_gguf
-from .offload import FlashSession, experts_ahead, held_by_all, io_choice
+from .held import held_by_all
+from .misses import expert_slots
+from .native.library import settled
+from .native.params import Mode, Requirements
 from .options import FlashOffload
-from .placement import KV_TYPES, ContextShape, Mode, Plan, choose_predictor, make_plan, work_bytes
+from .placed import Plan
+from .placement import choose_predictor, make_plan, work_bytes
 from .profiles import profile_for
+from .reads import experts_ahead, io_choice
+from .shape import KV_TYPES, ContextShape
 from .sizes import format_size
-from .usage import Usage, load
+from .usage import usage_of
 
-__all__ = ["LoadPlan", "Option", "cost_of", "plan", "smallest_budget_of"]
+__all__ = ["LoadPlan", "Option", "plan", "smallest_budget_of"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -230,7 +234,7 @@ class _Outcome:
 
     plan: Plan
     predictor: str
-    needs: Any  # struct llama_flash_requirements; None where nothing is on flash
+    needs: Requirements | None  # None where nothing is on flash
     memory: Breakdown
 
 
@@ -243,8 +247,8 @@ class _Planner:
         self._bundles: Bundles | None = read_bundles(meta)
         self._held = held
         self._base = held()
-        self._bare = self._base - engine.settled()
-        self._usage = _usage_of(meta, options)
+        self._bare = self._base - settled()
+        self._usage = usage_of(meta.files, options)
         self._sizes: EngineSizes = engine_sizes(meta, self._bundles, shape)
         self._asked: dict[tuple[str, ...], FlashNeeds] = {}
 
@@ -282,7 +286,7 @@ class _Planner:
         left = budget.total - memory.total
         predictor = "none"
 
-        def needs_of(mode: Mode) -> Any:
+        def needs_of(mode: Mode) -> Requirements:
             nonlocal predictor
             predictor = mode
             return asked.requirements(mode)
@@ -311,7 +315,7 @@ class _Planner:
         It works in a process that has asked nothing yet, and in this one, which holds more now.
         """
         self._search(self._bare)  # after which everything has been asked that will be
-        return self._search(self._held() - engine.settled() + GROWTH) * _MIB + KERNEL
+        return self._search(self._held() - settled() + GROWTH) * _MIB + KERNEL
 
     def _search(self, bare: int) -> int:
         low, high = 0, 1  # MiB: does not work, may work
@@ -363,28 +367,6 @@ class _Planner:
         return Option(total, label, found.plan.mode, found.predictor, found.memory, self.cost(found, profile))
 
 
-def cost_of(session: FlashSession) -> Callable[[DeviceProfile], Cost]:
-    """Expected cost of a token of a loaded model, with the memory that it was given; stays usable when it is closed."""
-    needs = session._requirements() if session.plan.mode == "flash" else None
-    return functools.partial(
-        expect,
-        session.meta,
-        session.plan,
-        session.memory,
-        needs,
-        predictor=session.predictor,
-        window=session.options.window,
-        io_depth=session.io_depth,
-        lookahead=experts_ahead(session.options),
-        usage=_usage_of(session.meta, session.options),
-    )
-
-
-def _usage_of(meta: GgufMeta, options: FlashOffload) -> Usage | None:
-    """What was kept of the model's last run."""
-    return load(meta.files) if options.warm_start and hot.wanted() else None
-
-
 def smallest_budget_of(
     meta: GgufMeta,
     options: FlashOffload,
@@ -414,7 +396,7 @@ def smallest_budget_of(
         planner.close()
 
 
-def _divided(memory: Breakdown, needs: Any, given: int, predictor: str) -> Breakdown:
+def _divided(memory: Breakdown, needs: Requirements, given: int, predictor: str) -> Breakdown:
     """`memory` with what flash gets, split as llama_flash_session_set_memory splits it, to a few records."""
     everything = given >= needs.max_memory
     spare = 0 if everything else given - needs.min_memory

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _bindings
+from .native import bindings
+from .native.handle import Session
 
-__all__ = ["NEVER", "Kind", "Place", "Residency", "Reuse", "Tensor", "read_residency", "read_reuse"]
+__all__ = ["NEVER", "Kind", "Place", "Residency", "Reuse", "Tensor", "read_residency"]
 
 NEVER = 0xFFFFFFFF  # age of a record that no token has used
 
 Kind = Literal["experts", "panels", "neurons"]
-Place = _bindings.llama_flash_place
+Place = bindings.llama_flash_place
 Reuse = npt.NDArray[np.uint64]  # by distance in tokens to the use before: uses; element 0: all others
 
 _KINDS: dict[int, Kind] = {0: "experts", 1: "panels", 2: "neurons"}  # enum llama_flash_kind
@@ -51,11 +51,8 @@ class Residency:
         return slice(tensor.first, tensor.first + tensor.count)
 
 
-def read_residency(lib: Any, handle: int, call: Any) -> Residency:
-    """Asks the plugin's session; call: FlashSession._call, which raises FlashError."""
-    n = int(lib.llama_flash_session_tensors(handle, None, 0))
-    raw = (_bindings.llama_flash_tensor * n)()
-    lib.llama_flash_session_tensors(handle, raw, n)
+def read_residency(session: Session) -> Residency:
+    """Asks the plugin's session. Raises FlashError."""
     tensors = tuple(
         Tensor(
             name=t.name.decode(errors="replace"),
@@ -65,21 +62,6 @@ def read_residency(lib: Any, handle: int, call: Any) -> Residency:
             count=t.n_records,
             record_bytes=t.record_bytes,
         )
-        for t in raw
+        for t in session.tensors()
     )
-    n_records = sum(tensor.count for tensor in tensors)
-    place, age = np.zeros(n_records, np.uint8), np.zeros(n_records, np.uint32)
-    call(
-        "llama_flash_session_residency",
-        place.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)),
-        age.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32)),
-        n_records,
-    )
-    return Residency(tensors, place, age)
-
-
-def read_reuse(call: Any) -> Reuse:
-    """Of experts and active neurons, since the model was loaded; ops of more than 16 tokens are left out."""
-    counts = np.zeros(_bindings.LLAMA_FLASH_REUSE_TOKENS, np.uint64)
-    call("llama_flash_session_reuse", counts.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64)))
-    return counts
+    return Residency(tensors, *session.residency(sum(tensor.count for tensor in tensors)))

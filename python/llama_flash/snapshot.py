@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +16,7 @@ from .device_profile import DeviceProfile
 from .history import Call
 from .profiles import recall
 from .residency import Residency, Reuse, Tensor
-from .stats import Counters
-
-if TYPE_CHECKING:
-    from .offload import FlashSession
+from .stats import Counters, FlashStats
 
 __all__ = ["Snapshot", "take"]
 
@@ -78,27 +77,33 @@ _COUNTERS = fields(Counters)
 _COLUMNS = 2 + len(_COUNTERS)
 
 
-def take(session: FlashSession) -> Snapshot:
-    """Of a session, as it is now."""
-    stats = session.stats()
-    calls = tuple(session.history.calls())
-    bundles = session.plan.bundles
+def take(
+    model: Path,
+    stats: FlashStats,
+    calls: Sequence[Call],
+    *,
+    window: float | None,
+    picks_neurons: bool,
+    reuse: Reuse,
+    residency: Residency | None,
+) -> Snapshot:
+    """Of a model as it is now. calls: the last ones, the oldest first; the others as in Snapshot."""
     try:
-        profile = recall(session.meta.files[0])
+        profile = recall(model)
     except OSError:  # the file is gone
         profile = None
     return Snapshot(
-        model=session.meta.files[0].name,
+        model=model.name,
         mode=stats.mode,
         predictor=stats.predictor,
         budget=stats.budget.total,
         flash_memory=stats.memory.flash,
-        calls=calls,
+        calls=tuple(calls),
         decoded_before=max(0, stats.decode.calls - sum(call.is_decode for call in calls)),
-        window=session.window,
-        picks_neurons=bundles is not None and (stats.predictor != "off" or bundles.n_expert_used > 0),
-        reuse=session.reuse(),
-        residency=session.residency(),
+        window=window,
+        picks_neurons=picks_neurons,
+        reuse=reuse,
+        residency=residency,
         profile=profile,
     )
 

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _bindings
 from .archives import open_archive, write_archive
 from .errors import FlashError
+from .native import bindings
+from .native.handle import TRACE_ENTRY, Session
+from .stats import FlashStats
 
-if TYPE_CHECKING:
-    from .offload import FlashSession
-
-__all__ = ["DECODE_TOKENS", "Recorder", "Run", "Trace", "TracedTensor", "traced_tensors"]
+__all__ = ["DECODE_TOKENS", "Recorder", "Run", "Trace", "Traced", "TracedTensor"]
 
 FORMAT = "llama-flash trace 1"
 DECODE_TOKENS = 16  # an op of more tokens is of a prompt, which evicts nothing
 
 Ints = npt.NDArray[np.int64]
-
-_ENTRY = np.dtype([("token", "u8"), ("tensor", "u4"), ("record", "u4"), ("n_tokens", "u4"), ("uses", "u4")])
 
 
 @dataclass(frozen=True)
@@ -141,6 +136,20 @@ def _small(column: Ints) -> npt.NDArray[Any]:
     return column.astype(np.min_scalar_type(int(column.max(initial=0))))
 
 
+class Traced(Protocol):
+    """What a Recorder needs of a loaded model: `llm.flash` is one."""
+
+    recorder: Recorder | None  # whose `drain` is called after each call
+
+    @property
+    def native(self) -> Session | None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def ubatches(self) -> int: ...
+    def stats(self) -> FlashStats: ...
+
+
 @dataclass
 class Recorder:
     """Records what a session's runs ask of the cache, from `with` on: best begun before the first token.
@@ -149,25 +158,23 @@ class Recorder:
         FlashError: nothing is cached: all weights are resident, or those on flash are neither experts nor neurons.
     """
 
-    session: FlashSession
+    session: Traced
     _pieces: list[npt.NDArray[Any]] = field(default_factory=list)
 
     def __enter__(self) -> Recorder:
-        session = self.session
-        if session._handle is None:
+        session, native = self.session, self.session.native
+        if native is None:
             raise FlashError("there is nothing to trace: all weights are resident, none is read from flash")
+        self._native = native
         self._described = self._describe()
         if not any(n for _, n in self._described):
             raise FlashError("there is nothing to trace: the weights on flash are neither experts nor neurons")
         self._before = session.stats().total
         self._slots_before = self._slots()
-        self._cold = session.stats().total.hits + session.stats().total.misses == 0 and not session._raw().slots_used
+        self._cold = session.stats().total.hits + session.stats().total.misses == 0 and not native.stats().slots_used
         # each record once in a ubatch: drained after each call, the buffer never overflows
-        params = session._context_params
-        ubatches = -(-max(1, params.n_batch) // max(1, params.n_ubatch))
-        self._capacity = max(1, ubatches * sum(n for _, n in self._described))
-        self._entries = np.empty(self._capacity, _ENTRY)
-        session._call("llama_flash_session_trace", self._capacity)
+        self._entries = np.empty(max(1, session.ubatches * sum(n for _, n in self._described)), TRACE_ENTRY)
+        native.trace(len(self._entries))
         session.recorder = self
         return self
 
@@ -175,8 +182,8 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.session.recorder = None
-        if self.session._handle is not None:
-            self.session._call("llama_flash_session_trace", 0)
+        if self.session.native is not None:
+            self._native.trace(0)
 
     def drain(self) -> None:
         """Takes what the last call has asked for; the session calls it after each one.
@@ -184,17 +191,14 @@ class Recorder:
         Raises:
             FlashError: entries were lost.
         """
-        lost = ctypes.c_uint64()
-        pointer = self._entries.ctypes.data_as(ctypes.POINTER(_bindings.llama_flash_trace_entry))
-        session = self.session
-        n = session._lib.llama_flash_session_trace_take(session._handle, pointer, self._capacity, ctypes.byref(lost))
-        if lost.value:
-            raise FlashError(f"the trace has lost {lost.value} records: a call asked for more than there was room for")
+        n, lost = self._native.take_trace(self._entries)
+        if lost:
+            raise FlashError(f"the trace has lost {lost} records: a call asked for more than there was room for")
         self._pieces.append(self._entries[:n].copy())
 
     def trace(self) -> Trace:
         """What was recorded so far."""
-        entries = np.concatenate([np.empty(0, _ENTRY), *self._pieces])
+        entries = np.concatenate([np.empty(0, TRACE_ENTRY), *self._pieces])
         number: dict[int, int] = {}  # of a tensor in the file, by its number in the plugin
         tensors: list[TracedTensor] = []
         for index, (tensor, n_records) in enumerate(self._described):
@@ -208,10 +212,10 @@ class Recorder:
             )
         heads = entries[first]
         done = self.session.stats().total - self._before
-        raw = self.session._raw()
+        raw = self._native.stats()
         moved = self._slots() != self._slots_before or raw.neurons_expected or raw.experts_expected
         return Trace(
-            model=os.path.basename(self.session._path),
+            model=self.session.name,
             tensors=tuple(tensors),
             token=heads["token"].astype(np.int64),
             n_tokens=heads["n_tokens"].astype(np.int64),
@@ -235,21 +239,14 @@ class Recorder:
                 ),
                 raw.n_records,
             )
-            for raw in traced_tensors(self.session)
+            for raw in self._traced()
         ]
 
     def _slots(self) -> dict[int, int]:
-        return {raw.size_class: int(raw.n_slots) for raw in traced_tensors(self.session) if raw.n_records}
+        return {raw.size_class: int(raw.n_slots) for raw in self._traced() if raw.n_records}
 
     def _pinned(self) -> bool:
-        return any(raw.n_pinned for raw in traced_tensors(self.session))
+        return any(raw.n_pinned for raw in self._traced())
 
-
-def traced_tensors(session: FlashSession) -> list[Any]:
-    """`struct llama_flash_trace_tensor` of each, by number; those without records never occur in traces."""
-    tensors: list[Any] = []
-    while True:
-        raw = _bindings.llama_flash_trace_tensor()
-        if session._lib.llama_flash_session_trace_tensor(session._handle, len(tensors), ctypes.byref(raw)):
-            return tensors
-        tensors.append(raw)
+    def _traced(self) -> list[bindings.llama_flash_trace_tensor]:
+        return self._native.traced_tensors()

@@ -14,17 +14,18 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from . import hot
 from .budget import Breakdown
-from .cost import expert_slots, neurons_held, shared_of, skew_of
 from .history import Call
 from .kept_files import cache_folder, keep, read_kept
-from .placement import Plan
+from .misses import expert_slots, neurons_held, shared_of, skew_of
+from .native.params import Requirements
+from .options import FlashOffload
+from .placed import Plan
 from .stats import Counters
 
-__all__ = ["LEAST_TOKENS", "Usage", "later_half", "load", "observe", "save"]
+__all__ = ["LEAST_TOKENS", "Usage", "later_half", "load", "observe", "save", "usage_of"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -42,8 +43,8 @@ class Usage:
     computing: float  # seconds of a token in which no read was waited for
     read: float = 0.0  # bytes of experts or neurons for a token; 0 where panels were read too
     waited: float = 0.0  # seconds of a token in which these were waited for
-    skew: float | None = None  # of the routing, see cost.expert_misses; None: not seen
-    shared: float | None = None  # see cost.neuron_misses
+    skew: float | None = None  # of the routing, see misses.expert_misses; None: not seen
+    shared: float | None = None  # see misses.neuron_misses
     active: float | None = None  # share of the neurons that a token activates
     predictor: str = "none"  # how active neurons were found; with another one all of this says nothing
 
@@ -72,7 +73,7 @@ def later_half(calls: Sequence[Call]) -> tuple[Counters, float] | None:
     return sum((call.counters for _, call in steps), Counters()), sum(seconds for seconds, _ in steps)
 
 
-def observe(calls: Sequence[Call], plan: Plan, memory: Breakdown, needs: Any, predictor: str) -> Usage | None:
+def observe(calls: Sequence[Call], plan: Plan, memory: Breakdown, needs: Requirements, predictor: str) -> Usage | None:
     """What can be learnt from the later half of the decoded tokens in `calls`; None: they are too few.
 
     Args:
@@ -127,6 +128,11 @@ def load(files: Sequence[Path]) -> Usage | None:
         if not isinstance(error, FileNotFoundError):
             logger.debug("how the model was used is ignored: %s", error)
         return None
+
+
+def usage_of(files: Sequence[Path], options: FlashOffload) -> Usage | None:
+    """What was kept of the model's last run, where options and environment allow to look."""
+    return load(files) if options.warm_start and hot.wanted() else None
 
 
 def _path(model: Path) -> Path:

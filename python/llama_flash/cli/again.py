@@ -15,7 +15,8 @@ from ..budget import default_reserve, held_by_process
 from ..bundles import read_bundles
 from ..capped import CapResult, run_capped
 from ..gguf_meta import GgufMeta
-from ..placement import ContextShape, estimate, least_for_neurons
+from ..placement import estimate, least_for_neurons
+from ..shape import ContextShape
 from ..sizes import format_size, parse_size
 from .common import print_json, report_cap, stderr
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..gguf_meta import GgufMeta
 from ..options import FlashOffload
-from ..placement import KV_TYPES
+from ..shape import KV_TYPES
 from ..sizes import format_size
 from ..stats import Counters, FlashStats
 from .common import DEFAULT_CTX, stderr

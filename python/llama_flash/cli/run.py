@@ -163,8 +163,8 @@ def _generate(
         return {**result, "expected": None, "measured": None, "flash": None}, None
 
     from ..plan_view import print_comparison
-    from ..planner import cost_of
     from ..profiles import profile_for
+    from ..session.expected import cost_of
     from ..usage import later_half
 
     stats = llm.flash.stats()

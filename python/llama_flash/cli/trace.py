@@ -14,7 +14,7 @@ from ..archives import check_target
 from ..gguf_meta import check_vocabulary, kind_of_file, read_gguf
 from ..options import FlashOffload
 from ..sizes import format_size
-from ..trace import Recorder, traced_tensors
+from ..trace import Recorder
 from .common import (
     DEFAULT_CTX,
     AsJson,
@@ -31,7 +31,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..offload import FlashSession
+    from ..session.session import FlashSession
 
 __all__ = ["EPILOG", "trace"]
 
@@ -155,17 +155,19 @@ def _read_text(file: Path) -> bytes:
 
 def _give_slots(session: FlashSession, share: float) -> None:
     """Memory for slots for so many of the records, within what the budget has left for the session."""
-    tensors = [raw for raw in traced_tensors(session) if raw.n_records]
+    native = session.native
+    assert native is not None
+    tensors = [raw for raw in native.traced_tensors() if raw.n_records]
     wanted = int(share * sum(raw.n_records for raw in tensors))
     record_bytes = max((raw.record_bytes for raw in tensors), default=0)
-    granted, n_bytes = session._granted, int(session._requirements().min_memory)
+    granted, n_bytes = session.share.granted, int(native.requirements().min_memory)
     for _ in range(16):  # the ring takes its part, so the first guess falls short
-        session._call("llama_flash_session_set_memory", min(n_bytes, granted))
-        got = sum({raw.size_class: int(raw.n_slots) for raw in traced_tensors(session) if raw.n_records}.values())
+        native.set_memory(min(n_bytes, granted))
+        got = sum({raw.size_class: int(raw.n_slots) for raw in native.traced_tensors() if raw.n_records}.values())
         if got == wanted or (got < wanted and n_bytes >= granted):
             break
         n_bytes += (wanted - got) * record_bytes
-    session._note_memory()
+    session.share.note_memory()
     if got < wanted and n_bytes >= granted:
         raise ValueError(
             f"--cache: the budget leaves slots for {got} of the {wanted} records: allow it more, or ask for less"

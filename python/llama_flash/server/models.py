@@ -11,7 +11,7 @@ from llama_cpp.server.model import LlamaProxy
 
 from ..errors import FlashError
 from ..gguf_meta import check_vocabulary, read_gguf
-from ..offload import FlashSession
+from ..session.session import FlashSession
 from .clients import stop_if_gone
 from .settings import ServedModel
 

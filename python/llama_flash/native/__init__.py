@@ -1,0 +1,1 @@
+"""The plugin's C interface in Python: the only room with ctypes."""

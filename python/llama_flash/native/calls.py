@@ -1,0 +1,123 @@
+"""What is asked of the plugin without a session: the engine's buffers and graphs, loads, probes of a device."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ..errors import FlashError
+from . import bindings
+from .library import IO_ENGINES, library, raise_error
+
+__all__ = [
+    "abort_callback",
+    "context_memory",
+    "cpu_buffer_type",
+    "flash_buffer_type",
+    "graph_uses",
+    "guarded",
+    "overrides",
+    "probe_reads",
+]
+
+_MOST_TEXT = 16 << 10  # bytes of the engine's log
+_STOCK = {"llama_flash_load_model": "llama_model_load_from_file", "llama_flash_new_context": "llama_init_from_model"}
+
+
+class _Override(ctypes.Structure):
+    """struct llama_model_tensor_buft_override"""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+def overrides(patterns: Sequence[str], buffer_type: int) -> Any:
+    """An array for llama_model_params.tensor_buft_overrides, which has to outlive the load."""
+    encoded = [pattern.encode() for pattern in patterns]
+    return (_Override * (len(encoded) + 1))(*(_Override(pattern, buffer_type) for pattern in encoded))
+
+
+def flash_buffer_type() -> int:
+    """ggml_backend_buffer_type_t of weights on flash."""
+    address: int = library().llama_flash_buffer_type()
+    return address
+
+
+def cpu_buffer_type() -> int:
+    """ggml_backend_buffer_type_t of plain memory, from the engine's library that the plugin is linked with."""
+    function = library().ggml_backend_cpu_buffer_type
+    function.restype = ctypes.c_void_p
+    address: int = function()
+    return address
+
+
+def abort_callback() -> Any:
+    """The function that stops a decode after a failed read, for llama_context_params.abort_callback."""
+    import llama_cpp
+
+    return ctypes.cast(library().llama_flash_abort, llama_cpp.ggml_abort_callback)
+
+
+def context_memory(context: Any) -> bindings.llama_flash_context_memory:
+    """Bytes of weights, KV cache and graph buffers of a context.
+
+    Raises:
+        FlashError: the engine does not tell them.
+    """
+    buffers = bindings.llama_flash_context_memory()
+    if library().llama_flash_get_context_memory(context, ctypes.byref(buffers)) != 0:
+        raise FlashError("the engine does not tell the sizes of its buffers")
+    return buffers
+
+
+def graph_uses(context: Any, n_tokens: int, graph: int) -> Iterator[tuple[str, int]]:
+    """Names of the weights that a graph uses, and how (enum llama_flash_use). graph: enum llama_flash_graph."""
+    error, n = bindings.llama_flash_error(), ctypes.c_uint64()
+    found = (bindings.llama_flash_weight_use * 0)()
+    while True:
+        code = library().llama_flash_graph_uses(
+            context, n_tokens, graph, found, len(found), ctypes.byref(n), ctypes.byref(error)
+        )
+        if code != 0:
+            raise_error(error)
+        if n.value <= len(found):
+            break
+        found = (bindings.llama_flash_weight_use * n.value)()
+    for entry in found[: n.value]:
+        yield entry.name.decode("utf-8", errors="replace"), entry.uses
+
+
+def guarded(function: str, of: Any, params: Any) -> tuple[int, str]:
+    """Address of what llama_flash_load_model or llama_flash_new_context made; 0 with the engine's log if nothing."""
+    try:
+        call: Callable[..., int | None] = getattr(library(), function)
+    except FlashError:  # without the plugin, the engine is as stock
+        from llama_cpp import llama_cpp
+
+        return getattr(llama_cpp, _STOCK[function])(of, params) or 0, ""
+    reason = ctypes.create_string_buffer(_MOST_TEXT)
+    made = call(of, ctypes.byref(params), reason, _MOST_TEXT)
+    return made or 0, reason.value.decode("utf-8", errors="replace")
+
+
+def probe_reads(
+    path: str | os.PathLike[str], chunk: int, depth: int, seconds: float, io_engine: str = "auto"
+) -> bindings.llama_flash_probe:
+    """Random reads of `chunk` bytes, `depth` in flight, by the plugin's reader.
+
+    Raises:
+        FlashReadError: the file cannot be opened or read.
+        FlashError: a chunk larger than the file or not of whole sectors of 4096 bytes, or no such I/O engine here.
+    """
+    import llama_cpp  # noqa: F401  # registers the plugin
+
+    params = bindings.llama_flash_params(io_engine=IO_ENGINES[io_engine], io_depth=depth)
+    probe, error = bindings.llama_flash_probe(), bindings.llama_flash_error()
+    milliseconds = max(1, int(1000 * seconds))
+    code = library().llama_flash_probe_reads(
+        os.fsencode(path), chunk, milliseconds, ctypes.byref(params), ctypes.byref(probe), ctypes.byref(error)
+    )
+    if code != 0:
+        raise_error(error)
+    return probe

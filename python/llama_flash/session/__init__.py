@@ -1,0 +1,1 @@
+"""Flash offload of a loaded model: what stands behind `llm.flash`."""

@@ -1,0 +1,91 @@
+"""What the calls of the engine have done: counters by kind of call, and the last calls one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..budget import Breakdown, Budget
+from ..history import History
+from ..native.handle import Session
+from ..native.library import IO_ENGINES
+from ..placed import Plan
+from ..stats import Counters, FlashStats
+
+__all__ = ["Account"]
+
+_IO_NAMES = {int(number): name for name, number in IO_ENGINES.items()}
+_NONE = Counters()
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What the calls so far have done; replaced as a whole, so that another thread may read it."""
+
+    seen: Counters = _NONE  # the plugin's counters after the last call
+    prompt: Counters = _NONE
+    decode: Counters = _NONE
+    last: Counters = _NONE
+
+
+class Account:
+    """Of one model. One thread adds, any may ask."""
+
+    def __init__(self) -> None:
+        self.plan: Plan  # as soon as there is one
+        self.predictor = "none"  # how active neurons are found
+        self.history = History()  # of the last calls
+        self.history.reset(None)
+        self._progress = _Progress()
+        self._final: FlashStats | None = None
+
+    @property
+    def decode(self) -> Counters:
+        """Of the calls with one token."""
+        return self._progress.decode
+
+    def begin(self, native: Session) -> None:
+        """Counts from here on."""
+        raw = native.stats()
+        self._progress = _Progress(seen=Counters.from_struct(raw))
+        self.history.reset(raw)
+
+    def add(self, n_tokens: int, native: Session | None) -> None:
+        """A call of so many tokens has ended."""
+        before = self._progress
+        raw = None if native is None else native.stats()
+        self.history.end(n_tokens, raw)
+        seen = before.seen if raw is None else Counters.from_struct(raw)
+        last = replace(seen - before.seen, tokens=n_tokens, calls=1)
+        if n_tokens == 1:
+            self._progress = _Progress(seen, before.prompt, before.decode + last, last)
+        else:
+            self._progress = _Progress(seen, before.prompt + last, before.decode, last)
+
+    def stats(self, budget: Budget, memory: Breakdown, native: Session | None) -> FlashStats:
+        if self._final is not None:
+            return self._final
+        progress = self._progress
+        now, in_use, io_engine = progress.seen, 0, "none"
+        if native is not None and not native.forked:
+            raw = native.stats()
+            now, in_use, io_engine = Counters.from_struct(raw), raw.resident_bytes, _IO_NAMES.get(raw.io_engine, "?")
+        done = progress.prompt + progress.decode
+        return FlashStats(
+            mode=self.plan.mode,
+            predictor=self.predictor,
+            io_engine=io_engine,
+            budget=budget,
+            memory=memory,
+            slots_in_use=in_use,
+            resident_weights=self.plan.resident_bytes,
+            flash_weights=self.plan.flash_bytes,
+            n_neurons=self.plan.n_neurons,
+            total=replace(now, tokens=done.tokens, calls=done.calls),
+            prompt=progress.prompt,
+            decode=progress.decode,
+            last=progress.last,
+        )
+
+    def finish(self, budget: Budget, memory: Breakdown, native: Session) -> None:
+        """The last numbers, for `stats` to answer with from now on."""
+        self._final = self.stats(budget, memory, native)
