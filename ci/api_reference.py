@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import llama_flash
-from llama_flash import budget, controller, cost, device_profile, offload, options, planner, stats
+from llama_flash import offload, options
+from llama_flash.budget import controller
+from llama_flash.budget import rooms as budget
+from llama_flash.device import profile as device_profile
+from llama_flash.observe import stats
+from llama_flash.planning import cost, planner
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/reference/api.md"
 WIDTH = 120

@@ -31,7 +31,7 @@ from gguf_tools.format import Dimensions, read_flash
 from gguf_tools.observe import Floats, Observation, Observer
 from gguf_tools.progress import count_progress
 from gguf_tools.source import Source, open_gguf, row_count
-from llama_flash.gguf_meta import kind_of_file
+from llama_flash.file_kind import kind_of_file
 from llama_flash.whole_files import whole_file
 
 Bits = npt.NDArray[np.uint8]  # packed, the first one in the highest bit

@@ -169,8 +169,8 @@ def inspect(model: Input, as_json: AsJson = False) -> None:
 
 def _refusal(model: Path) -> str | None:
     """Why a load would refuse the file; None if it would not."""
-    from llama_flash.dry_run import check_model  # loads the engine
     from llama_flash.errors import FlashError, FlashFormatError
+    from llama_flash.planning.dry_run import check_model  # loads the engine
 
     try:
         check_model(model)

@@ -28,7 +28,7 @@ def trace_routing(model_path: Path, tokens: Sequence[int], *, n_threads: int = 2
     from llama_cpp import llama_cpp
     from llama_cpp._logger import set_verbose
 
-    from llama_flash.model_load import load_model, new_context
+    from llama_flash.model.load import load_model, new_context
 
     set_verbose(False)
     llama_cpp.llama_backend_init()

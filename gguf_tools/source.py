@@ -24,7 +24,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from gguf_tools import ggml
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.types import row_bytes
-from llama_flash.gguf_meta import kind_of_file
+from llama_flash.file_kind import kind_of_file
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

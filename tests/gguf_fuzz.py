@@ -162,9 +162,9 @@ def judge(path: Path, begin: Any = lambda stage: None, *, planned: bool = True) 
     import llama_cpp
 
     from llama_flash import FlashBudgetError, FlashError
-    from llama_flash.device_profile import DeviceProfile
-    from llama_flash.dry_run import check_model
-    from llama_flash.planner import plan
+    from llama_flash.device.profile import DeviceProfile
+    from llama_flash.planning.dry_run import check_model
+    from llama_flash.planning.planner import plan
 
     profile = _profile()
 
@@ -210,8 +210,8 @@ def judge(path: Path, begin: Any = lambda stage: None, *, planned: bool = True) 
 
 
 def _profile() -> Any:
-    from llama_flash.device_profile import DeviceProfile
-    from llama_flash.planner import profile_for
+    from llama_flash.device.profile import DeviceProfile
+    from llama_flash.planning.planner import profile_for
 
     if not hasattr(_profile, "kept"):
         _profile.kept = profile_for(__file__)  # type: ignore[attr-defined]

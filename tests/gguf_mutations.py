@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama_flash.ggml_types import TYPE_SIZES, tensor_bytes
+from llama_flash.model.ggml_types import TYPE_SIZES, tensor_bytes
 
 STRING, ARRAY = 8, 9
 LAYOUTS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_flash import FlashBudgetError, FlashFormatError, FlashOffload
-from llama_flash.budget import (
+from llama_flash.budget.rooms import (
     RESERVE_MIN,
     Budget,
     default_reserve,
@@ -19,10 +19,10 @@ from llama_flash.budget import (
     resolve_budget,
     smallest_budget,
 )
-from llama_flash.gguf_meta import GgufMeta, TensorInfo, read_gguf, shard_paths
-from llama_flash.graphs import Graphs, Use
-from llama_flash.placement import make_plan
-from llama_flash.shape import ContextShape
+from llama_flash.model.gguf import GgufMeta, TensorInfo, read_gguf, shard_paths
+from llama_flash.model.graphs import Graphs, Use
+from llama_flash.model.shape import ContextShape
+from llama_flash.planning.placement import make_plan
 
 MIB, GIB = 1 << 20, 1 << 30
 OWN = 101 * MIB  # anonymous memory and page tables of the process in the recorded trees

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_flash import FlashCapError, capped, run_capped
-from llama_flash.cgroup import memory_controller
+from llama_flash import FlashCapError, run_capped
+from llama_flash.budget import capped
+from llama_flash.budget.cgroup import memory_controller
 
 MIB = 1 << 20
 ALLOCATE = "import sys; block = bytearray(int(sys.argv[1]) << 20); block[::4096] = b'x' * len(block[::4096])"

@@ -14,7 +14,7 @@ import pytest
 
 from gguf_tools.synthetic import PRESETS, write
 from llama_flash import FlashCapError, run_capped
-from llama_flash.cgroup import memory_controller
+from llama_flash.budget.cgroup import memory_controller
 
 _CHILD = """
 import json, sys

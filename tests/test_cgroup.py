@@ -10,7 +10,7 @@ from cgroup_trees import NAMES, unpack_all
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_flash.cgroup import machine_memory, memory_controller, memory_groups, parse_limit, process_memory
+from llama_flash.budget.cgroup import machine_memory, memory_controller, memory_groups, parse_limit, process_memory
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ModelFile
 
-from llama_flash.cgroup import memory_controller
+from llama_flash.budget.cgroup import memory_controller
 
 BENCH = [sys.executable, "-m", "llama_flash", "bench"]
 

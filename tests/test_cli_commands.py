@@ -22,7 +22,7 @@ from gguf_tools.synthetic import tiny, write
 from llama_flash.cli import EXIT_CODES, app, common, main
 from llama_flash.cli.again import command_line
 from llama_flash.cli.later import Later
-from llama_flash.shape import KV_TYPES
+from llama_flash.model.shape import KV_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP: Any = typer.main.get_command(app)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ModelFile
 
-from llama_flash import doctor
+from llama_flash.cli import checks as doctor
 
 IO_URING_SETUP = 425
 

@@ -25,8 +25,8 @@ from gguf_tools.synthetic import PRESETS, write
 from gguf_tools.synthetic.opt import OptModel, OptShape
 from gguf_tools.synthetic.opt_writer import write_opt
 from llama_flash import FlashBudgetError, FlashError, FlashEvent
-from llama_flash.cgroup import Gauge, memory_controller, process_memory
-from llama_flash.controller import Controller, divide
+from llama_flash.budget.cgroup import Gauge, memory_controller, process_memory
+from llama_flash.budget.controller import Controller, divide
 
 MiB = 1 << 20
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from test_budget import DENSE, MIB, SHAPE, model, told
 
 from llama_flash import DeviceProfile, FlashOffload
-from llama_flash.budget import Breakdown, Budget
-from llama_flash.bundles import BundleFormat, Bundles, LayerBundle, Part
-from llama_flash.cost import ASSUMED_ACTIVE, Cost, expect
-from llama_flash.device import Device
-from llama_flash.device_profile import ReadRate
-from llama_flash.gguf_meta import GgufMeta, TensorInfo
-from llama_flash.misses import neuron_misses
-from llama_flash.placed import Plan
-from llama_flash.placement import make_plan
+from llama_flash.budget.rooms import Breakdown, Budget
+from llama_flash.device.identity import Device
+from llama_flash.device.profile import ReadRate
+from llama_flash.model.bundles import BundleFormat, Bundles, LayerBundle, Part
+from llama_flash.model.gguf import GgufMeta, TensorInfo
+from llama_flash.planning.cost import ASSUMED_ACTIVE, Cost, expect
+from llama_flash.planning.misses import neuron_misses
+from llama_flash.planning.placed import Plan
+from llama_flash.planning.placement import make_plan
 
 SECTORS = 4064  # beyond a record, on average
 RATE, DRAM = 1e9, 1e10

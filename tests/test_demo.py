@@ -16,7 +16,7 @@ import pytest
 from terminal import Terminal
 
 from llama_flash import FlashCapError, run_capped
-from llama_flash.cgroup import memory_controller
+from llama_flash.budget.cgroup import memory_controller
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = [sys.executable, ROOT / "ci/demo.py"]

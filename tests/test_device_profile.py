@@ -22,9 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llama_flash
-from llama_flash import DeviceProfile, FlashError, FlashOffload, FlashReadError, device_profile, profiles
-from llama_flash.device import Device, device_of
-from llama_flash.device_profile import (
+from llama_flash import DeviceProfile, FlashError, FlashOffload, FlashReadError
+from llama_flash.device import kept as profiles
+from llama_flash.device import profile as device_profile
+from llama_flash.device.identity import Device, device_of
+from llama_flash.device.profile import (
     CHUNKS,
     DEPTHS,
     ReadRate,
@@ -35,7 +37,7 @@ from llama_flash.device_profile import (
     quick_profile,
 )
 from llama_flash.kept_files import cache_folder
-from llama_flash.reads import io_choice
+from llama_flash.planning.reads import io_choice
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -177,7 +179,7 @@ def test_what_is_neither_file_nor_directory_is_refused() -> None:
 def test_a_file_that_may_not_be_read_is_a_permission_error(file: Path) -> None:
     script = f"""
 import os
-from llama_flash import device_profile
+from llama_flash.device import profile as device_profile
 device_profile._LARGE_FILE = 1
 if os.geteuid() == 0:
     os.setuid(65534)

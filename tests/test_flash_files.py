@@ -27,8 +27,8 @@ from gguf_tools.format import FlashInfo, read_flash
 from gguf_tools.source import KeyValue, data_bytes, open_gguf
 from gguf_tools.stream import _string, _value
 from llama_flash import FlashFormatError
-from llama_flash.bundles import Bundles, holds_bundles, read_bundles
-from llama_flash.gguf_meta import read_gguf
+from llama_flash.model.bundles import Bundles, holds_bundles, read_bundles
+from llama_flash.model.gguf import read_gguf
 
 FLASH, F32, F16, Q4_0, F64, UNKNOWN = 17996, 0, 1, 2, 28, 77
 RANK = 8

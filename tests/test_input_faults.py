@@ -19,7 +19,7 @@ from gguf_tools.source import KeyValue, open_gguf
 from gguf_tools.stream import copied, write_gguf
 from llama_flash import FlashFormatError
 from llama_flash.cli.common import utf8
-from llama_flash.gguf_meta import read_gguf
+from llama_flash.model.gguf import read_gguf
 
 SHIPPED = Path(llama_flash.__file__).parent / "models" / "stdlib-moe-q8_0.gguf"
 SMALL: dict[str, Any] = {"n_ctx": 128, "n_batch": 32, "n_ubatch": 32, "verbose": False}

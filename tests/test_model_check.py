@@ -22,10 +22,10 @@ from test_cli_commands import Flash, here  # noqa: F401  # a fixture
 
 from gguf_tools.synthetic import tiny, write
 from llama_flash import FlashFormatError, plan
-from llama_flash.dry_run import check_model
-from llama_flash.ggml_types import TYPE_SIZES
-from llama_flash.gguf_meta import read_gguf
+from llama_flash.model.ggml_types import TYPE_SIZES
+from llama_flash.model.gguf import read_gguf
 from llama_flash.native import bindings
+from llama_flash.planning.dry_run import check_model
 
 GIB = 1 << 30
 MODELS = Path(bindings.__file__).parent / "models"

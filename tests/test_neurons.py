@@ -294,8 +294,8 @@ def test_auto_is_exact_where_there_is_room_and_says_so(predicted: Path) -> None:
 def test_the_activation_of_the_file_is_read_by_both_packages(gated: Path) -> None:
     from gguf_tools.format import read_flash
     from gguf_tools.source import open_gguf
-    from llama_flash.bundles import read_bundles
-    from llama_flash.gguf_meta import read_gguf
+    from llama_flash.model.bundles import read_bundles
+    from llama_flash.model.gguf import read_gguf
 
     path = bundled(gated)
     ours, theirs = read_bundles(read_gguf(path)), read_flash(open_gguf(path), path)

@@ -20,15 +20,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from neurons import bundled, open_neurons, write_model
 
 from llama_flash import FlashError, FlashOffload
-from llama_flash.device import Device
-from llama_flash.device_profile import CHUNKS, DEPTHS, DeviceProfile, ReadRate
-from llama_flash.history import LIMIT, Call, History
+from llama_flash.device.identity import Device
+from llama_flash.device.profile import CHUNKS, DEPTHS, DeviceProfile, ReadRate
 from llama_flash.native import bindings
-from llama_flash.pictures import PICTURES, draw, draw_profile
-from llama_flash.residency import NEVER
-from llama_flash.residency_map import describe_maps
-from llama_flash.snapshot import Snapshot
-from llama_flash.stats import Counters, FlashStats
+from llama_flash.observe.history import LIMIT, Call, History
+from llama_flash.observe.pictures import PICTURES, draw, draw_profile
+from llama_flash.observe.residency import NEVER
+from llama_flash.observe.residency_map import describe_maps
+from llama_flash.observe.snapshot import Snapshot
+from llama_flash.observe.stats import Counters, FlashStats
 
 KINDS = ("experts", "panels", "neurons")
 

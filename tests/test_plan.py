@@ -23,10 +23,10 @@ import llama_flash
 from gguf_tools.bundle import bundle
 from gguf_tools.synthetic import tiny, write
 from llama_flash import FlashBudgetError, FlashError, FlashFormatError, FlashOffload, run_capped
-from llama_flash.budget import Breakdown, held_by_process
-from llama_flash.cost import expect
-from llama_flash.planner import LoadPlan
-from llama_flash.profiles import profile_for
+from llama_flash.budget.rooms import Breakdown, held_by_process
+from llama_flash.device.kept import profile_for
+from llama_flash.planning.cost import expect
+from llama_flash.planning.planner import LoadPlan
 from llama_flash.session.expected import cost_of
 
 MIB = 1 << 20

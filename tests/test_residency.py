@@ -19,7 +19,7 @@ from gguf_tools.routing import trace_routing
 from llama_flash import FlashError
 from llama_flash.native import bindings
 from llama_flash.native.library import library
-from llama_flash.residency import NEVER, Place, Residency
+from llama_flash.observe.residency import NEVER, Place, Residency
 
 IN_FILE, IN_SLOT, PINNED = Place.LLAMA_FLASH_IN_FILE, Place.LLAMA_FLASH_IN_SLOT, Place.LLAMA_FLASH_PINNED
 EVERYTHING = 1.5  # of the experts' bytes: a slot takes whole sectors

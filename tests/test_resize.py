@@ -16,7 +16,7 @@ from engines import LEAST, MOST, QUARTER, Logits, assert_same_logits, logits_of,
 from neurons import bundled, open_neurons, some_active, with_predictors, write_model
 
 from gguf_tools.synthetic import tiny, write
-from llama_flash.cgroup import process_memory
+from llama_flash.budget.cgroup import process_memory
 from llama_flash.native import bindings
 
 PROMPT, DECODED = tokens(60, seed=1), tokens(24, seed=2)

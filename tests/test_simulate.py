@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_cache_properties import NONE, SETTINGS, shim  # noqa: F401  # a fixture
 
-from llama_flash.simulate import (
+from llama_flash.observe.simulate import (
     EXPERTS_HALF_LIFE,
     POLICIES,
     _AgeingCache,
@@ -22,7 +22,7 @@ from llama_flash.simulate import (
     simulate,
     slots_for,
 )
-from llama_flash.trace import Trace, TracedTensor
+from llama_flash.observe.trace import Trace, TracedTensor
 
 N_RECORDS = 8
 

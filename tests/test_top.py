@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from llama_flash import status
-from llama_flash.top import Rates, table
+from llama_flash.budget import status
+from llama_flash.cli.top_view import Rates, table
 
 _CHILD = """
 import sys, llama_cpp

@@ -14,9 +14,9 @@ from neurons import bundled, open_neurons, write_model
 from llama_flash import FlashError
 from llama_flash.archives import write_archive
 from llama_flash.native.handle import TRACE_ENTRY
-from llama_flash.simulate import as_counted
-from llama_flash.snapshot import Snapshot
-from llama_flash.trace import Recorder, Trace
+from llama_flash.observe.simulate import as_counted
+from llama_flash.observe.snapshot import Snapshot
+from llama_flash.observe.trace import Recorder, Trace
 
 PROMPT, DECODED = tokens(90, seed=1), tokens(60, seed=2)
 FEW = [tokens(n, seed=n) for n in (2, 1, 2)]  # at once: like drafts that are verified

@@ -168,7 +168,8 @@ def another_job_in_the_thread_of_a_pool_in_which_a_stream_was_read_waits(llm: An
 
 @claim
 def who_waits_for_a_stream_that_nobody_reads_is_told_so_and_the_stream_goes_on(llm: Any) -> None:
-    from llama_flash import FlashError, turns
+    from llama_flash import FlashError
+    from llama_flash.session import turns
 
     expected = text(llm, 0)
     turns._LONGEST_REST = 0.3

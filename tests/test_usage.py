@@ -18,13 +18,14 @@ from llama_cpp import Llama
 from test_cost import RATE, device, model, needs, placed
 
 import llama_flash
-from llama_flash import FlashOffload, usage
-from llama_flash.budget import Breakdown
-from llama_flash.cost import expect
-from llama_flash.history import Call
-from llama_flash.misses import expert_misses, expert_slots, neuron_misses, shared_of, skew_of
-from llama_flash.stats import Counters
-from llama_flash.usage import LEAST_TOKENS, Usage, later_half, observe
+from llama_flash import FlashOffload
+from llama_flash.budget.rooms import Breakdown
+from llama_flash.observe.history import Call
+from llama_flash.observe.stats import Counters
+from llama_flash.planning import usage
+from llama_flash.planning.cost import expect
+from llama_flash.planning.misses import expert_misses, expert_slots, neuron_misses, shared_of, skew_of
+from llama_flash.planning.usage import LEAST_TOKENS, Usage, later_half, observe
 
 MIB = 1 << 20
 SEEN = Usage(tokens=100, computing=0.02, skew=4.0, read=1e7, waited=0.009)

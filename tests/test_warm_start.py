@@ -17,8 +17,9 @@ from engines import assert_same_logits, logits_of, tokens
 from llama_cpp import Llama
 from neurons import bundled, open_neurons, some_active, with_predictors, write_model
 
-from llama_flash import Controller, FlashOffload, hot
+from llama_flash import Controller, FlashOffload
 from llama_flash.native.library import library
+from llama_flash.session import hot
 
 PROMPT, DECODED = tokens(60, seed=1), tokens(24, seed=2)
 N = len(PROMPT) + len(DECODED)

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchlib import machine
 from benchlib.child import Mode, Spec
-from llama_flash.capped import run_capped
+from llama_flash.budget.capped import run_capped
 
 _CHILD = Path(__file__).with_name("child.py")
 _TIMEOUT = 900.0  # seconds; a naive run under a tight cap loads for minutes

@@ -15,7 +15,7 @@ from rich.table import Table
 
 import llama_flash
 from demolib.screen import Screen
-from llama_flash.budget import resolve_budget
+from llama_flash.budget.rooms import resolve_budget
 
 _STOCK, _OURS = "stock llama.cpp", "flash offload"
 _CTX, _UBATCH = 256, 64

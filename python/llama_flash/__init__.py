@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .capped import CapResult, run_capped
-from .controller import Controller, FlashEvent
+from .budget.capped import CapResult, run_capped
+from .budget.controller import Controller, FlashEvent
 from .errors import FlashBudgetError, FlashCapError, FlashCpuError, FlashError, FlashFormatError, FlashReadError
 from .options import FlashOffload
 
 if TYPE_CHECKING:
-    from .device_profile import DeviceProfile
-    from .planner import LoadPlan, plan
-    from .profiles import profile
+    from .device.kept import profile
+    from .device.profile import DeviceProfile
+    from .planning.planner import LoadPlan, plan
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,12 @@ __all__ = [
 ]
 
 # these need numpy, and the engine as soon as they are called
-_LATER = {"DeviceProfile": "device_profile", "LoadPlan": "planner", "plan": "planner", "profile": "profiles"}
+_LATER = {
+    "DeviceProfile": "device.profile",
+    "LoadPlan": "planning.planner",
+    "plan": "planning.planner",
+    "profile": "device.kept",
+}
 
 
 def __getattr__(name: str) -> Any:

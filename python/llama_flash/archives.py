@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .gguf_meta import kind_of_file
+from .file_kind import kind_of_file
 from .whole_files import whole_file
 
 __all__ = ["check_target", "open_archive", "write_archive"]

@@ -6,15 +6,27 @@ They are bounded: of each kind the `MOST` that were used last, and none that was
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .whole_files import remove_all_abandoned, whole_file
 
-__all__ = ["LONGEST", "MOST", "cache_folder", "keep", "read_kept"]
+__all__ = [
+    "LONGEST",
+    "MOST",
+    "cache_folder",
+    "fingerprint",
+    "keep",
+    "name_for",
+    "read_kept",
+    "warm_start_wanted",
+]
 
 logger = logging.getLogger("llama_flash")
 
@@ -33,6 +45,25 @@ def cache_folder() -> Path:
     if os.path.isabs(base):  # others are to be ignored, says the XDG specification
         return Path(base, "llama-flash")
     return Path(os.path.expanduser("~"), ".cache", "llama-flash")
+
+
+def warm_start_wanted() -> bool:
+    """Whether the environment allows a warm start: LLAMA_FLASH_WARM_START=0 does not."""
+    return os.environ.get("LLAMA_FLASH_WARM_START", "1") != "0"
+
+
+def fingerprint(files: Sequence[Path], layout: str) -> str:
+    """Of the model's files as they are now, and of what numbers its records (`layout`)."""
+    parts = []
+    for file in files:
+        stat = file.stat()
+        parts.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps([parts, layout]).encode()).hexdigest()
+
+
+def name_for(model: Path, ending: str) -> str:
+    """Of what is kept for the model: to be told apart, and to be recognised."""
+    return f"{model.stem[:60]}-{hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:16]}.{ending}"
 
 
 def keep(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What the user may choose about flash offload. How it is chosen for them is in budget.py and placement.py."""
+"""What the user may choose about flash offload. How it is chosen for them is in budget/ and planning/."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import typer
 
-from ..budget import default_reserve, held_by_process
-from ..bundles import read_bundles
-from ..capped import CapResult, run_capped
-from ..gguf_meta import GgufMeta
-from ..placement import estimate, least_for_neurons
-from ..shape import ContextShape
+from ..budget.capped import CapResult, run_capped
+from ..budget.rooms import default_reserve, held_by_process
+from ..model.bundles import read_bundles
+from ..model.gguf import GgufMeta
+from ..model.shape import ContextShape
+from ..planning.placement import estimate, least_for_neurons
 from ..sizes import format_size, parse_size
 from .common import print_json, report_cap, stderr
 

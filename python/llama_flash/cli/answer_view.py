@@ -10,9 +10,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from ..budget import held_by_process
+from ..budget.rooms import held_by_process
+from ..observe.stats import Counters, FlashStats
 from ..sizes import format_size
-from ..stats import Counters, FlashStats
 
 __all__ = ["AnswerView", "Meter"]
 

@@ -20,8 +20,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..capped import run_capped
-from ..gguf_meta import GgufMeta, check_vocabulary, read_gguf
+from ..budget.capped import run_capped
+from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
 from ..sizes import format_size
 from . import common as c
 from .again import cap_bytes, cap_values, command_line
@@ -227,7 +227,7 @@ def _rows(ctx: typer.Context, path: Path, meta: GgufMeta) -> list[_Row]:
 def _fits(path: Path, n_ctx: int) -> bool:
     """Whether the whole model has room; says so if not."""
     from ..errors import FlashBudgetError
-    from ..planner import plan
+    from ..planning.planner import plan
 
     try:
         fits = plan(path, n_ctx=n_ctx).mode != "flash"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..capped import run_capped
+from ..budget.capped import run_capped
 from .common import AsJson, print_json, report_cap
 
 __all__ = ["EPILOG", "cap"]

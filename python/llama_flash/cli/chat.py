@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import FlashError, FlashReadError
-from ..gguf_meta import check_vocabulary, read_gguf
+from ..model.gguf import check_vocabulary, read_gguf
 from ..sizes import format_size
 from . import common as c
 from .again import cap_bytes, command_line, run_again_capped

@@ -16,9 +16,9 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.console import Console
 
-from ..capped import CapResult
+from ..budget.capped import CapResult
 from ..errors import FlashFormatError
-from ..gguf_meta import kind_of_file
+from ..file_kind import kind_of_file
 from ..options import IoEngine as IoEngines
 from ..options import Predictor as Predictors
 from ..options import What as Whats

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..doctor import Finding, examine
+from .checks import Finding, examine
 from .common import AsJson, model_path, print_json, stderr, stdout
 
 __all__ = ["EPILOG", "doctor"]

@@ -11,11 +11,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..gguf_meta import GgufMeta
+from ..model.gguf import GgufMeta
+from ..model.shape import KV_TYPES
+from ..observe.stats import Counters, FlashStats
 from ..options import FlashOffload
-from ..shape import KV_TYPES
 from ..sizes import format_size
-from ..stats import Counters, FlashStats
 from .common import DEFAULT_CTX, stderr
 
 __all__ = ["context_tokens", "flash_options", "kv_type", "open_model", "print_statistics"]

@@ -41,10 +41,10 @@ def plan(
 
     Nothing is loaded. Rates are of the device's profile (llama-flash profile), else of a quick probe of the file.
     """
-    from ..gguf_meta import read_gguf
-    from ..plan_view import print_plan
-    from ..planner import plan as make
+    from ..model.gguf import read_gguf
+    from ..planning.planner import plan as make
     from .loading import context_tokens, flash_options, kv_type
+    from .plan_view import print_plan
 
     path = c.model_path(model)
     meta = read_gguf(path)

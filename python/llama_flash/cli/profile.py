@@ -32,11 +32,11 @@ def profile(
     A file of at least 256 MiB is read itself. Else a temporary file of at most 1 GiB is written; it vanishes with the
     program, however that ends.
     """
-    from ..device_profile import measure
+    from ..device.kept import remember
+    from ..device.profile import measure
     from ..kept_files import cache_folder
-    from ..pictures import check_target, draw_profile
-    from ..plan_view import print_profile
-    from ..profiles import remember
+    from ..observe.pictures import check_target, draw_profile
+    from .plan_view import print_profile
 
     if plot is not None:
         check_target(plot)

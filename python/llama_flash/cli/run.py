@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..gguf_meta import GgufMeta, check_vocabulary, read_gguf
+from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
 from ..options import FlashOffload
 from ..whole_files import temporary_folder
 from . import common as c
@@ -18,7 +18,7 @@ from .again import cap_bytes, command_line, run_again_capped
 from .loading import context_tokens, flash_options, open_model, print_statistics
 
 if TYPE_CHECKING:
-    from ..snapshot import Snapshot
+    from ..observe.snapshot import Snapshot
 
 _DEFAULT_PROMPT = "def read_lines(path):\n"
 
@@ -78,7 +78,7 @@ def run(
     check_vocabulary(meta)
     options = flash_options(ctx.params) if flash else None
     if plot is not None:
-        from ..pictures import check_target
+        from ..observe.pictures import check_target
 
         if options is None:
             raise ValueError("--plot draws what flash offload does: not with --no-flash")
@@ -91,7 +91,7 @@ def run(
             command = command_line(ctx, model=path, cap=None, plot=None, snapshot=drawn_later)
             code = run_again_capped(limit, command, as_json)
             if plot is not None and drawn_later is not None and drawn_later.exists():
-                from ..snapshot import Snapshot
+                from ..observe.snapshot import Snapshot
 
                 _draw(Snapshot.load(drawn_later), plot)
         raise typer.Exit(code)
@@ -106,7 +106,7 @@ def run(
 
 
 def _draw(seen: Snapshot, plot: Path) -> None:
-    from ..pictures import draw
+    from ..observe.pictures import draw
 
     draw(seen, path=plot)
     c.stderr.print(f"picture in {plot}", soft_wrap=True)
@@ -162,10 +162,10 @@ def _generate(
             c.stderr.print(_title(result))
         return {**result, "expected": None, "measured": None, "flash": None}, None
 
-    from ..plan_view import print_comparison
-    from ..profiles import profile_for
+    from ..device.kept import profile_for
+    from ..planning.usage import later_half
     from ..session.expected import cost_of
-    from ..usage import later_half
+    from .plan_view import print_comparison
 
     stats = llm.flash.stats()
     expect = cost_of(llm.flash)

@@ -33,9 +33,9 @@ def simulate(
 
     lfu is the plugin's own policy; where the trace tells what its run counted, that is replayed too, and compared.
     """
-    from ..simulate import POLICIES, as_counted
-    from ..simulate import simulate as replay
-    from ..trace import Trace
+    from ..observe.simulate import POLICIES, as_counted
+    from ..observe.simulate import simulate as replay
+    from ..observe.trace import Trace
 
     shares = [share("--cache", part) for part in cache.split(",")]
     skipped = 0.0 if skip.strip() in ("0", "0%") else share("--skip", skip)

@@ -19,8 +19,8 @@ def top(
     as_json: AsJson = False,
 ) -> None:
     """Show running processes with weights on flash: speed, hit rate, bytes per token, memory, what limits it."""
-    from .. import status
-    from ..top import show
+    from ..budget import status
+    from .top_view import show
 
     if as_json:
         print_json({"processes": status.read_all()})

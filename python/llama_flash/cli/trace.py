@@ -11,10 +11,11 @@ import typer
 from rich.text import Text
 
 from ..archives import check_target
-from ..gguf_meta import check_vocabulary, kind_of_file, read_gguf
+from ..file_kind import kind_of_file
+from ..model.gguf import check_vocabulary, read_gguf
+from ..observe.trace import Recorder
 from ..options import FlashOffload
 from ..sizes import format_size
-from ..trace import Recorder
 from .common import (
     DEFAULT_CTX,
     AsJson,

@@ -18,7 +18,7 @@ __all__ = [
     "flash_buffer_type",
     "graph_uses",
     "guarded",
-    "overrides",
+    "override",
     "probe_reads",
 ]
 
@@ -32,10 +32,15 @@ class _Override(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
 
 
-def overrides(patterns: Sequence[str], buffer_type: int) -> Any:
-    """An array for llama_model_params.tensor_buft_overrides, which has to outlive the load."""
+def override(model_params: Any, patterns: Sequence[str], buffer_type: int) -> object:
+    """Gives the weights whose names match one of the patterns that buffer type. What it returns must outlive the load.
+
+    model_params: llama_model_params.
+    """
     encoded = [pattern.encode() for pattern in patterns]
-    return (_Override * (len(encoded) + 1))(*(_Override(pattern, buffer_type) for pattern in encoded))
+    array = (_Override * (len(encoded) + 1))(*(_Override(pattern, buffer_type) for pattern in encoded))
+    model_params.tensor_buft_overrides = ctypes.addressof(array)
+    return array
 
 
 def flash_buffer_type() -> int:

@@ -10,7 +10,7 @@ import llama_cpp
 from llama_cpp.server.model import LlamaProxy
 
 from ..errors import FlashError
-from ..gguf_meta import check_vocabulary, read_gguf
+from ..model.gguf import check_vocabulary, read_gguf
 from ..session.session import FlashSession
 from .clients import stop_if_gone
 from .settings import ServedModel

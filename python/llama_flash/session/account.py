@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..budget import Breakdown, Budget
-from ..history import History
+from ..budget.rooms import Breakdown, Budget
 from ..native.handle import Session
 from ..native.library import IO_ENGINES
-from ..placed import Plan
-from ..stats import Counters, FlashStats
+from ..observe.history import History
+from ..observe.stats import Counters, FlashStats
+from ..planning.placed import Plan
 
 __all__ = ["Account"]
 

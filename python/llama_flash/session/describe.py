@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..budget import Breakdown, Budget
-from ..gguf_meta import GgufMeta
-from ..placed import Plan
+from ..budget.rooms import Breakdown, Budget
+from ..model.gguf import GgufMeta
+from ..planning.placed import Plan
 from ..sizes import format_size
 
 __all__ = ["line_about", "nothing_to_offload"]

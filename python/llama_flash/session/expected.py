@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from ..cost import Cost, expect
-from ..device_profile import DeviceProfile
-from ..reads import experts_ahead
-from ..usage import usage_of
+from ..device.profile import DeviceProfile
+from ..planning.cost import Cost, expect
+from ..planning.reads import experts_ahead
+from ..planning.usage import usage_of
 from .session import FlashSession
 
 __all__ = ["cost_of"]

@@ -6,13 +6,15 @@ import contextlib
 
 import numpy as np
 
-from .. import hot, usage
-from ..budget import Breakdown
-from ..gguf_meta import GgufMeta
-from ..history import History
+from ..budget.rooms import Breakdown
+from ..kept_files import fingerprint, warm_start_wanted
+from ..model.gguf import GgufMeta
 from ..native.handle import Session
+from ..observe.history import History
 from ..options import FlashOffload
-from ..placed import Plan
+from ..planning import usage
+from ..planning.placed import Plan
+from . import hot
 
 __all__ = ["Memento"]
 
@@ -29,7 +31,7 @@ class Memento:
 
     @property
     def _wanted(self) -> bool:
-        return self._options.warm_start and hot.wanted()
+        return self._options.warm_start and warm_start_wanted()
 
     def note_files(self) -> None:
         """Which version of the model's files was loaded."""
@@ -68,4 +70,4 @@ class Memento:
     def _fingerprint(self) -> str:
         """Of the files, and of what numbers the records."""
         names, panel_bytes = [t.name for t in self._plan.tensors], self._options.panel_bytes
-        return hot.fingerprint(self._meta.files, f"{names} {panel_bytes} {self._plan.n_neurons}")
+        return fingerprint(self._meta.files, f"{names} {panel_bytes} {self._plan.n_neurons}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import logging
 import os
@@ -21,32 +20,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..adapters import predictor_with
-from ..advice import advice_for
-from ..budget import Breakdown, Budget, held_by_process, refuse, resolve_budget
-from ..bundles import holds_bundles
-from ..controller import Callback, Controller
-from ..dry_run import check_model
+from ..budget.controller import Callback, Controller
+from ..budget.held import granted, held_by_all, promised_by_all
+from ..budget.limits import check_addresses, check_threads, explain_files
+from ..budget.rooms import Breakdown, Budget, held_by_process, refuse, resolve_budget
+from ..device.kept import recall
 from ..errors import FlashBudgetError, FlashError, FlashFormatError
-from ..gguf_meta import GgufMeta, check_is_model, check_vocabulary, claims_wide_heads, kind_of_file, read_gguf
-from ..held import granted, held_by_all, promised_by_all
-from ..history import History
-from ..limits import check_addresses, check_threads, explain_files
+from ..file_kind import kind_of_file
+from ..model.adapters import predictor_with
+from ..model.bundles import holds_bundles
+from ..model.gguf import GgufMeta, check_is_model, check_vocabulary, claims_wide_heads, read_gguf
+from ..model.shape import ContextShape
 from ..native import handle
-from ..native.calls import abort_callback, context_memory, flash_buffer_type, overrides
+from ..native.calls import abort_callback, context_memory, flash_buffer_type, override
 from ..native.library import settled, trim_heap
 from ..native.params import Mode, Requirements, neuron_params
+from ..observe.history import History
+from ..observe.residency import Residency, Reuse, read_residency
+from ..observe.stats import FlashStats
+from ..observe.trace import Recorder
 from ..options import FlashOffload
-from ..placed import Plan
-from ..placement import choose_predictor, make_plan, work_bytes
-from ..planner import smallest_budget_of
-from ..profiles import recall
-from ..reads import experts_ahead, io_choice
-from ..residency import Residency, Reuse, read_residency
-from ..shape import ContextShape
+from ..planning.advice import advice_for
+from ..planning.dry_run import check_model
+from ..planning.placed import Plan
+from ..planning.placement import choose_predictor, make_plan, work_bytes
+from ..planning.planner import smallest_budget_of
+from ..planning.reads import experts_ahead, io_choice
 from ..sizes import format_size, parse_size
-from ..stats import FlashStats
-from ..trace import Recorder
 from .account import Account
 from .describe import line_about, nothing_to_offload
 from .memento import Memento
@@ -55,7 +55,7 @@ from .share import Share
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..snapshot import Snapshot
+    from ..observe.snapshot import Snapshot
 
 __all__ = ["FlashSession", "open_session"]
 
@@ -130,7 +130,7 @@ class FlashSession:
         self._after_calls: list[Callable[[], None]] = []
         self.summary = ""  # the line about the load
         self.io_depth = 1  # most reads in flight
-        self.recorder: Recorder | None = None  # of a trace (trace.py)
+        self.recorder: Recorder | None = None  # of a trace (observe/trace.py)
 
         Controller.of_process().begin_load(self)
         try:
@@ -180,7 +180,7 @@ class FlashSession:
         self._set_load_mode(model_params)
         if self.plan.mode == "flash":
             native = self._open()
-            self._override(model_params)
+            self._overrides = override(model_params, self.plan.patterns(), flash_buffer_type())
             context_params.abort_callback = abort_callback()
             context_params.abort_callback_data = native.address
 
@@ -220,11 +220,6 @@ class FlashSession:
         for bundle in self.plan.bundles.descriptions() if self.plan.bundles else ():
             native.add_bundle(bundle)
         return native
-
-    def _override(self, model_params: Any) -> None:
-        """Names the flash tensors' buffer type to the loader. The array must outlive the load."""
-        self._overrides = overrides(self.plan.patterns(), flash_buffer_type())
-        model_params.tensor_buft_overrides = ctypes.addressof(self._overrides)
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -507,7 +502,7 @@ class FlashSession:
 
     def snapshot(self) -> Snapshot:
         """What pictures are made of, as it is now. It can be saved, and drawn by another process."""
-        from ..snapshot import take
+        from ..observe.snapshot import take
 
         stats, bundles = self.stats(), self.plan.bundles
         return take(
@@ -536,7 +531,7 @@ class FlashSession:
             ValueError: no such picture, or another kind of file.
             OSError: the file cannot be written.
         """
-        from ..pictures import draw
+        from ..observe.pictures import draw
 
         return draw(self.snapshot(), what, path)
 

@@ -8,8 +8,8 @@ import os
 import time
 from dataclasses import replace
 
-from ..budget import Breakdown, Budget, refuse, reserve_of, resolve_budget
-from ..controller import Callback, Controller, FlashEvent
+from ..budget.controller import Callback, Controller, FlashEvent
+from ..budget.rooms import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from ..errors import FlashError
 from ..native.handle import Session
 from ..native.params import Requirements

@@ -1,0 +1,33 @@
+"""What this process holds, with the memory that was granted to models and is not in use yet."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+from ..native.library import trim_heap
+from .controller import Controller
+from .rooms import held_by_process
+
+__all__ = ["Granted", "granted", "held_by_all", "promised_by_all"]
+
+
+class Granted(Protocol):
+    """A model to which memory was granted."""
+
+    def promised(self) -> int: ...  # bytes of that which it has not touched yet
+
+
+granted: weakref.WeakSet[Granted] = weakref.WeakSet()  # all models of this process
+
+
+def held_by_all(asking: Granted | None = None) -> int:
+    """Bytes that this process holds before a model is loaded, with those that were granted to other models."""
+    trim_heap()
+    return held_by_process() + promised_by_all(asking)
+
+
+def promised_by_all(asking: Granted | None) -> int:
+    """Bytes that were granted to models and are not in use, without those of the model that asks."""
+    with Controller.of_process().locked():
+        return sum(model.promised() for model in list(granted) if model is not asking)

@@ -1,0 +1,218 @@
+"""How much DRAM this process may take, and how that is divided.
+
+The *budget* is for the whole process: interpreter and libraries, resident weights, KV cache, graph buffers, logits, the
+reserve, and what is left for weights from flash. With "auto" it is
+
+    min over every memory cgroup of the process   limit - what others in the group hold
+        and the machine                           available memory + what we hold ourselves
+
+where "hold" leaves out page cache that the kernel can drop. Our own memory is never counted as free, and what is free
+is never counted as ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ..errors import FlashBudgetError
+from ..sizes import format_size, parse_size
+from .cgroup import Controller, machine_memory, memory_groups, process_memory
+
+__all__ = [
+    "Breakdown",
+    "Budget",
+    "Room",
+    "default_reserve",
+    "held_by_process",
+    "reserve_of",
+    "resolve_budget",
+    "rooms",
+    "smallest_budget",
+]
+
+# Left unused within the budget, for what is charged to us and cannot be asked for beforehand: page tables (2 MB per
+# GB of slots), thread stacks and other kernel memory, the kernel's charging in batches (256 KiB per core), growth of
+# the interpreter's heap while it generates, buffers of reads, and pages of libraries that are touched later.
+RESERVE_MIN = 32 << 20
+RESERVE_SHARE = 0.03
+
+# Beside what one load was seen to need, for a budget that is named: it must work in the next try, and as a cap.
+GROWTH = 1 << 20  # of the process from one refusal to the next: what Python keeps
+KERNEL = 2 << 20  # of the kernel, charged to a process' group and not to the process: stacks, inodes, batches
+
+# Mapped files that count as ours: code of the interpreter and of libraries, which is needed all the time. What is
+# mapped beyond that is another model's file, which the kernel can drop.
+LIBRARIES_MAX = 96 << 20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The DRAM budget of the process, in bytes, with the reason for it."""
+
+    total: int
+    reserve: int
+    reason: str  # what set it: "dram_budget", "cgroup NAME" or "free memory"
+    asked: int | None = None  # as the user wrote it; more than `total` where the limits allow less
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one limit leaves to this process, in bytes."""
+
+    name: str  # "cgroup NAME" or "free memory"
+    limit: int
+    others: int  # held by others, below the same limit
+    held: int = 0  # by all below the limit
+    droppable: int = 0  # page cache beside that
+    group: Path | None = None  # the memory group, if it is one
+
+    @property
+    def bytes(self) -> int:
+        return max(0, self.limit - self.others)
+
+    @property
+    def key(self) -> str:
+        """Names the limit; groups of one name may be nested."""
+        return str(self.group or self.name)
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the budget goes, in bytes."""
+
+    interpreter: int = 0  # and libraries, other models, the engine's own heap (vocabulary, ...)
+    weights: int = 0  # resident
+    kv: int = 0  # KV cache and recurrent state
+    compute: int = 0  # graph and work buffers
+    outputs: int = 0  # logits and embeddings, the engine's and numpy's
+    reserve: int = 0
+    slots: int = 0  # experts from flash
+    pinned: int = 0  # panels that never leave
+    stream: int = 0  # ring through which panels and prompts stream
+    bookkeeping: int = 0  # of the plugin
+
+    @property
+    def fixed(self) -> int:
+        """All but the reserve and what belongs to flash."""
+        return self.interpreter + self.weights + self.kv + self.compute + self.outputs
+
+    @property
+    def flash(self) -> int:
+        return self.slots + self.pinned + self.stream + self.bookkeeping
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.reserve + self.flash
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {format_size(size)}" for name, size in self.as_dict().items() if size)
+
+
+def default_reserve(total: int) -> int:
+    """Reserve of a budget of `total` bytes, where the user does not set one."""
+    return max(RESERVE_MIN, int(total * RESERVE_SHARE))
+
+
+def reserve_of(total: int, reserve: int | str | None) -> int:
+    """Bytes of a budget of `total` bytes that are left alone; reserve: as in FlashOffload."""
+    return default_reserve(total) if reserve is None else 0 if reserve == 0 else parse_size(reserve)
+
+
+def held_by_process(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> int:
+    """Bytes that the process takes now: anonymous and shared memory, page tables, code in use."""
+    memory = process_memory(root, pid)
+    return memory.held + min(memory.file, LIBRARIES_MAX)
+
+
+def rooms(
+    root: Path = Path("/"), pid: int | Literal["self"] = "self", controller: Controller | None = None
+) -> list[Room]:
+    """What the machine and each memory group with a limit leave to process `pid`, the machine first."""
+    own = process_memory(root, pid).held
+    machine = machine_memory(root)
+    held = max(0, machine.total - machine.available)
+    result = [Room("free memory", machine.total, max(0, held - own), held)]
+    for group in memory_groups(root, pid, controller):
+        if group.limit is not None:
+            others = max(0, group.held - own)
+            name = f"cgroup {group.path.name}"
+            result.append(Room(name, group.limit, others, group.held, group.usage - group.held, group.path))
+    return result
+
+
+def resolve_budget(
+    dram_budget: int | str = "auto",
+    reserve: int | str | None = None,
+    *,
+    model_bytes: int | None = None,
+    root: Path = Path("/"),
+    pid: int | Literal["self"] = "self",
+) -> Budget:
+    """The budget of process `pid`.
+
+    Args:
+        dram_budget: "auto", bytes, a size, or a share of `model_bytes` ("50%").
+        reserve: bytes or a size; None: `default_reserve`.
+        model_bytes: size of the model's files.
+        root: root of the file system whose /proc and /sys are read.
+
+    Raises:
+        ValueError: not a size.
+    """
+    tightest = min(rooms(root, pid), key=lambda room: room.bytes)
+    available, reason = tightest.bytes, tightest.name
+    if dram_budget == "auto":
+        total, asked = available, None
+    else:
+        asked = parse_size(dram_budget, reference=model_bytes)
+        total = min(asked, available)
+        if asked <= available:
+            reason = "dram_budget"
+    return Budget(total, reserve_of(total, reserve), reason, asked)
+
+
+def smallest_budget(needed: int, reserve: int | str | None = None) -> int:
+    """Smallest budget, in bytes, that leaves `needed` bytes beside its reserve; rounded up to whole MiB."""
+    if reserve is None:
+        total = max(needed + RESERVE_MIN, int(needed / (1 - RESERVE_SHARE)) + 1)
+    else:
+        total = needed + reserve_of(0, reserve)
+    return -(-total // (1 << 20)) << 20
+
+
+def refuse(
+    budget: Budget,
+    breakdown: Breakdown,
+    flash_needed: int,
+    reserve: int | str | None,
+    *,
+    smallest: int | None = None,
+    advice: Sequence[str] = (),
+) -> FlashBudgetError:
+    """The error for a budget that leaves less than the `flash_needed` bytes without which nothing can be computed.
+
+    Args:
+        smallest: the smallest budget that works, in bytes, whole MiB; None: the one that follows from the breakdown.
+        advice: whole sentences on what cannot leave memory and what would need less (advice.py).
+    """
+    if smallest is None:
+        smallest = smallest_budget(breakdown.fixed + flash_needed, reserve) + GROWTH + KERNEL
+    parts = replace(breakdown, stream=flash_needed)
+    limit = "" if budget.reason == "dram_budget" else f" ({budget.reason})"
+    said = (
+        f"a DRAM budget of {format_size(budget.total)}{limit} is too small: {parts}.",
+        f"The smallest that works is {smallest >> 20} MiB.",
+        *advice,
+    )
+    return FlashBudgetError(
+        " ".join(said),
+        breakdown=parts.as_dict(),
+        smallest=smallest,
+        advice=advice,
+    )

@@ -1,0 +1,155 @@
+"""Device profiles and plans as tables for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..device.profile import DeviceProfile
+from ..observe.stats import Counters
+from ..planning.cost import Cost
+from ..planning.planner import LoadPlan, Option
+from ..sizes import format_size
+
+__all__ = ["describe_profile", "format_rate", "print_comparison", "print_plan", "print_profile"]
+
+_WHERE = {
+    "interpreter": "interpreter, libraries, engine's heap",
+    "weights": "resident weights",
+    "kv": "KV cache",
+    "compute": "compute buffers",
+    "outputs": "logits",
+    "reserve": "reserve",
+    "slots": "slots",
+    "pinned": "pinned panels and neurons",
+    "stream": "rings and work space",
+    "bookkeeping": "bookkeeping",
+}
+
+
+def print_profile(console: Console, profile: DeviceProfile) -> None:
+    """Rates by size of read and number in flight."""
+    depths = sorted({read.depth for read in profile.reads})
+    table = Table(title=f"{profile.device}: random reads, MB/s (mean latency)", title_justify="left")
+    table.add_column("read")
+    for depth in depths:
+        table.add_column(f"{depth} in flight", justify="right")
+    cells = {
+        (read.chunk, read.depth): f"{read.bytes_per_second / 1e6:.0f} ({_duration(read.latency)})"
+        for read in profile.reads
+    }
+    for chunk in sorted({read.chunk for read in profile.reads}):
+        table.add_row(format_size(chunk), *(cells.get((chunk, depth), "-") for depth in depths))
+    console.print(table)
+    console.print(
+        f"DRAM {profile.dram / 1e9:.1f} GB/s; {profile.io_engine} on a file of {format_size(profile.file_bytes)}",
+        soft_wrap=True,
+    )
+    if not profile.direct:
+        console.print("the file system has no direct reads: these went through the page cache", style="yellow")
+
+
+def print_plan(console: Console, plan: LoadPlan) -> None:
+    """Where the budget goes, what a token costs, and what other budgets would give."""
+    memory = Table(title=f"{Path(plan.model).name}: {_mode(plan)}", title_justify="left", min_width=60)
+    memory.add_column("DRAM")
+    memory.add_column("size", justify="right")
+    for name, size in plan.memory.as_dict().items():
+        if size:
+            neurons = (
+                f" for {plan.neuron_slots} of {plan.n_neurons} neurons" if name == "slots" and plan.neuron_slots else ""
+            )
+            memory.add_row(_WHERE[name] + neurons, format_size(size))
+    memory.add_section()
+    memory.add_row("all of it", format_size(plan.memory.total))
+    memory.add_row(f"budget ({plan.budget.reason})", format_size(plan.budget.total))
+    if plan.smallest:
+        memory.add_row("smallest workable budget", f"{plan.smallest >> 20} MiB", style="bold")
+    console.print(memory)
+
+    cost = plan.cost
+    token = Table(title="a decoded token, expected", title_justify="left", min_width=60)
+    token.add_column("what")
+    token.add_column("amount", justify="right")
+    for part in cost.traffic:
+        token.add_row(
+            f"{part.kind} from flash, {part.hit_rate:.0%} found in memory",
+            f"{format_size(int(part.bytes))} in {part.reads:.0f} reads",
+        )
+    if cost.traffic:
+        token.add_row(f"reading, {plan.io_engine}, up to {plan.io_depth} in flight", _duration(cost.io_seconds))
+    token.add_row(f"computing, {format_size(int(cost.touched))} of weights, at least", _duration(cost.compute_seconds))
+    token.add_row("tokens per second", format_rate(cost.tokens_per_second), style="bold")
+    console.print(token)
+
+    others = Table(title="other budgets", title_justify="left", min_width=60)
+    others.add_column("budget")
+    for name in ("", "weights", "slots, pinned", "read per token", "tokens/s"):
+        others.add_column(name, justify="right")
+    for other in plan.others:
+        others.add_row(*_option(other))
+    console.print(others)
+    console.print(f"rates: {describe_profile(plan.profile)}", soft_wrap=True)
+    console.print(f"assumed: {'; '.join(cost.assumptions)}", soft_wrap=True)
+
+
+def print_comparison(
+    console: Console, cost: Cost, profile: DeviceProfile, decode: Counters, rate: float | None
+) -> None:
+    """Expected beside measured; rate: tokens per second of generation."""
+    table = Table(title=f"generation, the last {decode.tokens} tokens", title_justify="left", min_width=60)
+    table.add_column("per token")
+    table.add_column("expected", justify="right")
+    table.add_column("measured", justify="right")
+    table.add_row("read from flash", format_size(int(cost.bytes_per_token)), format_size(int(decode.bytes_per_token)))
+    table.add_row("reads", f"{cost.reads_per_token:.0f}", f"{decode.reads_per_token:.0f}")
+    table.add_row("tokens per second", format_rate(cost.tokens_per_second), format_rate(rate) if rate else "-")
+    console.print(table)
+    console.print(
+        f"expected by {describe_profile(profile)}; {'; '.join(cost.assumptions)}", soft_wrap=True, style="dim"
+    )
+
+
+def describe_profile(profile: DeviceProfile) -> str:
+    """Where the rates are from."""
+    if profile.source == "defaults":
+        return "cautious defaults (`llama-flash profile` measures)"
+    if profile.source == "quick probe":
+        return f"a quick probe of {profile.device} (`llama-flash profile` measures more)"
+    return f"the profile of {profile.device}, {profile.measured[:10]}"
+
+
+def format_rate(rate: float) -> str:
+    return f"{rate:.2f}" if rate < 10 else f"{rate:.0f}"
+
+
+def _mode(plan: LoadPlan) -> str:
+    if plan.mode == "resident":
+        return "the whole model stays in memory"
+    if plan.mode == "nothing":
+        return "nothing could be left on flash, it runs as stock"
+    predictor = "" if plan.predictor == "none" else f", predictor {plan.predictor}"
+    return f"{format_size(plan.flash_weights)} of weights on flash{predictor}"
+
+
+def _option(other: Option) -> tuple[str, ...]:
+    if other.memory is None or other.cost is None:
+        return (other.label, format_size(other.budget), other.mode, "-", "-", "-")
+    where = {"flash": "on flash", "resident": "resident", "nothing": "as stock"}[other.mode]
+    where += "" if other.predictor == "none" else f", {other.predictor}"
+    return (
+        other.label,
+        format_size(other.budget),
+        where,
+        format_size(other.memory.slots + other.memory.pinned),
+        format_size(int(other.cost.bytes_per_token)),
+        format_rate(other.cost.tokens_per_second),
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,0 +1,1 @@
+"""What a device and DRAM give: measured, kept, or assumed."""

@@ -1,0 +1,1 @@
+"""What has happened, in numbers and pictures: reads only."""

@@ -1,0 +1,169 @@
+"""What flash offload has done, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..budget.rooms import Breakdown, Budget
+from ..sizes import format_size
+
+__all__ = ["Counters", "FlashStats"]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Sums over some calls of the engine. Sizes in bytes, times in seconds."""
+
+    tokens: int = 0
+    calls: int = 0  # of llama_decode or llama_encode
+    bytes_read: int = 0  # from flash, as asked of the device (whole sectors)
+    bytes_used: int = 0  # of these, bytes of records
+    reads: int = 0
+    hits: int = 0  # experts and neurons found in slots
+    misses: int = 0  # experts and neurons that had to be read
+    panel_hits: int = 0  # panels that were pinned
+    panel_reads: int = 0  # panels that were streamed
+    rows_read: int = 0  # rows of embedding tables
+    evictions: int = 0
+    wait_seconds: float = 0.0  # compute threads idle for a read
+    repack_seconds: float = 0.0
+    op_seconds: float = 0.0  # inside flash ops, all of the above included
+    neurons_active: int = 0  # sum over tokens and layers of the neurons that were computed
+    neurons_newly_active: int = 0  # of these, not active for any of the 5 tokens before
+    neurons_expected: int = 0  # read ahead
+    experts_expected: int = 0  # records (parts of experts) read ahead of the next layer's router
+    layers_repeated: int = 0  # passes made again because the graph's activations were not the expected ones
+    predict_seconds: float = 0.0  # finding active sets
+    manage_seconds: float = 0.0  # memory management: slots, copies into them
+    retries: int = 0
+    errors: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of experts and neurons found in slots; None if none was asked for."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes_read / self.tokens if self.tokens else 0.0
+
+    @property
+    def reads_per_token(self) -> float:
+        return self.reads / self.tokens if self.tokens else 0.0
+
+    @property
+    def neurons_per_token(self) -> float:
+        """Active neurons of all layers; 0 where whole layers pass by, as for prompts of more than 16 tokens."""
+        return self.neurons_active / self.tokens if self.tokens else 0.0
+
+    @property
+    def wait_per_token(self) -> float:
+        """Seconds."""
+        return self.wait_seconds / self.tokens if self.tokens else 0.0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    @classmethod
+    def from_struct(cls, raw: Any) -> Counters:
+        """From a `struct llama_flash_stats`, which knows nothing of tokens and calls."""
+        return cls(
+            bytes_read=raw.bytes_read,
+            bytes_used=raw.bytes_used,
+            reads=raw.reads,
+            hits=raw.hits,
+            misses=raw.misses,
+            panel_hits=raw.panel_hits,
+            panel_reads=raw.panel_reads,
+            rows_read=raw.rows_read,
+            evictions=raw.evictions,
+            wait_seconds=raw.wait_ns / 1e9,
+            repack_seconds=raw.repack_ns / 1e9,
+            op_seconds=raw.op_ns / 1e9,
+            neurons_active=raw.neurons_active,
+            neurons_newly_active=raw.neurons_newly_active,
+            neurons_expected=raw.neurons_expected,
+            experts_expected=raw.experts_expected,
+            layers_repeated=raw.layers_repeated,
+            predict_seconds=raw.predict_ns / 1e9,
+            manage_seconds=raw.manage_ns / 1e9,
+            retries=raw.retries,
+            errors=raw.errors,
+        )
+
+    def as_dict(self) -> dict[str, int | float | None]:
+        """All counters, and those derived from them."""
+        result: dict[str, int | float | None] = {f.name: getattr(self, f.name) for f in fields(self)}
+        result["hit_rate"] = self.hit_rate
+        result["bytes_per_token"] = self.bytes_per_token
+        result["reads_per_token"] = self.reads_per_token
+        result["neurons_per_token"] = self.neurons_per_token
+        result["wait_per_token"] = self.wait_per_token
+        return result
+
+
+@dataclass(frozen=True)
+class FlashStats:
+    """State of one model's flash offload. `llm.flash.stats()` returns it.
+
+    `decode` counts calls with one token (generation), `prompt` those with more; reads between calls, such as filling
+    pinned panels at load, are only in `total`.
+    """
+
+    mode: str  # "flash", "resident" (the whole model fits) or "nothing" (the file has nothing to offload)
+    predictor: str  # how active neurons are found: "exact", "lowrank" or "off"; "none" without neuron bundles
+    io_engine: str  # "io_uring", "pread" or "none"
+    budget: Budget
+    memory: Breakdown  # where the budget goes; the flash part as granted
+    slots_in_use: int  # bytes of slots, pins and ring in use now
+    resident_weights: int  # bytes
+    flash_weights: int  # bytes
+    n_neurons: int = 0  # in bundles, of all layers
+    total: Counters = field(default_factory=Counters)
+    prompt: Counters = field(default_factory=Counters)
+    decode: Counters = field(default_factory=Counters)
+    last: Counters = field(default_factory=Counters)  # the last call
+
+    def active_neurons(self, counters: Counters) -> str:
+        """Active neurons per token, and their share of all; "" where none were counted."""
+        count = counters.neurons_per_token
+        return f"{count:.0f} ({count / self.n_neurons:.1%})" if count and self.n_neurons else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "mode": self.mode,
+            "predictor": self.predictor,
+            "io_engine": self.io_engine,
+            "budget": self.budget.total,
+            "budget_reason": self.budget.reason,
+            "memory": self.memory.as_dict(),
+            "slots_in_use": self.slots_in_use,
+            "resident_weights": self.resident_weights,
+            "flash_weights": self.flash_weights,
+            "n_neurons": self.n_neurons,
+            **{name: getattr(self, name).as_dict() for name in ("total", "prompt", "decode", "last")},
+        }
+
+    def __str__(self) -> str:
+        predictor = "" if self.predictor == "none" else f", predictor {self.predictor}"
+        lines = [
+            f"mode {self.mode}{predictor}, I/O {self.io_engine}, "
+            f"budget {format_size(self.budget.total)} ({self.budget.reason})",
+            f"memory: {self.memory}",
+        ]
+        for name in ("prompt", "decode", "total"):
+            counters: Counters = getattr(self, name)
+            rate = "" if counters.hit_rate is None else f", hit rate {counters.hit_rate:.1%}"
+            active = f", {neurons} neurons active per token" if (neurons := self.active_neurons(counters)) else ""
+            lines.append(
+                f"{name}: {counters.tokens} tokens, {format_size(counters.bytes_read)} in {counters.reads} reads "
+                f"({format_size(int(counters.bytes_per_token))} per token){active}{rate}, "
+                f"waited {counters.wait_seconds:.2f} s"
+            )
+        return "\n".join(lines)

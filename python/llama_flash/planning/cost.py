@@ -1,0 +1,297 @@
+"""What decoding a token costs: bytes and reads from flash, and the two clocks that run beside each other.
+
+The model of "LLM in a flash", sections 2 and 3, for one token at a time and a cache that is warm. The formulas and what
+they assume are written down in docs/budget.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..budget.rooms import Breakdown
+from ..device.profile import DeviceProfile
+from ..model.gguf import GgufMeta
+from ..native.params import Requirements
+from .misses import SHARED_TOKENS, expert_misses, expert_slots, neuron_misses, neurons_held
+from .placed import Plan
+from .placement import expert_bytes
+from .usage import Usage
+
+__all__ = ["ASSUMED_ACTIVE", "Cost", "Traffic", "expect"]
+
+ASSUMED_OPEN = 0.4  # share of the gates of a routed expert
+ASSUMED_ACTIVE = 0.10  # share of the neurons, where the file does not say
+
+_SECTOR = 4096
+_ALIGNMENT = 32  # of tensors in a GGUF file, so that a record begins anywhere in a sector
+_MARGIN = _SECTOR - _ALIGNMENT  # bytes of whole sectors beyond a record's own, on average over where it begins
+_PIECE = 1 << 20  # bytes of a read, at most
+_LIKELY = (
+    1.3  # experts of the next layer that are not there, as its router is expected to choose, for one that is missed
+)
+_WRONG = 0.2  # share of the experts read ahead that are not used, see docs/performance.md
+_RUN = 256  # neurons read at once where whole layers are
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Records of one kind that a token reads from flash, on average."""
+
+    kind: Literal["experts", "panels", "neurons", "rows"]
+    bytes: float
+    reads: float
+    at_once: float  # reads that are asked for together
+    hit_rate: float  # share of the records' bytes that is found in memory
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a token. Reading and computing overlap: a token takes as long as the slower of the two, or longer if known."""
+
+    traffic: tuple[Traffic, ...]
+    touched: float  # bytes of weights that a token computes with
+    compute_seconds: float  # at least to read those from DRAM; if a run was measured, as it was
+    assumptions: tuple[str, ...]
+    waited_seconds: float = 0.0  # of io_seconds, that computing did not hide in a run that was measured
+
+    @property
+    def bytes_per_token(self) -> float:
+        return sum(part.bytes for part in self.traffic)
+
+    @property
+    def reads_per_token(self) -> float:
+        return sum(part.reads for part in self.traffic)
+
+    @property
+    def io_seconds(self) -> float:
+        return sum(part.seconds for part in self.traffic)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / max(self.io_seconds, self.compute_seconds + self.waited_seconds, 1e-9)
+
+    @property
+    def bound_by(self) -> Literal["flash", "DRAM"]:
+        return "flash" if self.io_seconds > self.compute_seconds else "DRAM"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        names = ("bytes_per_token", "reads_per_token", "io_seconds", "tokens_per_second", "bound_by")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+def expect(
+    meta: GgufMeta,
+    plan: Plan,
+    memory: Breakdown,
+    needs: Requirements | None,
+    profile: DeviceProfile,
+    *,
+    predictor: str = "none",
+    window: int | None = None,
+    io_depth: int = 32,
+    lookahead: int = 0,
+    usage: Usage | None = None,
+) -> Cost:
+    """Expected cost of a token.
+
+    Args:
+        memory: how the budget is divided; slots, pinned and stream are used, in bytes.
+        needs: of the plan's flash tensors; None where nothing is on flash.
+        predictor: how active neurons are found.
+        window: as in FlashOffload.
+        lookahead: most experts of the next layer that are read ahead.
+        usage: of the model's last run, in place of assumptions; what was seen with another predictor says nothing.
+    """
+    if usage and usage.predictor != predictor:
+        usage = None
+    load = _Load(meta, plan, memory, needs, predictor, window, io_depth, lookahead, usage)
+    assumptions = ["one token at a time, slots warm, an empty KV cache"]
+    parts: list[Traffic] = []
+    if plan.mode == "flash":
+        if plan.bundles:
+            parts += _neurons(load, profile, assumptions)
+        parts += _panels(load, profile)
+        for name in plan.tables:  # each is waited for before the next is asked for
+            table = meta.tensors[name]
+            parts.append(_records("rows", 1, table.size / table.shape[1], 1, io_depth, profile, 0.0))
+        parts += _experts(load, profile, assumptions)
+    parts = [part for part in parts if part.reads > 0]
+    touched = _touched(load)
+    compute, waited = touched / profile.dram, 0.0
+    if usage and plan.mode == "flash":
+        compute = max(compute, usage.computing)
+        waited = _waited([part for part in parts if part.kind != "panels"], usage)
+        assumptions.append(f"computing and waiting as in the last run, of {usage.tokens} tokens")
+    return Cost(tuple(parts), touched, compute, tuple(assumptions), waited)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """A model as it would be loaded; see expect."""
+
+    meta: GgufMeta
+    plan: Plan
+    memory: Breakdown
+    needs: Requirements | None
+    predictor: str
+    window: int | None
+    io_depth: int
+    lookahead: int
+    usage: Usage | None
+
+    @property
+    def flash(self) -> Requirements:
+        """What the flash tensors need: there are some."""
+        assert self.needs is not None
+        return self.needs
+
+
+def _waited(parts: list[Traffic], usage: Usage) -> float:
+    """Seconds in which experts and neurons are waited for: computing hides as much of their reading as before."""
+    n_bytes, seconds = sum(part.bytes for part in parts), sum(part.seconds for part in parts)
+    if not usage.read or not n_bytes:
+        return 0.0
+    hidden = max(0.0, usage.read * seconds / n_bytes - usage.waited)
+    return max(0.0, seconds - hidden)
+
+
+def _records(
+    kind: Literal["experts", "panels", "neurons", "rows"],
+    n: float,
+    size: float,
+    at_once: float,
+    io_depth: int,
+    profile: DeviceProfile,
+    hit_rate: float,
+) -> Traffic:
+    """n records of `size` bytes, each read in whole sectors and in pieces of at most 1 MiB."""
+    span = size + _MARGIN
+    pieces = max(1.0, -(-span // _PIECE))
+    depth = max(1.0, min(at_once, io_depth))
+    return Traffic(kind, n * span, n * pieces, at_once, hit_rate, n * span / profile.rate(span / pieces, depth))
+
+
+def _panels(load: _Load, profile: DeviceProfile) -> Iterator[Traffic]:
+    plan, memory = load.plan, load.memory
+    if not plan.panel_bytes or not load.flash.n_panels:
+        return
+    pinned = min(plan.panel_bytes, memory.pinned)
+    size = load.flash.panel_bytes / load.flash.n_panels
+    streamed = load.flash.n_panels * (1 - pinned / plan.panel_bytes)
+    share = pinned / plan.panel_bytes
+    yield _records("panels", streamed, size, memory.stream / _PIECE, load.io_depth, profile, share)
+
+
+def _experts(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Iterator[Traffic]:
+    meta, plan = load.meta, load.plan
+    if not plan.expert_bytes or not load.flash.n_experts:
+        return
+    n_used, n_expert = meta.number("expert_used_count"), max(1, meta.number("expert_count"))
+    n_records = load.flash.n_experts
+    size = load.flash.expert_bytes / n_records
+    held = min(1.0, load.memory.slots / expert_slots(load.flash))
+    used = n_records * n_used / n_expert
+    layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
+    skew = load.usage.skew if load.usage else None
+    missed = expert_misses(held, skew or 0.0)
+    together = used * missed / max(1, layers) * max(1.0, size / _PIECE)
+    in_vain = n_records / n_expert * min(load.lookahead, n_used * missed * _LIKELY) * _WRONG
+    yield _records("experts", used * missed + in_vain, size, together, load.io_depth, profile, 1 - missed)
+    if held < 1 and skew is None:
+        assumptions.append("experts are used evenly: most models read less")
+    elif held < 1:
+        assumptions.append("experts are used as in the last run")
+
+
+def _neurons(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Iterator[Traffic]:
+    meta, plan, memory, needs, predictor = load.meta, load.plan, load.memory, load.flash, load.predictor
+    assert plan.bundles is not None
+    n_layers = len(plan.bundles.layers)
+    if predictor == "off" and not plan.bundles.n_expert_used:
+        held = min(1.0, memory.pinned / plan.neuron_bytes) if not plan.panel_bytes else 0.0
+        runs = plan.n_neurons / _RUN * (1 - held)
+        size = _RUN * plan.neuron_bytes / plan.n_neurons
+        yield _records("neurons", runs, size, memory.stream / _PIECE, load.io_depth, profile, held)
+        return
+    if memory.pinned >= plan.neuron_bytes:
+        return  # everything fits
+    active, said = _active_share(meta, plan, predictor)
+    shared, usage = SHARED_TOKENS, load.usage
+    if usage and usage.active and usage.shared:
+        active, shared = usage.active, usage.shared
+        assumptions.append("neurons are used as in the last run; those read ahead in vain are not counted")
+    else:
+        if not said:
+            assumptions.append(f"{active:.0%} of the neurons are active: the file does not say")
+        assumptions.append("tokens share neurons as in the shipped OPT model; those read ahead in vain are not counted")
+    missed = neuron_misses(active, neurons_held(plan, memory, needs), load.window, shared)
+    # neurons to read, and reads of them: a read goes on over one record that is not wanted to reach one that is
+    share = active * missed
+    wanted = plan.n_neurons * share
+    reads = wanted * (1 - share) ** 2
+    covered = wanted * (1 + share * (1 - share))
+    form = plan.bundles.format
+    streams = len(form.parts) - (predictor == "exact") if form.split else 1
+    size = covered * needs.neuron_record / max(reads, 1e-9) / streams
+    yield _records("neurons", reads * streams, size, reads * streams / n_layers, load.io_depth, profile, 1 - missed)
+
+
+def _touched(load: _Load) -> float:
+    """Bytes of weights that a token computes with."""
+    meta, plan = load.meta, load.plan
+    touched = _resident_touched(meta, plan)
+    if plan.mode != "flash":
+        return touched
+    if plan.bundles:
+        touched += _neurons_touched(meta, plan, load.flash, load.predictor)
+    if plan.panel_bytes and load.flash.n_panels:
+        touched += plan.panel_bytes
+    if plan.expert_bytes and load.flash.n_experts:
+        touched += plan.expert_bytes * meta.number("expert_used_count") / max(1, meta.number("expert_count"))
+    return touched
+
+
+def _neurons_touched(meta: GgufMeta, plan: Plan, needs: Requirements, predictor: str) -> float:
+    assert plan.bundles is not None
+    if predictor == "off" and not plan.bundles.n_expert_used:
+        return float(plan.neuron_bytes)
+    active, _ = _active_share(meta, plan, predictor)
+    resident = float(needs.neuron_resident)
+    return resident + active * (plan.neuron_bytes - resident)
+
+
+def _active_share(meta: GgufMeta, plan: Plan, predictor: str) -> tuple[float, bool]:
+    """Share of the neurons that a token activates (by predictors: that are predicted), and whether the file says so."""
+    assert plan.bundles is not None
+    if plan.bundles.n_expert_used:  # the same for all neurons of an expert; how many gates open, no file says
+        routed = plan.bundles.n_expert_used / max(layer.n_expert for layer in plan.bundles.layers)
+        return routed * (ASSUMED_OPEN if predictor == "exact" else 1.0), predictor != "exact"
+    key = "flash.predictor." + ("predicted_share" if predictor == "lowrank" else "active_share")
+    shares = meta.values.get(key)
+    if not isinstance(shares, list):
+        return ASSUMED_ACTIVE, False
+    total = 0.0
+    for layer in plan.bundles.layers:
+        share = shares[layer.layer] if layer.layer < len(shares) else None
+        if not isinstance(share, float) or not 0 <= share <= 1:
+            return ASSUMED_ACTIVE, False
+        total += share * layer.n_neurons
+    return total / plan.n_neurons, True
+
+
+def _resident_touched(meta: GgufMeta, plan: Plan) -> float:
+    """Bytes of resident weights that a token computes with: one row of the embedding, and the experts it uses."""
+    touched = float(plan.resident_bytes)
+    if "output.weight" in meta.tensors:
+        tables = (t for t in meta.tensors.values() if t.name not in plan.tables)
+        touched -= sum(t.size for t in tables if re.fullmatch(r"(token|position)_embd\.weight", t.name))
+    if plan.mode != "flash" or not plan.expert_bytes:
+        experts = expert_bytes(meta)
+        unused = 1 - meta.number("expert_used_count") / max(1, meta.number("expert_count"))
+        touched -= experts * unused if experts else 0.0
+    return max(touched, 0.0)

@@ -1,0 +1,426 @@
+"""What loading a model with flash offload would give, before it is loaded: `llama_flash.plan`.
+
+Decides nothing itself. Which weights go to flash is placement.py's answer, what is needed is the engine's and the
+plugin's own (dry_run.py), what it costs is cost.py's: this puts them together for one budget and for others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from ..budget.held import held_by_all
+from ..budget.rooms import GROWTH, KERNEL, Breakdown, Budget, refuse, reserve_of, resolve_budget
+from ..device.kept import profile_for
+from ..device.profile import DeviceProfile
+from ..errors import FlashBudgetError, FlashError, FlashFormatError
+from ..model.bundles import Bundles, read_bundles
+from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
+from ..model.shape import KV_TYPES, ContextShape
+from ..native.library import settled
+from ..native.params import Mode, Requirements
+from ..options import FlashOffload
+from ..sizes import format_size
+from .advice import advice_for
+from .cost import Cost, expect
+from .dry_run import EngineSizes, FlashNeeds, engine_sizes
+from .misses import expert_slots
+from .placed import Plan
+from .placement import choose_predictor, make_plan, work_bytes
+from .reads import experts_ahead, io_choice
+from .usage import usage_of
+
+__all__ = ["LoadPlan", "Option", "plan", "smallest_budget_of"]
+
+logger = logging.getLogger("llama_flash")
+
+_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown for comparison
+_SLACK = 4 << 20  # what loads take and nobody can be asked for: growth of the heap, by those before, too
+_ROOM_TO_ASK = 16 << 20
+_MIB = 1 << 20
+_RING_MOST = 32 << 20  # of a ring beyond its minimum
+_SLOT_TABLE = 64  # bytes of a neuron slot's entry
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one budget would give."""
+
+    budget: int  # bytes
+    label: str  # what it is: "50% of the file"
+    mode: Literal["flash", "resident", "nothing", "too small"]
+    predictor: str
+    memory: Breakdown | None
+    cost: Cost | None
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What loading a model would do. Sizes in bytes."""
+
+    model: str
+    budget: Budget
+    smallest: int  # budget that works; 0: none is refused, as nothing could be left on flash
+    mode: Literal["flash", "resident", "nothing"]  # as in `stats().mode`
+    predictor: str  # how active neurons are found; "none" without bundles
+    window: int | None  # tokens whose neurons stay; None: as many as have room
+    io_engine: str
+    io_depth: int  # most reads in flight
+    memory: Breakdown  # where the budget goes: resident weights, KV cache, compute buffers, slots, ...
+    resident_weights: int
+    flash_weights: int
+    expert_bytes: int  # of those on flash
+    panel_bytes: int
+    neuron_bytes: int
+    n_neurons: int
+    neuron_slots: int  # neurons that slots hold
+    cost: Cost  # of a decoded token
+    profile: DeviceProfile
+    others: tuple[Option, ...]  # what other budgets would give
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Expected from flash for a decoded token."""
+        return self.cost.bytes_per_token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Expected of decoding, if the device keeps to its profile and nothing but reading and DRAM takes time."""
+        return self.cost.tokens_per_second
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["budget"] = asdict(self.budget)
+        values["memory"] = self.memory.as_dict()
+        values["cost"] = self.cost.as_dict()
+        values["profile"] = self.profile.as_dict()
+        values["others"] = [
+            {**asdict(other), "cost": other.cost.as_dict() if other.cost else None} for other in self.others
+        ]
+        return {**values, "bytes_per_token": self.bytes_per_token, "tokens_per_second": self.tokens_per_second}
+
+
+def plan(
+    model: str | os.PathLike[str],
+    dram_budget: int | str = "auto",
+    *,
+    n_ctx: int = 512,
+    n_batch: int = 512,
+    n_ubatch: int = 512,
+    type_k: int | None = None,
+    type_v: int | None = None,
+    logits_all: bool = False,
+    flash_attn: bool = False,
+    flash_offload: bool | Mapping[str, Any] | FlashOffload | None = True,
+    profile: DeviceProfile | None = None,
+) -> LoadPlan:
+    """What `llama_cpp.Llama(model, flash_offload=...)` would do with these arguments, in this process, now.
+
+    Args:
+        model: GGUF file, or its first shard.
+        dram_budget: as in FlashOffload; "auto": that of `flash_offload`.
+        n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn: as `Llama` takes them.
+        flash_offload: True, or options as `Llama` takes them.
+        profile: of the device; None: the one kept for it, else a quick probe of the model file, else cautious defaults.
+
+    Raises:
+        FlashBudgetError: the budget is too small; it has the smallest that works.
+        FlashFormatError, OSError: the file cannot be read.
+        ValueError, TypeError: see FlashOffload.
+    """
+    options = FlashOffload.coerce(flash_offload)
+    if options is None:
+        raise ValueError("flash_offload: there is nothing to plan where it is off; True or options are expected")
+    if dram_budget != "auto":
+        options = replace(options, dram_budget=dram_budget)
+    meta = read_gguf(model)
+    check_vocabulary(meta, text=False)
+    shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn)
+    import llama_cpp  # noqa: F401  # so that its size is counted
+
+    planner = _Planner(meta, options, shape, held_by_all)
+    try:
+        budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
+        if budget.asked is not None and budget.asked > budget.total:
+            logger.warning(
+                "dram_budget is %s, but %s leaves %s: that is used",
+                format_size(budget.asked),
+                budget.reason,
+                format_size(budget.total),
+            )
+        profile = profile or profile_for(meta.files[0], options.io_engine)
+        try:
+            found = planner.outcome(budget)
+        except FlashBudgetError as error:
+            raise planner.too_small(budget, error) from None
+        cost = planner.cost(found, profile)
+        smallest = 0 if found.plan.mode == "nothing" else planner.smallest()
+        # a share of a model that is smaller than the interpreter is no budget; see also `llama-flash run --cap 50%`
+        beside, words = (smallest, "smallest + ") if meta.file_bytes < smallest else (0, "")
+        others = [
+            planner.option(beside + int(share * meta.file_bytes), f"{words}{share:.0%} of the file", profile)
+            for share in _SHARES
+        ]
+        placed, memory = found.plan, found.memory
+        io_engine, depth = io_choice(options, placed.bundles, profile)
+        held = memory.slots // found.needs.neuron_record if found.needs and found.needs.neuron_record else 0
+        in_slots = 0 if placed.expert_bytes else min(placed.n_neurons, held)
+        return LoadPlan(
+            model=str(model),
+            budget=budget,
+            smallest=smallest,
+            mode=placed.mode,
+            predictor=found.predictor,
+            window=options.window,
+            io_engine=profile.io_engine if io_engine == "auto" and profile.io_engine else io_engine,
+            io_depth=depth,
+            memory=memory,
+            resident_weights=placed.resident_bytes,
+            flash_weights=placed.flash_bytes,
+            expert_bytes=placed.expert_bytes,
+            panel_bytes=placed.panel_bytes,
+            neuron_bytes=placed.neuron_bytes,
+            n_neurons=placed.n_neurons,
+            neuron_slots=in_slots,
+            cost=cost,
+            profile=profile,
+            others=tuple(others),
+        )
+    finally:
+        planner.close()
+
+
+def _shape(
+    meta: GgufMeta,
+    n_ctx: int,
+    n_batch: int,
+    n_ubatch: int,
+    type_k: int | None,
+    type_v: int | None,
+    logits_all: bool,
+    flash_attn: bool,
+) -> ContextShape:
+    """The context that `Llama` makes of its arguments."""
+    for name, value, least in (("n_ctx", n_ctx, 0), ("n_batch", n_batch, 1), ("n_ubatch", n_ubatch, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected a whole number of tokens, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: {value} is not a whole number of tokens from {least} on")
+    for name, kind in (("type_k", type_k), ("type_v", type_v)):
+        if kind is not None and kind not in KV_TYPES.values():
+            known = ", ".join(f"{number} ({text})" for text, number in KV_TYPES.items())
+            raise ValueError(f"{name}: {kind!r} is no type of KV caches; expected one of {known}")
+    n_ctx = n_ctx or meta.number("context_length", 4096)
+    n_batch = min(n_ctx, n_batch)
+    return ContextShape(
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=min(n_batch, n_ubatch),
+        n_outputs=n_batch if logits_all else 1,
+        n_scores=n_ctx if logits_all else 0,
+        type_k=KV_TYPES["f16"] if type_k is None else type_k,
+        type_v=KV_TYPES["f16"] if type_v is None else type_v,
+        flash_attn=flash_attn,
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a load within some budget comes to."""
+
+    plan: Plan
+    predictor: str
+    needs: Requirements | None  # None where nothing is on flash
+    memory: Breakdown
+
+
+class _Planner:
+    """Answers for one model and context; what the engine and the plugin said is remembered."""
+
+    def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape, held: Callable[[], int]) -> None:
+        """held: tells the bytes that the process holds; asking engine and plugin adds to them, once."""
+        self._meta, self._options, self._shape = meta, options, shape
+        self._bundles: Bundles | None = read_bundles(meta)
+        self._held = held
+        self._base = held()
+        self._bare = self._base - settled()
+        self._usage = usage_of(meta.files, options)
+        self._sizes: EngineSizes = engine_sizes(meta, self._bundles, shape)
+        self._asked: dict[tuple[str, ...], FlashNeeds] = {}
+
+    def close(self) -> None:
+        for needs in self._asked.values():
+            needs.close()
+
+    def outcome(self, budget: Budget, bare: int | None = None) -> _Outcome:
+        """As a load within `budget` goes. Raises FlashBudgetError where that would.
+
+        bare: bytes of the process, before any use of the engine; None: as it was before anything was asked.
+        """
+        placed = make_plan(self._meta, self._options, budget, self._shape, self._bare if bare is None else bare)
+        n_vocab, n_embd = self._meta.n_vocab, self._meta.number("embedding_length")
+        memory = Breakdown(
+            interpreter=self._base + self._sizes.heap + _SLACK,
+            weights=placed.resident_bytes
+            - (self._bundles.predictor_bytes if self._bundles else 0)
+            + (0 if False in placed.tables.values() else self._sizes.doubled),  # an embedding that is the output, too
+            kv=self._sizes.kv,
+            compute=self._sizes.compute + work_bytes(self._meta, self._shape),
+            outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab),
+            reserve=budget.reserve,
+        )
+        if placed.mode == "nothing":
+            return _Outcome(placed, "none", None, replace(memory, reserve=0))
+        if placed.mode == "resident":
+            if memory.fixed > budget.total:
+                raise refuse(budget, memory, 0, self._options.reserve, advice=self._advice(placed))
+            return _Outcome(placed, "none", None, memory)
+        return self._divide(placed, memory, budget)
+
+    def _divide(self, placed: Plan, memory: Breakdown, budget: Budget) -> _Outcome:
+        asked = self._needs(placed)
+        left = budget.total - memory.total
+        predictor = "none"
+
+        def needs_of(mode: Mode) -> Requirements:
+            nonlocal predictor
+            predictor = mode
+            return asked.requirements(mode)
+
+        if placed.bundles:
+            path = str(self._meta.files[0])
+            needs = choose_predictor(path, placed.bundles, self._options.predictor, left, needs_of)
+        else:
+            needs = asked.requirements()
+        if left < needs.min_memory:
+            raise refuse(budget, memory, needs.min_memory, self._options.reserve, advice=self._advice(placed))
+        return _Outcome(placed, predictor, needs, _divided(memory, needs, min(left, needs.max_memory), predictor))
+
+    def _advice(self, placed: Plan) -> tuple[str, ...]:
+        return advice_for(self._meta, placed, self._options, self._shape)
+
+    def _needs(self, placed: Plan) -> FlashNeeds:
+        key = tuple(tensor.name for tensor in placed.tensors)
+        if key not in self._asked:
+            self._asked[key] = FlashNeeds(placed, self._options, self._shape.n_ubatch)
+        return self._asked[key]
+
+    def smallest(self) -> int:
+        """Smallest budget that works, in bytes; whole MiB. Also as the limit of a memory group of the process' own.
+
+        It works in a process that has asked nothing yet, and in this one, which holds more now.
+        """
+        self._search(self._bare)  # after which everything has been asked that will be
+        return self._search(self._held() - settled() + GROWTH) * _MIB + KERNEL
+
+    def _search(self, bare: int) -> int:
+        low, high = 0, 1  # MiB: does not work, may work
+        while not self._works(high, bare):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._works(middle, bare) else (middle, high)
+        return high
+
+    def _works(self, mib: int, bare: int) -> bool:
+        budget = self._budget(mib * _MIB)
+        try:
+            for begin in {self._bare, bare}:
+                self.outcome(budget, begin)
+        except FlashBudgetError:
+            return False
+        return True
+
+    def _budget(self, total: int) -> Budget:
+        return Budget(total, reserve_of(total, self._options.reserve), "dram_budget")
+
+    def too_small(self, budget: Budget, refused: FlashBudgetError) -> FlashBudgetError:
+        """The error for `budget`, with the smallest one that works in place of one that is sure to, on estimates."""
+        parts = Breakdown(**refused.breakdown)
+        return refuse(
+            budget, parts, parts.stream, self._options.reserve, smallest=self.smallest(), advice=refused.advice
+        )
+
+    def cost(self, found: _Outcome, profile: DeviceProfile) -> Cost:
+        return expect(
+            self._meta,
+            found.plan,
+            found.memory,
+            found.needs,
+            profile,
+            predictor=found.predictor,
+            window=self._options.window,
+            io_depth=io_choice(self._options, self._bundles, profile)[1],
+            lookahead=experts_ahead(self._options),
+            usage=self._usage,
+        )
+
+    def option(self, total: int, label: str, profile: DeviceProfile) -> Option:
+        try:
+            found = self.outcome(self._budget(total))
+        except FlashBudgetError:
+            return Option(total, label, "too small", "none", None, None)
+        return Option(total, label, found.plan.mode, found.predictor, found.memory, self.cost(found, profile))
+
+
+def smallest_budget_of(
+    meta: GgufMeta,
+    options: FlashOffload,
+    budget: Budget,
+    shape: ContextShape,
+    held: Callable[[], int],
+    refused: FlashBudgetError,
+) -> FlashBudgetError:
+    """The error for `budget`, `refused` on estimates, with the smallest one that works, where that can be found out.
+
+    held: tells the bytes that the process holds.
+    """
+    # it takes the engine's vocabulary, and this process may be under the cap that was too small
+    if refused.breakdown["interpreter"] + _ROOM_TO_ASK > resolve_budget().total:
+        return refused
+    try:
+        planner = _Planner(meta, options, shape, held)
+    except FlashFormatError:
+        raise  # no budget would work
+    except (FlashError, OSError):
+        return refused
+    try:
+        return planner.too_small(budget, refused)
+    except (FlashError, OSError):
+        return refused
+    finally:
+        planner.close()
+
+
+def _divided(memory: Breakdown, needs: Requirements, given: int, predictor: str) -> Breakdown:
+    """`memory` with what flash gets, split as llama_flash_session_set_memory splits it, to a few records."""
+    everything = given >= needs.max_memory
+    spare = 0 if everything else given - needs.min_memory
+    rings = sum(min(_RING_MOST, spare // 8, size) for size in (needs.expert_bytes, needs.panel_bytes))
+    left = given - needs.min_memory - rings
+    slots = pinned = 0
+    if needs.n_bundles:
+        share = left if everything or not needs.n_panels + needs.n_experts else left // 2
+        share = min(share, needs.neuron_bytes + 128 * needs.n_neurons)
+        ring = 0 if share >= needs.neuron_bytes else min(_RING_MOST, share // 8)
+        left -= share
+        rings += ring
+        if share >= needs.neuron_bytes or predictor == "off":
+            pinned = min(needs.neuron_bytes, share - ring)
+        else:
+            slot = -(-needs.neuron_record // 64) * 64
+            slots = min(needs.n_neurons, (share - ring) // (slot + _SLOT_TABLE)) * slot
+    panels = min(left, needs.panel_bytes)
+    experts = min(left - panels, expert_slots(needs))
+    slots, pinned = slots + experts, pinned + panels
+    return replace(
+        memory,
+        weights=memory.weights + needs.neuron_resident,
+        slots=slots,
+        pinned=pinned,
+        stream=needs.min_memory - needs.neuron_resident + rings,
+    )
