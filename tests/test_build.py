@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import llama_flash
 
 ROOT = Path(__file__).resolve().parents[1]
 SDIST = ROOT / "build/sdist"
@@ -106,7 +109,10 @@ def test_second_build_has_nothing_to_do() -> None:
 
 def test_wheel_holds_all_three_packages_and_each_library_once() -> None:
     (wheel,) = (ROOT / "build/dist").glob("*.whl")
-    assert wheel.name.startswith("llama_cpp_python-0.3.36+flash.0.1.0-py3-none-")
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and wheel.name.startswith(f"llama_cpp_python-{version[1]}-py3-none-")
+    assert re.fullmatch(r"0\.3\.36\+flash\.\d+\.\d+\.\d+", version[1])
+    assert llama_flash.__version__ == version[1].partition("+flash.")[2]
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
         "llama_cpp",

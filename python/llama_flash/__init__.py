@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .device.profile import DeviceProfile
     from .planning.planner import LoadPlan, plan
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "CapResult",
@@ -38,7 +38,7 @@ __all__ = [
     "run_capped",
 ]
 
-# these need numpy, and the engine as soon as they are called
+# these need numpy, and the engine as soon as they are called; the version, what was installed
 _LATER = {
     "DeviceProfile": "device.profile",
     "LoadPlan": "planning.planner",
@@ -48,10 +48,16 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    value: Any
+    if name == "__version__":
+        from .version import version
 
-    value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+        value = version()
+    elif name in _LATER:
+        import importlib
+
+        value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value

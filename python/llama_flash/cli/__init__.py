@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
 from ..errors import FlashError
 from .common import fail, never_fail_to_print
 from .later import Group, Later, own, tool
@@ -122,7 +121,9 @@ def main() -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"llama-flash {__version__}")
+        from ..version import version
+
+        print(f"llama-flash {version()}")
         raise typer.Exit
 
 

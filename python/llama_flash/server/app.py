@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from llama_cpp.server import app as upstream
 
-from .. import __version__
+from ..version import version
 from .clients import Clients
 from .metrics import Metrics
 from .models import Models
@@ -37,7 +37,7 @@ def create_app(service: Service, models: list[ServedModel]) -> tuple[Clients, Mo
         loaded = proxy.loaded
         content = {
             "status": "ok" if loaded else "no model is loaded: the last load failed",
-            "version": __version__,
+            "version": version(),
             "model": loaded,
             "requests_in_flight": clients.in_flight,
             "flash": _public(proxy.stats(loaded)) if loaded else None,
