@@ -6,12 +6,17 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-__all__ = ["Group", "Later", "own", "tool"]
+from ..errors import FlashError
+
+__all__ = ["COMMANDS", "Group", "Later", "own", "tool"]
+
+COMMANDS = "llama_flash.commands"  # in pyproject.toml, too
 
 Load = Callable[[], TyperCommand]
 
@@ -60,15 +65,13 @@ def own(name: str) -> Load:
 
 
 def tool(name: str) -> Load:
-    """A command of `python -m gguf_tools`."""
+    """A command of another package's, which offers its application as an entry point of the group COMMANDS."""
 
     def load() -> TyperCommand:
-        from gguf_tools.cli import app
-
-        group = typer.main.get_command(app)
-        assert isinstance(group, TyperGroup)
-        command = group.commands[name]
-        assert isinstance(command, TyperCommand)
-        return command
+        for offered in entry_points(group=COMMANDS):
+            group = typer.main.get_command(offered.load())
+            if isinstance(group, TyperGroup) and isinstance(command := group.commands.get(name), TyperCommand):
+                return command
+        raise FlashError(f"no package that is installed has the command {name}: install llama-flash's wheel again")
 
     return load
