@@ -1,6 +1,8 @@
 """`llama-flash bench`: how fast a model decodes on this machine, by budget.
 
 Each measurement is `llama-flash run` in a process of its own, so that nothing is left warm but what the device keeps.
+
+Long: the options of the command are the parameters of its function.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`llama-flash run`: text from a prompt, with statistics."""
+"""`llama-flash run`: text from a prompt, with statistics.
+
+Long: the options of the command are the parameters of its function.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +118,45 @@ def _draw(seen: Snapshot, plot: Path) -> None:
 def _generate(
     path: Path, meta: GgufMeta, params: dict[str, Any], options: FlashOffload | None
 ) -> tuple[dict[str, Any], Snapshot | None]:
-    """Streams the continuation of the prompt to stdout; returns what was generated and measured, and what to draw."""
+    """Continues the prompt; returns what was generated and measured, and what to draw."""
     llm = open_model(path, meta, params, options)
+    quiet = params["as_json"]
+    result = {"model": str(path), **_stream(llm, params)}
+    if options is None:
+        llm.close()
+        if not quiet:
+            c.stderr.print(_title(result))
+        return {**result, "expected": None, "measured": None, "flash": None}, None
+
+    from ..device.kept import profile_for
+    from ..planning.usage import later_half
+    from ..session.expected import cost_of
+    from .plan_view import print_comparison
+
+    stats = llm.flash.stats()
+    expect = cost_of(llm.flash)
+    half = later_half(llm.flash.history.calls())
+    counted = half[0] if half else stats.decode
+    measured = {
+        "tokens": counted.tokens,
+        "bytes_per_token": counted.bytes_per_token,
+        "tokens_per_second": counted.tokens / half[1] if half else result["tokens_per_second"],
+    }
+    seen = llm.flash.snapshot() if params["plot"] or params["snapshot"] else None
+    llm.close()
+    # when the model's memory is free again: where no profile is kept, the file is read
+    rates = profile_for(path, options.io_engine)
+    expected = expect(rates)
+    if not quiet:
+        print_statistics(stats, _title(result))
+        if stats.decode.tokens:
+            print_comparison(c.stderr, expected, rates, counted, measured["tokens_per_second"])
+    result |= {"expected": {**expected.as_dict(), "rates": rates.source}, "measured": measured}
+    return {**result, "flash": stats.as_dict()}, seen
+
+
+def _stream(llm: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """Prints the continuation as it comes; returns it, and how fast it came."""
     quiet, prompt = params["as_json"], params["prompt"]
     pieces: list[str] = []
     sampled: list[float] = []  # when each token was: a piece of text may hold several, or none
@@ -148,45 +188,13 @@ def _generate(
         print(flush=True)
     seconds = sampled[-1] - sampled[0] if sampled else 0.0
     rate = (len(sampled) - 1) / seconds if seconds > 0 else None
-    result = {
-        "model": str(path),
+    return {
         "prompt": prompt,
         "text": "".join(pieces),
         "interrupted": interrupted,
         "seconds_to_first_token": sampled[0] - started if sampled else None,
         "tokens_per_second": rate,
     }
-    if options is None:
-        llm.close()
-        if not quiet:
-            c.stderr.print(_title(result))
-        return {**result, "expected": None, "measured": None, "flash": None}, None
-
-    from ..device.kept import profile_for
-    from ..planning.usage import later_half
-    from ..session.expected import cost_of
-    from .plan_view import print_comparison
-
-    stats = llm.flash.stats()
-    expect = cost_of(llm.flash)
-    half = later_half(llm.flash.history.calls())
-    counted = half[0] if half else stats.decode
-    measured = {
-        "tokens": counted.tokens,
-        "bytes_per_token": counted.bytes_per_token,
-        "tokens_per_second": counted.tokens / half[1] if half else rate,
-    }
-    seen = llm.flash.snapshot() if params["plot"] or params["snapshot"] else None
-    llm.close()
-    # when the model's memory is free again: where no profile is kept, the file is read
-    rates = profile_for(path, options.io_engine)
-    expected = expect(rates)
-    if not quiet:
-        print_statistics(stats, _title(result))
-        if stats.decode.tokens:
-            print_comparison(c.stderr, expected, rates, counted, measured["tokens_per_second"])
-    result |= {"expected": {**expected.as_dict(), "rates": rates.source}, "measured": measured}
-    return {**result, "flash": stats.as_dict()}, seen
 
 
 def _title(result: dict[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""`llama-flash serve`: an OpenAI-compatible server."""
+"""`llama-flash serve`: an OpenAI-compatible server.
+
+Long: the options of the command are the parameters of its function.
+"""
 
 from __future__ import annotations
 

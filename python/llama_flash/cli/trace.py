@@ -13,7 +13,7 @@ from rich.text import Text
 from ..archives import check_target
 from ..file_kind import kind_of_file
 from ..model.gguf import check_vocabulary, read_gguf
-from ..observe.trace import Recorder
+from ..observe.trace import Recorder, Trace
 from ..options import FlashOffload
 from ..sizes import format_size
 from .common import (
@@ -85,48 +85,62 @@ def trace(
         follow=False,
         warm_start=False,
     )
+    llm = _load(path, options, ctx, threads, seed)
+    try:
+        if slots is not None:
+            _give_slots(llm.flash, slots)
+        prompt_tokens = llm.tokenize((prompt or "").encode()) if prompt is not None or text is None else []
+        text_tokens = None if text is None else llm.tokenize(book, add_bos=not prompt_tokens)[:n_tokens]
+        wanted = len(prompt_tokens) + (n_tokens if text_tokens is None else len(text_tokens))
+        if wanted > ctx:
+            raise ValueError(f"{wanted} tokens do not fit into a context of {ctx}: see --n-ctx")
+        with stderr.status(Text(f"running {path.name}")):
+            made = _record(llm, prompt_tokens, text_tokens, n_tokens, temperature)
+    finally:
+        llm.close()
+    made.save(output)
+    _tell(made, output, len(prompt_tokens), as_json)
+
+
+def _load(path: Path, options: FlashOffload, n_ctx: int, threads: int, seed: int) -> Any:
     with stderr.status(Text(f"loading {path.name}")):
         import llama_cpp
 
         n_threads = threads or len(os.sched_getaffinity(0))
-        llm = llama_cpp.Llama(
+        return llama_cpp.Llama(
             str(path),
             flash_offload=options,
-            n_ctx=ctx,
+            n_ctx=n_ctx,
             n_threads=n_threads,
             n_threads_batch=n_threads,
             seed=seed,
             verbose=False,
         )
-    try:
-        if slots is not None:
-            _give_slots(llm.flash, slots)
-        prompt_tokens = llm.tokenize((prompt or "").encode()) if prompt is not None or text is None else []
-        text_tokens = [] if text is None else llm.tokenize(book, add_bos=not prompt_tokens)[:n_tokens]
-        wanted = len(prompt_tokens) + (n_tokens if text is None else len(text_tokens))
-        if wanted > ctx:
-            raise ValueError(f"{wanted} tokens do not fit into a context of {ctx}: see --n-ctx")
-        with Recorder(llm.flash) as recorder, stderr.status(Text(f"running {path.name}")):
-            if prompt_tokens:
-                llm.eval(prompt_tokens)
-            for token in text_tokens:
-                llm.eval([token])
-            for _ in range(n_tokens if text is None else 0):
-                token = llm.sample(temp=temperature)
-                if token == llm.token_eos():
-                    break
-                llm.eval([token])
-            made = recorder.trace()
-    finally:
-        llm.close()
-    made.save(output)
+
+
+def _record(llm: Any, prompt: list[int], text: list[int] | None, n_tokens: int, temperature: float) -> Trace:
+    """Of the prompt, then of the text's tokens one by one; without text, of as many tokens that are generated."""
+    with Recorder(llm.flash) as recorder:
+        if prompt:
+            llm.eval(prompt)
+        for token in text or ():
+            llm.eval([token])
+        for _ in range(n_tokens if text is None else 0):
+            token = llm.sample(temp=temperature)
+            if token == llm.token_eos():
+                break
+            llm.eval([token])
+        return recorder.trace()
+
+
+def _tell(made: Trace, output: Path, n_prompt: int, as_json: bool) -> None:
     assert made.run is not None
     n_bytes = output.stat().st_size
     report = {
         "trace": str(output),
         "bytes": n_bytes,
         "tokens": made.n_decoded,
-        "prompt_tokens": len(prompt_tokens),
+        "prompt_tokens": n_prompt,
         "ops": len(made.token),
         "records": len(made.record),
         "slots": sum(made.run.slots.values()),

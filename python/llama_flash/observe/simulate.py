@@ -14,14 +14,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .trace import DECODE_TOKENS, Ints, Run, Trace
+from .trace import DECODE_TOKENS, Ints, Run, Trace, TracedTensor
 
 __all__ = ["POLICIES", "Result", "accesses", "as_counted", "optimum", "simulate", "slots_for"]
 
@@ -474,20 +474,7 @@ def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, admit: bool, hits:
         for record, count in zip(records, counts, strict=True):
             cache.use(record, now, n_tokens, count)
         if neurons:
-            most = max(1, slots[tensor.size_class] // 2)
-            for at in range(0, len(records), most):
-                if at:
-                    cache.end_op()
-                chunk = records[at : at + most]
-                there = [cache.cached[record] for record in chunk]
-                hits[begin + at : begin + at + len(chunk)] = there
-                for record, here in zip(chunk, there, strict=True):
-                    if here:
-                        cache.hold(record)
-                for record, here in zip(chunk, there, strict=True):
-                    if not here:
-                        cache.take(record, True)
-            cache.end_op()
+            hits[begin:end] = _ask_neurons(cache, records, max(1, slots[tensor.size_class] // 2))
             continue
 
         for k, record in enumerate(records):
@@ -503,13 +490,7 @@ def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, admit: bool, hits:
             share = cache.n_slots[c] // in_class[c]
             return cache.empty[c] > 0 and count >= _count_of_rank(counts, share) and cache.take(record, False)
 
-        # the layer's other tensors will ask for the same experts
-        order = asked_before[number]
-        later = [
-            other
-            for other, at in asked_before.items()
-            if at > order and tensors[other].group == tensor.group and tensors[other].n_records == tensor.n_records
-        ]
+        later = _asked_later(tensors, asked_before, number)
         for other in later if decode else ():
             for k in ids:
                 if cache.cached[first[other] + k]:
@@ -526,6 +507,35 @@ def _replay_ageing(trace: Trace, slots: Slots, neurons: bool, admit: bool, hits:
                         to_slot(record, count)
                     fetched[record] = True
         cache.end_op()
+
+
+def _ask_neurons(cache: _AgeingCache, records: list[int], most: int) -> list[bool]:
+    """An op of a layer's bundles, `most` of them at a time; by record, whether it was there."""
+    found: list[bool] = []
+    for at in range(0, len(records), most):
+        if at:
+            cache.end_op()
+        chunk = records[at : at + most]
+        there = [bool(cache.cached[record]) for record in chunk]
+        found += there
+        for record, here in zip(chunk, there, strict=True):
+            if here:
+                cache.hold(record)
+        for record, here in zip(chunk, there, strict=True):
+            if not here:
+                cache.take(record, True)
+    cache.end_op()
+    return found
+
+
+def _asked_later(tensors: Sequence[TracedTensor], asked_before: Mapping[int, int], number: int) -> list[int]:
+    """The layer's other tensors that will ask for the same experts."""
+    tensor, order = tensors[number], asked_before[number]
+    return [
+        other
+        for other, at in asked_before.items()
+        if at > order and tensors[other].group == tensor.group and tensors[other].n_records == tensor.n_records
+    ]
 
 
 POLICIES: dict[str, Callable[[Trace, Slots], Hits]] = {

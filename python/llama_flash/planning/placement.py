@@ -7,7 +7,7 @@ the context exists (session.py). Says nothing about slots: how memory is split i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -189,7 +189,13 @@ def make_plan(
     if auto and fits(whole):
         return replace(whole, mode="resident")
     candidates = [plan_for(kinds, graphs.uses) for kinds in ((), *_TIERS)]
-    candidates = [plan for plan in candidates if plan.mode == "flash"]
+    return _first_with_room([plan for plan in candidates if plan.mode == "flash"], meta, options, budget, shape)
+
+
+def _first_with_room(
+    candidates: Sequence[Plan], meta: GgufMeta, options: FlashOffload, budget: Budget, shape: ContextShape
+) -> Plan:
+    """The first for which the budget is sure to be enough, else the last. Raises FlashBudgetError."""
     for plan in candidates:
         room = int(_LAYER_SHARE * plan.neuron_bytes / len(plan.bundles.layers)) if plan.bundles else 0
         if plan.expected.total + _beside(meta, plan, options) + room <= budget.total:

@@ -159,39 +159,46 @@ def plan(
             raise planner.too_small(budget, error) from None
         cost = planner.cost(found, profile)
         smallest = 0 if found.plan.mode == "nothing" else planner.smallest()
-        # a share of a model that is smaller than the interpreter is no budget; see also `llama-flash run --cap 50%`
-        beside, words = (smallest, "smallest + ") if meta.file_bytes < smallest else (0, "")
-        others = [
-            planner.option(beside + int(share * meta.file_bytes), f"{words}{share:.0%} of the file", profile)
-            for share in _SHARES
-        ]
-        placed, memory = found.plan, found.memory
-        io_engine, depth = io_choice(options, placed.bundles, profile)
-        held = memory.slots // found.needs.neuron_record if found.needs and found.needs.neuron_record else 0
-        in_slots = 0 if placed.expert_bytes else min(placed.n_neurons, held)
-        return LoadPlan(
-            model=str(model),
-            budget=budget,
-            smallest=smallest,
-            mode=placed.mode,
-            predictor=found.predictor,
-            window=options.window,
-            io_engine=profile.io_engine if io_engine == "auto" and profile.io_engine else io_engine,
-            io_depth=depth,
-            memory=memory,
-            resident_weights=placed.resident_bytes,
-            flash_weights=placed.flash_bytes,
-            expert_bytes=placed.expert_bytes,
-            panel_bytes=placed.panel_bytes,
-            neuron_bytes=placed.neuron_bytes,
-            n_neurons=placed.n_neurons,
-            neuron_slots=in_slots,
-            cost=cost,
-            profile=profile,
-            others=tuple(others),
-        )
+        others = planner.others(smallest, profile)
+        return _load_plan(str(model), options, budget, smallest, found, cost, profile, others)
     finally:
         planner.close()
+
+
+def _load_plan(
+    model: str,
+    options: FlashOffload,
+    budget: Budget,
+    smallest: int,
+    found: _Outcome,
+    cost: Cost,
+    profile: DeviceProfile,
+    others: tuple[Option, ...],
+) -> LoadPlan:
+    placed, memory = found.plan, found.memory
+    io_engine, depth = io_choice(options, placed.bundles, profile)
+    held = memory.slots // found.needs.neuron_record if found.needs and found.needs.neuron_record else 0
+    return LoadPlan(
+        model=model,
+        budget=budget,
+        smallest=smallest,
+        mode=placed.mode,
+        predictor=found.predictor,
+        window=options.window,
+        io_engine=profile.io_engine if io_engine == "auto" and profile.io_engine else io_engine,
+        io_depth=depth,
+        memory=memory,
+        resident_weights=placed.resident_bytes,
+        flash_weights=placed.flash_bytes,
+        expert_bytes=placed.expert_bytes,
+        panel_bytes=placed.panel_bytes,
+        neuron_bytes=placed.neuron_bytes,
+        n_neurons=placed.n_neurons,
+        neuron_slots=0 if placed.expert_bytes else min(placed.n_neurons, held),
+        cost=cost,
+        profile=profile,
+        others=others,
+    )
 
 
 def _shape(
@@ -357,6 +364,16 @@ class _Planner:
             io_depth=io_choice(self._options, self._bundles, profile)[1],
             lookahead=experts_ahead(self._options),
             usage=self._usage,
+        )
+
+    def others(self, smallest: int, profile: DeviceProfile) -> tuple[Option, ...]:
+        """What some budgets give that are shown for comparison. smallest: budget that works."""
+        # a share of a model that is smaller than the interpreter is no budget; see also `llama-flash run --cap 50%`
+        file_bytes = self._meta.file_bytes
+        beside, words = (smallest, "smallest + ") if file_bytes < smallest else (0, "")
+        return tuple(
+            self.option(beside + int(share * file_bytes), f"{words}{share:.0%} of the file", profile)
+            for share in _SHARES
         )
 
     def option(self, total: int, label: str, profile: DeviceProfile) -> Option:
