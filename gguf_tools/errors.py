@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from llama_flash.errors import FlashFormatError
 
 
 class GgufToolsError(ValueError):
@@ -19,3 +23,12 @@ class GgufToolsError(ValueError):
         self.file = str(file)
         self.tensor = tensor
         self.key = key
+
+
+@contextmanager
+def errors_of_tools() -> Iterator[None]:
+    """What llama_flash finds wrong with a file is raised as the tools' own error."""
+    try:
+        yield
+    except FlashFormatError as error:
+        raise GgufToolsError(error.said, file=error.file, tensor=error.tensor, key=error.key) from None

@@ -1,38 +1,35 @@
 """Reads models: key-values, and the rows of tensors, without holding more than the caller asks for.
 
-What lives here: what a model is to the tools (`Source`), and GGUF files as one. Not here: what flash files mean
-(format.py). Nothing is mapped into memory: a tensor is read when its rows are asked for.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+What lives here: what a model is to the tools (`Source`), and GGUF files as one. Not here: how a file's head is read
+(llama_flash), and what flash files mean (format.py). Nothing is mapped into memory: a tensor is read when its rows are
+asked for.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
-import struct
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from gguf_tools import ggml
-from gguf_tools.errors import GgufToolsError
+from gguf_tools.errors import GgufToolsError, errors_of_tools
 from gguf_tools.types import row_bytes
-from llama_flash.file_kind import kind_of_file
+from llama_flash.model.gguf import shard_paths
+from llama_flash.model.head import Head, read_head
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-_MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 _DEFAULT_ALIGNMENT = 32
 _BLOCK = 8 << 20  # bytes read at a time where a whole tensor is gone through
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 SCALARS: dict[GGUFValueType, str] = {  # -> struct format
     GGUFValueType.UINT8: "<B",
@@ -223,145 +220,56 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufSource:
         GgufToolsError: not GGUF, damaged or cut off, a tensor of unknown type or not within its file, shards missing.
         OSError: if a file cannot be opened.
     """
-    files = shard_paths(Path(path))
+    with errors_of_tools():
+        files = shard_paths(path)
     values: dict[str, KeyValue] = {}
     tensors: dict[str, SourceTensor] = {}
     alignment = _DEFAULT_ALIGNMENT
     for index, file in enumerate(files):
-        if kind := kind_of_file(file):
-            raise GgufToolsError(f"{kind}, not a GGUF file", file=file)
-        head = _Head(file)
+        with errors_of_tools():
+            head = read_head(file, whole=True)
         if index == 0:
-            values = {key: value for key, value in head.values.items() if not key.startswith("split.")}
+            found = {key: _key_value(value, head.types[key]) for key, value in head.values.items()}
+            values = {key: value for key, value in found.items() if not key.startswith("split.")}
             alignment = head.alignment
-        for tensor in head.tensors:
+        _check_alignment(head, file)
+        for tensor in _tensors(head, file):
             if tensor.name in tensors:
                 raise GgufToolsError("is there twice", file=file, tensor=tensor.name)
             tensors[tensor.name] = tensor
     return GgufSource(tuple(files), values, tensors, alignment)
 
 
-def shard_paths(path: Path) -> list[Path]:
-    """All shards of the model whose first (or only) file is `path`. Raises GgufToolsError if one is missing."""
-    match = _SHARD.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match[3])
-    if int(match[2]) != 1 or count < 1:
-        raise GgufToolsError(f"is not the first of its {count} shards", file=path)
-    shards = [path.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing:
-        raise GgufToolsError(f"{len(missing)} of {count} shards are missing, the first is {missing[0]}", file=path)
-    return shards
+def _key_value(value: Any, kind: str) -> KeyValue:
+    """kind: "uint32", "string[]"."""
+    if kind.endswith("[]"):
+        return KeyValue(value, GGUFValueType.ARRAY, GGUFValueType[kind.removesuffix("[]").upper()])
+    return KeyValue(value, GGUFValueType[kind.upper()])
 
 
-class _Head:
-    """Key-values and tensors of one file."""
+def _check_alignment(head: Head, file: Path) -> None:
+    kind = head.types.get("general.alignment", "uint32")
+    if kind != "uint32":
+        raise GgufToolsError(f"is of type {kind}, not uint32", file=file, key="general.alignment")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb", buffering=1 << 18) as stream:
-            self._stream: BinaryIO = stream
-            self._size = os.fstat(stream.fileno()).st_size
-            if self._take(4) != b"GGUF":
-                raise self._error("not a GGUF file")
-            version = self._number("<I")
-            if version not in (2, 3):
-                raise self._error(f"GGUF version {version} (big-endian, or older than 2) cannot be read")
-            n_tensors, n_values = self._number("<Q"), self._number("<Q")
-            self.values = self._read_values(n_values)
-            self.alignment = self._read_alignment()
-            self.tensors = self._read_tensors(n_tensors)
 
-    def _error(self, message: str, *, tensor: str = "", key: str = "") -> GgufToolsError:
-        return GgufToolsError(message, file=self.path, tensor=tensor, key=key)
-
-    def _take(self, count: int) -> bytes:
-        if count > self._size - self._stream.tell():
-            raise self._error("damaged, or cut off within its head")
-        return self._stream.read(count)
-
-    def _number(self, layout: str) -> int:
-        value: int = struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
-        return value
-
-    def _string(self) -> str:
-        return self._take(self._number("<Q")).decode("utf-8", errors="surrogateescape")
-
-    def _read_values(self, count: int) -> dict[str, KeyValue]:
-        values: dict[str, KeyValue] = {}
-        for _ in range(count):
-            key = self._string()
-            if key in values:
-                raise self._error("is there twice", key=key)
-            values[key] = self._value(key)
-        return values
-
-    def _value(self, key: str) -> KeyValue:
-        kind = self._value_type(key)
-        if kind != GGUFValueType.ARRAY:
-            return KeyValue(self._scalars(kind, 1, key)[0], kind)
-        item, count = self._value_type(key), self._number("<Q")
-        return KeyValue(self._scalars(item, count, key), kind, item)
-
-    def _value_type(self, key: str) -> GGUFValueType:
-        number = self._number("<I")
+def _tensors(head: Head, file: Path) -> list[FileTensor]:
+    """The file's tensors, in its order, whose data lie one behind the other."""
+    opened = OpenFile(file)
+    tensors = []
+    for info in head.tensors:
+        if 0 in info.shape:
+            raise GgufToolsError(f"has the empty shape {list(info.shape)}", file=file, tensor=info.name)
         try:
-            return GGUFValueType(number)
+            kind = GGMLQuantizationType(info.type)
         except ValueError:
-            raise self._error(f"is of the unknown type {number}", key=key) from None
-
-    def _scalars(self, kind: GGUFValueType, count: int, key: str) -> list[Any]:
-        if kind == GGUFValueType.STRING:
-            return [self._string() for _ in range(count)]
-        if kind == GGUFValueType.ARRAY:
-            raise self._error("is an array of arrays", key=key)
-        layout = SCALARS[kind]
-        if kind == GGUFValueType.BOOL:
-            return [byte != 0 for byte in self._take(count)]
-        values: list[Any] = np.frombuffer(self._take(count * struct.calcsize(layout)), layout).tolist()
-        return values
-
-    def _read_alignment(self) -> int:
-        value = self.values.get("general.alignment")
-        if value is None:
-            return _DEFAULT_ALIGNMENT
-        if value.type != GGUFValueType.UINT32 or value.value <= 0 or value.value & (value.value - 1):
-            raise self._error(f"is {value.value!r}, not a power of two", key="general.alignment")
-        return int(value.value)
-
-    def _read_tensors(self, count: int) -> list[FileTensor]:
-        infos = [self._tensor_info() for _ in range(count)]
-        start = -(-self._stream.tell() // self.alignment) * self.alignment
-        file = OpenFile(self.path)
-        tensors = [FileTensor(name, shape, kind, start + offset, file) for name, shape, kind, offset in infos]
-        end, before = start, ""
-        for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
-            if tensor.offset % self.alignment:
-                raise self._error(f"begins at {tensor.offset}, which is not aligned", tensor=tensor.name)
-            if tensor.offset < end:
-                raise self._error(f"overlaps {before}", tensor=tensor.name)
-            end, before = tensor.offset + data_bytes(tensor), tensor.name
-            if end > self._size:
-                raise self._error(f"ends at byte {end} of a file of {self._size}: cut off", tensor=tensor.name)
-        return tensors
-
-    def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-        name = self._string()
-        n_dims = self._number("<I")
-        if n_dims > _MAX_DIMENSIONS:
-            raise self._error(f"has {n_dims} dimensions", tensor=name)
-        shape = tuple(self._number("<Q") for _ in range(n_dims))
-        number, offset = self._number("<I"), self._number("<Q")
-        if 0 in shape:
-            raise self._error(f"has the empty shape {list(shape)}", tensor=name)
-        try:
-            kind = GGMLQuantizationType(number)
-        except ValueError:
-            raise self._error(f"is of the unknown type {number}", tensor=name) from None
-        try:
-            row_bytes(kind, shape[0] if shape else 1)
-        except ValueError as error:
-            raise self._error(str(error), tensor=name) from None
-        return name, shape, kind, offset
+            raise GgufToolsError(f"is of the unknown type {info.type}", file=file, tensor=info.name) from None
+        tensors.append(FileTensor(info.name, info.shape, kind, info.offset, opened))
+    end, before = head.start, ""
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        if tensor.offset % head.alignment:
+            raise GgufToolsError(f"begins at {tensor.offset}, which is not aligned", file=file, tensor=tensor.name)
+        if tensor.offset < end:
+            raise GgufToolsError(f"overlaps {before}", file=file, tensor=tensor.name)
+        end, before = tensor.offset + data_bytes(tensor), tensor.name
+    return tensors

@@ -5,6 +5,7 @@ They derive from RuntimeError because that is what llama_cpp raises when a decod
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 __all__ = ["FlashBudgetError", "FlashCapError", "FlashCpuError", "FlashError", "FlashFormatError", "FlashReadError"]
@@ -64,12 +65,24 @@ class FlashFormatError(FlashError, ValueError):
     Attributes:
         problem: what is wrong, with the file, and the key or tensor where it is known.
         mend: what to do about it, "" if nothing is known that helps.
+        said: `problem` without the names of file, key and tensor.
+        file: the file's path, "" where `problem` alone has it.
+        key: the key that it is about, "" if none.
+        tensor: name of the tensor that it is about, "" if none.
     """
 
-    def __init__(self, problem: str, *, mend: str = "") -> None:
+    def __init__(
+        self, said: str, *, mend: str = "", file: str | os.PathLike[str] = "", key: str = "", tensor: str = ""
+    ) -> None:
+        names = (f"tensor {tensor} " if tensor else "") + (f"key {key} " if key else "")
+        problem = f"{os.fspath(file)}: {names}{said}" if os.fspath(file) else f"{names}{said}"
         super().__init__(f"{problem}; {mend}" if mend else problem)
         self.problem = problem
         self.mend = mend
+        self.said = said
+        self.file = os.fspath(file)
+        self.key = key
+        self.tensor = tensor
 
 
 class FlashCapError(FlashError):

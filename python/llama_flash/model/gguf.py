@@ -1,22 +1,17 @@
-"""What a GGUF file holds, without its tensor data: key-values and where each tensor lies.
+"""What a model holds, without its tensor data: the heads of a GGUF file, or of all its shards.
 
-Reads the head of the file only, and not through a mapping: the page cache counts against a memory cap. Long arrays (the
-vocabulary) are skipped, so that a file with 150 000 tokens takes a fraction of a second.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Long arrays (the vocabulary) are skipped, so that a file with 150 000 tokens takes a fraction of a second.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from ..errors import FlashFormatError
-from ..file_kind import kind_of_file
-from .ggml_types import tensor_bytes
+from .head import GET_ANEW, SkippedArray, TensorInfo, Value, as_stored, read_head
 
 __all__ = [
     "MOST_LAYERS",
@@ -30,73 +25,16 @@ __all__ = [
     "shard_paths",
 ]
 
-_STRING, _ARRAY = 8, 9
-_SCALARS = {  # GGUF value type -> struct format
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
-_TYPE_NAMES = (  # by GGUF value type
-    *("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array"),
-    *("uint64", "int64", "float64"),
-)
-_LONGEST_ARRAY = 4096  # longer ones are skipped: per-layer numbers are wanted, vocabularies are not
-# of the engine: ggml/src/gguf.cpp, GGML_MAX_DIMS and GGML_MAX_NAME of ggml.h, LLAMA_MAX_LAYERS
-_LONGEST_STRING = _MOST_ELEMENTS = 1 << 30
-_MOST_DIMENSIONS = 4
-_LONGEST_NAME = 63  # bytes
-MOST_LAYERS = 512
+MOST_LAYERS = 512  # of the engine: LLAMA_MAX_LAYERS
 _MOST_SHARDS = (1 << 16) - 1  # of a uint16
-_MOST = (1 << 63) - 1  # of the elements of a dimension, and of a tensor's bytes
-_SMALLEST_INFO = 8 + 4 + 4 + 8  # bytes of a tensor in the head, without its name and shape
-_SMALLEST_VALUE = 8 + 1 + 4 + 1
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_REPLACED = "\ufffd"  # in place of what is not UTF-8: such names may differ and look alike
 _WIDTHS = ("attention.key_length", "attention.value_length")
 _OTHER_FILES = {  # general.type: what it is, and what to do with it
     "adapter": ("a LoRA adapter", "name the model that it is for, and this file as lora_path"),
     "mmproj": ("the part of a model that looks at images", "name the model's own file"),
     "imatrix": ("an importance matrix", "it is for quantising a model: name the model's file"),
 }
-_GET_ANEW = "get the file anew, and compare its size and checksum"
-
-
-@dataclass(frozen=True)
-class SkippedArray:
-    """An array that was not read."""
-
-    length: int
-
-
-Scalar = int | float | bool | str
-Value = Scalar | list[Scalar] | SkippedArray
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a GGUF file."""
-
-    name: str
-    shape: tuple[int, ...]  # as ggml's ne: the row length first
-    type: int  # enum ggml_type
-    file: Path
-    offset: int  # bytes from the start of the file
-    size: int  # bytes of its elements, without the padding behind them
-
-    @property
-    def layer(self) -> int | None:
-        """N of "blk.N.", None for other tensors."""
-        match = re.match(r"blk\.(\d+)\.", self.name)
-        return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -151,12 +89,12 @@ def shard_paths(path: str | os.PathLike[str]) -> list[Path]:
     if match is None:
         return [file]
     count = int(match[3])
-    if int(match[2]) != 1:
+    if int(match[2]) != 1 or count < 1:
         raise _not_first(file, int(match[2]), count)
     shards = [file.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
-        raise FlashFormatError(f"{file}: {len(missing)} of {count} shards are missing, the first is {missing[0]}")
+        raise FlashFormatError(f"{len(missing)} of {count} shards are missing, the first is {missing[0]}", file=file)
     return shards
 
 
@@ -184,7 +122,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     """Reads key-values and tensor infos of the model that begins with file `path`.
 
     What only the engine can judge (whether it knows the architecture, whether all tensors are there) is not judged
-    here: see dry_run.check_model.
+    here: see planning.dry_run.check_model.
 
     Raises:
         FlashFormatError: not GGUF, no ordinary file, damaged, cut off within head or data, shards missing, or not the
@@ -198,26 +136,14 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufMeta:
     file_bytes = 0
     for index in range(_MOST_SHARDS):
         file = files[index]
-        if kind := kind_of_file(file):
-            raise FlashFormatError(f"{file}: {kind}, not a GGUF file")
-        with file.open("rb", buffering=1 << 18) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            try:
-                shard_values, shard_types, infos = _Head(stream, file, size).read()
-            except (struct.error, OverflowError, MemoryError) as error:
-                raise FlashFormatError(
-                    f"{file}: damaged or cut off within its head ({error})", mend=_GET_ANEW
-                ) from None
-            finally:
-                # the head has been parsed: what the kernel read ahead only takes memory
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file_bytes += max((info.offset + info.size for info in infos), default=size)
+        head = read_head(file)
+        file_bytes += max((info.offset + info.size for info in head.tensors), default=head.file_bytes)
         if index == 0:
-            values, types = shard_values, shard_types
+            values, types = head.values, head.types
             files = _shards(file, values)
-        for info in infos:
-            if info.name in tensors and _REPLACED not in info.name:
-                raise FlashFormatError(f"{file}: tensor {info.name} is there twice", mend=_GET_ANEW)
+        for info in head.tensors:
+            if info.name in tensors and as_stored(info.name):
+                raise FlashFormatError("is there twice", file=file, tensor=info.name, mend=GET_ANEW)
             tensors[info.name] = info
         if index + 1 == len(files):
             break
@@ -273,126 +199,5 @@ def _not_first(file: Path, number: int, count: int) -> FlashFormatError:
     first = (
         f"{match[1]}-00001-of-{match[3]}.gguf" if match else f"the one whose name ends in -00001-of-{count:05d}.gguf"
     )
-    return FlashFormatError(f"{file}: is shard {number} of {count}, not the first", mend=f"load the first one: {first}")
-
-
-class _Head:
-    """Reads the head of one file. What it says is compared with the file's size before it is believed."""
-
-    def __init__(self, stream: BinaryIO, file: Path, size: int) -> None:
-        self._stream, self._file, self._size = stream, file, size
-
-    def read(self) -> tuple[dict[str, Value], dict[str, str], list[TensorInfo]]:
-        stream, file = self._stream, self._file
-        if stream.read(4) != b"GGUF":
-            raise FlashFormatError(f"{file}: not a GGUF file")
-        version = _unpack(stream, "<I")
-        if version not in (2, 3):
-            raise FlashFormatError(f"{file}: GGUF version {version} (big-endian or older than 2) cannot be read")
-        n_tensors, n_values = _unpack(stream, "<Q"), _unpack(stream, "<Q")
-        if n_tensors * _SMALLEST_INFO + n_values * _SMALLEST_VALUE > self._size:
-            raise self._damaged(f"claims {n_tensors} tensors and {n_values} values, for which it has no room")
-        values: dict[str, Value] = {}
-        types: dict[str, str] = {}
-        for _ in range(n_values):
-            key = _string(stream)
-            if (key in values and _REPLACED not in key) or not key:
-                raise self._damaged(f"key {key} is there twice" if key else "a key has no name")
-            values[key], types[key] = _value(stream, int(_unpack(stream, "<I")), file)
-        heads = [self._info() for _ in range(n_tensors)]
-        alignment = values.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._damaged(f"general.alignment is {alignment!r}, not a power of two")
-        start = -(-stream.tell() // alignment) * alignment
-        return values, types, [self._placed(*head, start) for head in heads]
-
-    def _info(self) -> tuple[str, tuple[int, ...], int, int]:
-        stream = self._stream
-        name = _string(stream)
-        if len(name.encode("utf-8", errors="replace")) > _LONGEST_NAME:
-            raise self._damaged(f"a tensor's name is longer than {_LONGEST_NAME} bytes: {name[:80]}")
-        n_dims = int(_unpack(stream, "<I"))
-        if n_dims > _MOST_DIMENSIONS:
-            raise self._damaged(f"tensor {name} has {n_dims} dimensions")
-        shape = tuple(int(_unpack(stream, "<Q")) for _ in range(n_dims))
-        return name, shape, int(_unpack(stream, "<I")), int(_unpack(stream, "<Q"))
-
-    def _placed(self, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int) -> TensorInfo:
-        try:
-            size = tensor_bytes(kind, shape)
-        except ValueError as error:
-            raise self._damaged(f"tensor {name} {error}") from None
-        if max((*shape, size)) > _MOST:
-            raise self._damaged(f"tensor {name} has the shape {list(shape)}")
-        end = start + offset + size
-        if end > self._size:
-            raise FlashFormatError(
-                f"{self._file}: tensor {name} ends at byte {end}, but the file has {self._size}: it is cut off",
-                mend=_GET_ANEW,
-            )
-        return TensorInfo(name, shape, kind, self._file, start + offset, size)
-
-    def _damaged(self, message: str) -> FlashFormatError:
-        return FlashFormatError(f"{self._file}: {message}: damaged", mend=_GET_ANEW)
-
-
-def _value(stream: BinaryIO, kind: int, file: Path) -> tuple[Value, str]:
-    """A value and the name of its type."""
-    if kind != _ARRAY:
-        return _string(stream) if kind == _STRING else _scalar(stream, kind, file), _TYPE_NAMES[kind]
-    item, length = int(_unpack(stream, "<I")), int(_unpack(stream, "<Q"))
-    if item != _STRING and item not in _SCALARS:
-        raise FlashFormatError(f"{file}: array of unknown type {item}")
-    return _array(stream, item, length, file), f"{_TYPE_NAMES[item]}[]"
-
-
-def _array(stream: BinaryIO, item: int, length: int, file: Path) -> Value:
-    size = length * (8 if item == _STRING else struct.calcsize(_SCALARS[item]))
-    if length > _MOST_ELEMENTS or size > _left(stream):
-        raise struct.error("an array ends behind the end of the file")
-    if length > _LONGEST_ARRAY:
-        if item == _STRING:
-            _skip_strings(stream, length)
-        else:
-            stream.seek(size, os.SEEK_CUR)
-        return SkippedArray(length)
-    return [_string(stream) if item == _STRING else _scalar(stream, item, file) for _ in range(length)]
-
-
-def _skip_strings(stream: BinaryIO, count: int) -> None:
-    read, unpack = stream.read, struct.Struct("<Q").unpack
-    for _ in range(count):
-        length = unpack(read(8))[0]
-        if len(read(length) if length <= 4096 else _long(stream, length)) != length:
-            raise struct.error("a string ends behind the end of the file")
-
-
-def _long(stream: BinaryIO, length: int) -> bytes:
-    if length > _LONGEST_STRING or length > _left(stream):
-        raise struct.error(f"a string of {length} bytes")
-    return stream.read(length)
-
-
-def _left(stream: BinaryIO) -> int:
-    """Bytes from here to the end of the file."""
-    return os.fstat(stream.fileno()).st_size - stream.tell()
-
-
-def _string(stream: BinaryIO) -> str:
-    length = int(_unpack(stream, "<Q"))
-    data = stream.read(length) if length <= 4096 else _long(stream, length)
-    if len(data) != length:
-        raise struct.error("a string ends behind the end of the file")
-    return data.decode("utf-8", errors="replace")
-
-
-def _scalar(stream: BinaryIO, kind: int, file: Path) -> Scalar:
-    if kind not in _SCALARS:
-        raise FlashFormatError(f"{file}: value of unknown type {kind}")
-    value: Scalar = struct.unpack(_SCALARS[kind], stream.read(struct.calcsize(_SCALARS[kind])))[0]
-    return value
-
-
-def _unpack(stream: BinaryIO, layout: str) -> int:
-    value: int = struct.unpack(layout, stream.read(struct.calcsize(layout)))[0]
-    return value
+    said = f"is shard {number} of {count}, not the first"
+    return FlashFormatError(said, file=file, mend=f"load the first one: {first}")
