@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_tools.errors import GgufToolsError
-from gguf_tools.format import Dimensions, read_flash
+from gguf_tools.format import dimensions_of, read_flash
 from gguf_tools.observe import Floats, Observation, Observer
 from gguf_tools.progress import count_progress
 from gguf_tools.source import Source, open_gguf, row_count
@@ -171,7 +171,7 @@ def record(
     """
     excerpts = _excerpts(text)
     source = open_gguf(path)
-    dimensions = Dimensions.of(source.values, path)
+    dimensions = dimensions_of(source.values, path)
     vocabulary = source.values.get("tokenizer.ggml.tokens")
     if vocabulary is None:
         raise GgufToolsError("is missing", file=path, key="tokenizer.ggml.tokens")

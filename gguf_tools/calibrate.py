@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from gguf_tools.activations import Recording, Say, record, remove_recording
 from gguf_tools.errors import GgufToolsError
 from gguf_tools.fitting import Settings, StoredPredictor, fit
-from gguf_tools.format import ALIGNMENT, Dimensions, PredictorInfo, bias_name, weight_name
+from gguf_tools.format import ALIGNMENT, PredictorInfo, bias_name, dimensions_of, weight_name
 from gguf_tools.measure import LayerReport, layer_report
 from gguf_tools.progress import count_progress
 from gguf_tools.source import Bytes, KeyValue
@@ -198,7 +198,7 @@ def _values(subject: SparseModel, report: CalibrationReport) -> dict[str, KeyVal
     by_layer = {layer.layer: layer for layer in report.layers}
     if not any(layer.rank for layer in report.layers):
         return values
-    n_layer = Dimensions.of(values, subject.path).n_layer
+    n_layer = dimensions_of(values, subject.path).n_layer
     ranks = tuple(by_layer[il].rank if il in by_layer else 0 for il in range(n_layer))
 
     def measured(name: str) -> KeyValue:
@@ -223,7 +223,7 @@ def _tensors(subject: SparseModel, done: dict[int, _Done]) -> Iterator[PlannedTe
         yield copied(tensor)
         il = layers.get(name, -1)
         if il >= 0 and done[il].report.rank:
-            yield from _predictor_tensors(il, done[il], tensor.shape[1], Dimensions.of(subject.source.values).n_embd)
+            yield from _predictor_tensors(il, done[il], tensor.shape[1], dimensions_of(subject.source.values).n_embd)
 
 
 def _predictor_tensors(il: int, layer: _Done, n_ff: int, n_embd: int) -> Iterator[PlannedTensor]:

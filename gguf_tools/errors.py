@@ -26,9 +26,10 @@ class GgufToolsError(ValueError):
 
 
 @contextmanager
-def errors_of_tools() -> Iterator[None]:
-    """What llama_flash finds wrong with a file is raised as the tools' own error."""
+def errors_of_tools(file: Path | str | None = None) -> Iterator[None]:
+    """What llama_flash finds wrong with a file is raised as the tools' own error. file: its name, if not as it was."""
     try:
         yield
     except FlashFormatError as error:
-        raise GgufToolsError(error.said, file=error.file, tensor=error.tensor, key=error.key) from None
+        name = error.file if file is None else file
+        raise GgufToolsError(error.said, file=name, tensor=error.tensor, key=error.key) from None

@@ -27,6 +27,8 @@ from gguf_tools.format import (
     Experts,
     FlashInfo,
     PartLayout,
+    dimensions_of,
+    experts_of,
     has_shape,
     read_flash,
     weight_name,
@@ -267,7 +269,7 @@ def dense_layers(source: Source, file: Path | str = "") -> dict[int, Neurons]:
     matches = (_WEIGHT.fullmatch(name) for name in source.tensors)
     unbundled = sorted({int(match[1]) for match in matches if match} - set(layers))
     if unbundled:
-        dimensions = Dimensions.of(source.values, file)
+        dimensions = dimensions_of(source.values, file)
         layers |= {il: _ordinary(source, dimensions, il, file) for il in unbundled}
     return dict(sorted(layers.items()))
 
@@ -281,8 +283,8 @@ def expert_layers(source: Source, file: Path | str = "") -> dict[int, Neurons]:
     found = sorted({int(match[1]) for match in matches if match})
     if not found:
         return {}
-    dimensions = Dimensions.of(source.values, file)
-    experts = Experts.of(source.values, dimensions.architecture, file)
+    dimensions = dimensions_of(source.values, file)
+    experts = experts_of(source.values, dimensions.architecture, file)
     return {il: _ordinary_experts(source, dimensions.n_embd, experts, il, file) for il in found}
 
 

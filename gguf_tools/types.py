@@ -9,13 +9,15 @@ from typing import cast
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-FLASH_NUMBER = 17996
+from llama_flash.model.flash_keys import BUNDLE_TYPE
+from llama_flash.model.ggml_types import TYPE_SIZES, type_name
 
 
-def _add_type(name: str, number: int, block: int, size: int) -> GGMLQuantizationType:
+def _add_type(number: int) -> GGMLQuantizationType:
     """Adds a member to the enumeration, which Python has no call for, unless a newer `gguf` has it."""
     if number in GGMLQuantizationType._value2member_map_:
         return GGMLQuantizationType(number)
+    name = type_name(number)
     member = int.__new__(GGMLQuantizationType, number)
     member._name_, member._value_ = name, number
     member.__objclass__ = GGMLQuantizationType
@@ -24,12 +26,12 @@ def _add_type(name: str, number: int, block: int, size: int) -> GGMLQuantization
     GGMLQuantizationType._member_names_.append(name)
     GGMLQuantizationType._member_map_[name] = member
     GGMLQuantizationType._value2member_map_[number] = member
-    GGML_QUANT_SIZES[member] = (block, size)
+    GGML_QUANT_SIZES[member] = TYPE_SIZES[number]
     return member
 
 
-FLASH = _add_type("FLASH", FLASH_NUMBER, 1, 1)
-_add_type("Q2_0", 42, 64, 18)  # the engine's, not yet in the package
+FLASH = _add_type(BUNDLE_TYPE)
+_add_type(42)  # Q2_0: the engine's, not yet in the package
 
 _K = GGMLQuantizationType
 
@@ -52,15 +54,15 @@ NEED_IMATRIX = frozenset({_K.IQ1_S, _K.IQ2_XXS, _K.IQ2_XS})
 
 def row_bytes(kind: GGMLQuantizationType, elements: int) -> int:
     """Bytes of a row of that many elements. Raises ValueError if it is not a multiple of the type's block."""
-    block, size = GGML_QUANT_SIZES[kind]
+    block, size = TYPE_SIZES[kind]
     if elements % block:
         raise ValueError(f"{kind.name} needs rows that are a multiple of {block} elements, got {elements}")
-    return int(elements // block * size)
+    return elements // block * size
 
 
 def fits(kind: GGMLQuantizationType, elements: int) -> bool:
     """Whether a row of that many elements can be of that type."""
-    return elements % int(GGML_QUANT_SIZES[kind][0]) == 0
+    return elements % TYPE_SIZES[kind][0] == 0
 
 
 def quantisable(kind: GGMLQuantizationType, elements: int) -> GGMLQuantizationType:

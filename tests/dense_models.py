@@ -149,6 +149,7 @@ def expert_model(
         f"{arch}.feed_forward_length": u32(7),  # of dense layers, of which there are none
         f"{arch}.expert_feed_forward_length": u32(n_ff),
         f"{arch}.expert_count": u32(n_expert),
+        f"{arch}.expert_used_count": u32(1),
     }
     if activation:
         values[f"{arch}.feed_forward_activation"] = text(activation)

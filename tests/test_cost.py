@@ -15,7 +15,8 @@ from llama_flash import DeviceProfile, FlashOffload
 from llama_flash.budget.rooms import Breakdown, Budget
 from llama_flash.device.identity import Device
 from llama_flash.device.profile import ReadRate
-from llama_flash.model.bundles import BundleFormat, Bundles, LayerBundle, Part
+from llama_flash.model.bundles import Bundles, LayerBundle
+from llama_flash.model.flash_keys import BundleFormat, Part
 from llama_flash.model.gguf import GgufMeta, TensorInfo
 from llama_flash.planning.cost import ASSUMED_ACTIVE, Cost, expect
 from llama_flash.planning.misses import neuron_misses

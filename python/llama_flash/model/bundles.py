@@ -1,30 +1,39 @@
-"""Neuron bundles and predictors of a flash GGUF: what docs/reference/format.md says, checked, for the plugin.
+"""Neuron bundles and predictors of a flash GGUF: what docs/format.md says, checked, for the plugin and for gguf_tools.
 
-Nothing is computed on a file that contradicts itself: every check is made here, before the model is loaded.
+Nothing is computed on a file that contradicts itself: every check is made here or, of key-values, in flash_keys.py,
+before the model is loaded.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import FlashFormatError
 from ..native.params import Bytes, NeuronBundle, NeuronPredictor
-from .ggml_types import TYPE_SIZES, tensor_bytes
-from .gguf import GgufMeta, SkippedArray, TensorInfo, read_gguf
+from .flash_keys import (
+    ACTIVATIONS,
+    BUNDLE_TYPE,
+    PARTS,
+    BundleFormat,
+    Dimensions,
+    Experts,
+    Keys,
+    read_activation,
+    read_layout,
+    read_predictor,
+    row_bytes,
+)
+from .ggml_types import type_name
+from .gguf import GgufMeta, TensorInfo, read_gguf
 
-__all__ = ["BUNDLE_TYPE", "BundleFormat", "Bundles", "LayerBundle", "holds_bundles", "read_bundles"]
-
-BUNDLE_TYPE = 17996  # GGML_TYPE_FLASH
-VERSION = 1
+__all__ = ["Bundles", "LayerBundle", "holds_bundles", "read_bundles"]
 
 # in the head of a file: the key flash.version with its length before it and its type, uint32, behind it
 _VERSION_KEY = struct.pack("<Q13sI", 13, b"flash.version", 4)
@@ -32,53 +41,13 @@ _FIRST_TENSOR = b"\0\0\0\0\0\0\0blk."  # the end of a length, and a name: key-va
 _PIECE = 64 << 10  # bytes read at a time: small enough for the cache and the heap
 _SEARCHED = 64 << 20  # bytes at most
 
-PartName = Literal["gate", "up", "down"]
-Activation = Literal["relu", "relu2", "reglu", "fatrelu", "drelu"]
-
 _OURS = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.ffn_((?:bundle|bundle_exps|predictor|predictor_in|predictor_out)\.\w+)")
 _BUNDLE, _EXPERTS_BUNDLE = "bundle.weight", "bundle_exps.weight"
 _EXPERTS_ARCHITECTURES = ("smallthinker",)  # whose experts compute _EXPERTS_ACTIVATION
 _EXPERTS_ACTIVATION = "reglu"
-_PARTS: tuple[PartName, ...] = ("gate", "up", "down")
 _PREDICTOR_PARTS = ("predictor_in.weight", "predictor_out.weight", "predictor.bias")
 _F32 = 0
 _PREDICTOR_TYPES = (_F32, 1, 8, 30)  # F16, Q8_0, BF16
-_MOST_LAYERS = 512  # of the engine, LLAMA_MAX_LAYERS
-_WHOLE = ("uint32", "int32", "uint64", "int64")
-_NO_WEIGHTS = frozenset({9, 15, *range(24, 29), BUNDLE_TYPE})  # Q8_1, Q8_K, I8 to I64, F64: the engine's own results
-_ACTIVATIONS: dict[str, frozenset[bool]] = {  # name: whether gated
-    "relu": frozenset({False}),
-    "relu2": frozenset({False, True}),
-    "reglu": frozenset({True}),
-    "fatrelu": frozenset({True}),
-    "drelu": frozenset({True}),
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a record."""
-
-    name: PartName
-    type: int  # enum ggml_type
-    offset: int  # bytes from the record's begin
-    row_bytes: int
-
-
-@dataclass(frozen=True)
-class BundleFormat:
-    """How all bundles of a file are made."""
-
-    parts: tuple[Part, ...]
-    record_bytes: int
-    n_embd: int
-    split: bool
-    activation: Activation
-    threshold: float
-
-    @property
-    def gated(self) -> bool:
-        return self.parts[0].name == "gate"
 
 
 @dataclass(frozen=True)
@@ -160,8 +129,8 @@ class Bundles:
             rank=layer.rank,
             in_type=a.type,
             out_type=b.type,
-            matrix_in=_read(a, _row_bytes(a.type, self.format.n_embd) * layer.rank),
-            matrix_out=_read(b, _row_bytes(b.type, layer.rank) * layer.n_ff),
+            matrix_in=_read(a, row_bytes(a.type, self.format.n_embd) * layer.rank),
+            matrix_out=_read(b, row_bytes(b.type, layer.rank) * layer.n_ff),
             bias=_read(bias, 4 * layer.n_ff),
         )
 
@@ -199,143 +168,45 @@ def read_bundles(meta: GgufMeta) -> Bundles | None:
     if "flash.version" not in meta.values:
         _check_ordinary(meta)
         return None
-    keys = _Keys(meta)
-    if (version := keys.get("flash.version", "uint32")) != VERSION:
-        raise keys.error("flash.version", f"is {version}, this engine reads {VERSION}: convert the file again")
-    model = _Model.of(keys)
-    form = _format(keys, model)
-    layers = _Layers(meta, model, form, _ranks(keys, model)).read()
+    keys = Keys(meta.values, meta.types, meta.files[0])
+    dimensions = Dimensions.of(keys)
+    for name in ("expert_count", "expert_feed_forward_length"):
+        if (key := f"{dimensions.architecture}.{name}") in keys:
+            keys.whole(key)
+    form = _format(keys, dimensions)
+    predictor = read_predictor(keys, dimensions.n_layer)
+    layers = _Layers(meta, keys, dimensions, form, predictor[0] if predictor else []).read()
     n_expert_used = 0
     if any(layer.n_expert for layer in layers):
-        _check_experts(keys, model, form)
-        n_expert_used = keys.get(f"{model.architecture}.expert_used_count", *_WHOLE)
-        if not 0 < n_expert_used <= model.n_expert:
-            raise keys.error(f"{model.architecture}.expert_used_count", f"is {n_expert_used} of {model.n_expert}")
+        _check_experts(keys, dimensions, form)
+        key, n_expert = f"{dimensions.architecture}.expert_used_count", max(layer.n_expert for layer in layers)
+        n_expert_used = keys.whole(key)
+        if not 0 < n_expert_used <= n_expert:
+            raise keys.error(key, f"is {n_expert_used} of {n_expert}")
     return Bundles(form, layers, n_expert_used)
+
+
+def _format(keys: Keys, dimensions: Dimensions) -> BundleFormat:
+    layout = read_layout(keys, dimensions.n_embd)
+    activation, threshold = read_activation(keys, dimensions.architecture)
+    if layout.gated not in ACTIVATIONS[activation]:
+        names = ", ".join(part.name for part in layout.parts)
+        key = f"{dimensions.architecture}.feed_forward_activation"
+        raise keys.error(key, f"is {activation!r}, which does not fit the parts {names}")
+    return BundleFormat(layout.parts, layout.record_bytes, dimensions.n_embd, layout.split, activation, threshold)
 
 
 def _check_ordinary(meta: GgufMeta) -> None:
     """Nothing of the format is there without flash.version."""
     for key in meta.values:
         if key.startswith("flash."):
-            raise FlashFormatError(f"{meta.files[0]}: key {key} is there without flash.version")
+            raise FlashFormatError("is there without flash.version", file=meta.files[0], key=key)
     for tensor in meta.tensors.values():
         if tensor.type == BUNDLE_TYPE or _OURS.fullmatch(tensor.name):
-            raise FlashFormatError(f"{tensor.file}: tensor {tensor.name} is there without the key flash.version")
+            raise _error(tensor, "is there without flash.version")
 
 
-class _Keys:
-    """Key-values by their type."""
-
-    def __init__(self, meta: GgufMeta) -> None:
-        self._meta = meta
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._meta.values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._meta.values)
-
-    def error(self, key: str, message: str) -> FlashFormatError:
-        return FlashFormatError(f"{self._meta.files[0]}: key {key} {message}")
-
-    def get(self, key: str, *types: str, length: int | None = None) -> Any:
-        """The value, of one of these types; length: entries of an array."""
-        if key not in self._meta.values:
-            raise self.error(key, "is missing")
-        if (found := self._meta.types[key]) not in types:
-            raise self.error(key, f"is of type {found}, not {' or '.join(types)}")
-        value = self._meta.values[key]
-        n = value.length if isinstance(value, SkippedArray) else len(value) if isinstance(value, list) else None
-        if isinstance(value, SkippedArray) or (length is not None and n != length):
-            raise self.error(key, f"has {n} entries" + ("" if length is None else f", not {length}"))
-        return value
-
-    def one_of(self, key: str, accepted: Collection[str]) -> str:
-        value: str = self.get(key, "string")
-        if value not in accepted:
-            raise self.error(key, f"is {value!r:.80}: expected one of {', '.join(accepted)}")
-        return value
-
-
-@dataclass(frozen=True)
-class _Model:
-    """The numbers that the feed-forward blocks follow from."""
-
-    architecture: str
-    n_layer: int
-    n_embd: int
-    n_expert: int  # 0: none
-    n_ff_expert: int  # neurons of an expert
-    _n_ff: int | list[int]  # of a dense layer
-
-    @classmethod
-    def of(cls, keys: _Keys) -> _Model:
-        arch = keys.get("general.architecture", "string")
-        n_layer, n_embd = (keys.get(f"{arch}.{key}", *_WHOLE) for key in ("block_count", "embedding_length"))
-        if not 0 < n_layer <= _MOST_LAYERS:
-            raise keys.error(f"{arch}.block_count", f"is {n_layer}: expected 1 to {_MOST_LAYERS}")
-        n_expert, n_ff_expert = (
-            keys.get(f"{arch}.{key}", *_WHOLE) if f"{arch}.{key}" in keys else 0
-            for key in ("expert_count", "expert_feed_forward_length")
-        )
-        n_ff: int | list[int] = 0
-        if not n_ff_expert or f"{arch}.feed_forward_length" in keys:  # a mixture of experts may have no dense layer
-            n_ff = keys.get(f"{arch}.feed_forward_length", *_WHOLE, *(f"{kind}[]" for kind in _WHOLE))
-        return cls(arch, n_layer, n_embd, n_expert, n_ff_expert, n_ff)
-
-    def n_ff(self, layer: int) -> int:
-        """Neurons of a layer; 0 if the file does not say it."""
-        if isinstance(self._n_ff, int):
-            return self._n_ff
-        return self._n_ff[layer] if layer < len(self._n_ff) else 0
-
-
-def _format(keys: _Keys, model: _Model) -> BundleFormat:
-    names = keys.get("flash.bundle.parts", "string[]")
-    if names not in (["up", "down"], ["gate", "up", "down"]):
-        raise keys.error("flash.bundle.parts", f"is {names!r:.80}: expected ['up', 'down'] or ['gate', 'up', 'down']")
-    gated = len(names) == 3
-    types = keys.get("flash.bundle.types", "uint32[]", length=len(names))
-    lengths = keys.get("flash.bundle.row_lengths", "uint32[]", length=len(names))
-    offsets = keys.get("flash.bundle.offsets", "uint64[]", length=len(names))
-    parts: list[Part] = []
-    end = 0
-    for name, kind, length, offset in zip(names, types, lengths, offsets, strict=True):
-        if length != model.n_embd:
-            raise keys.error("flash.bundle.row_lengths", f"says {length}, embedding_length is {model.n_embd}")
-        try:
-            row_bytes = _row_bytes(kind, length)
-        except ValueError as error:
-            raise keys.error("flash.bundle.types", f"gives {name} the type {kind}: {error}") from None
-        if offset != end:
-            raise keys.error("flash.bundle.offsets", f"lets {name} begin at {offset}, the parts before it end at {end}")
-        end += row_bytes
-        parts.append(Part(name, kind, offset, row_bytes))
-    if gated and types[0] != types[1]:
-        raise keys.error("flash.bundle.types", "gives gate and up different types")
-    if (record_bytes := keys.get("flash.bundle.record_bytes", "uint64")) != end:
-        raise keys.error("flash.bundle.record_bytes", f"is {record_bytes}, the parts add up to {end}")
-    layout = keys.one_of("flash.bundle.layout", ("bundled", "split"))
-
-    key = f"{model.architecture}.feed_forward_activation"
-    activation = keys.one_of(key, _ACTIVATIONS)
-    if gated not in _ACTIVATIONS[activation]:
-        raise keys.error(key, f"is {activation!r}, which does not fit the parts {', '.join(names)}")
-    threshold = keys.get(f"{key}_threshold", "float32") if activation == "fatrelu" else 0.0
-    if not math.isfinite(threshold):
-        raise keys.error(f"{key}_threshold", f"is {threshold}")
-    return BundleFormat(
-        tuple(parts),
-        end,
-        model.n_embd,
-        layout == "split",
-        activation,  # type: ignore[arg-type]  # a key of _ACTIVATIONS
-        threshold,
-    )
-
-
-def _check_experts(keys: _Keys, model: _Model, form: BundleFormat) -> None:
+def _check_experts(keys: Keys, model: Dimensions, form: BundleFormat) -> None:
     """What bundles of experts make of the other key-values."""
     if model.architecture not in _EXPERTS_ARCHITECTURES:
         known = ", ".join(_EXPERTS_ARCHITECTURES)
@@ -347,27 +218,13 @@ def _check_experts(keys: _Keys, model: _Model, form: BundleFormat) -> None:
         raise keys.error("flash.bundle.layout", "is 'split', but bundles of experts are 'bundled'")
 
 
-def _ranks(keys: _Keys, model: _Model) -> list[int]:
-    """Rank of each layer's predictor; empty if the file has none."""
-    if "flash.predictor.kind" not in keys:
-        for key in keys:
-            if key.startswith("flash.predictor."):
-                raise keys.error(key, "is there without flash.predictor.kind")
-        return []
-    keys.one_of("flash.predictor.kind", ("lowrank",))
-    ranks: list[int] = keys.get("flash.predictor.ranks", "uint32[]", length=model.n_layer)
-    if "flash.predictor.recall" in keys:
-        recall = keys.get("flash.predictor.recall", "float32")
-        if not 0 <= recall <= 1:
-            raise keys.error("flash.predictor.recall", f"is {recall}, not a share")
-    return ranks
-
-
 class _Layers:
     """The tensors of the format, compared with the key-values."""
 
-    def __init__(self, meta: GgufMeta, model: _Model, form: BundleFormat, ranks: list[int]) -> None:
-        self._meta, self._model, self._form, self._ranks = meta, model, form, ranks
+    def __init__(
+        self, meta: GgufMeta, keys: Keys, dimensions: Dimensions, form: BundleFormat, ranks: list[int]
+    ) -> None:
+        self._meta, self._keys, self._model, self._form, self._ranks = meta, keys, dimensions, form, ranks
 
     def read(self) -> tuple[LayerBundle, ...]:
         bundles: dict[int, str] = {}
@@ -389,16 +246,20 @@ class _Layers:
             elif kind in _PREDICTOR_PARTS:
                 predictors.add(layer)
         if not bundles:
-            raise FlashFormatError(
-                f"{self._meta.files[0]}: key flash.version is there, but no tensor blk.N.ffn_bundle.weight or "
-                "blk.N.ffn_bundle_exps.weight"
-            )
-        for layer in predictors:
-            if bundles.get(layer) == _EXPERTS_BUNDLE:
-                raise FlashFormatError(f"{self._meta.files[0]}: layer {layer} has experts in bundles and a predictor")
+            said = "is there, but no tensor blk.N.ffn_bundle.weight or blk.N.ffn_bundle_exps.weight"
+            raise self._keys.error("flash.version", said)
+        experts = None
+        if _EXPERTS_BUNDLE in bundles.values():
+            experts = Experts.of(self._keys, self._model.architecture)
+        for layer, rank in enumerate(self._ranks):
+            if rank and bundles.get(layer) == _EXPERTS_BUNDLE:
+                said = f"gives layer {layer} a rank, but blk.{layer}.ffn_{_EXPERTS_BUNDLE} has no predictor"
+                raise self._keys.error("flash.predictor.ranks", said)
         found = {layer: self._predictor(layer) for layer in sorted(predictors)}
         return tuple(
-            self._bundle(layer, found.get(layer)) if kind == _BUNDLE else self._experts(layer)
+            self._experts(layer, experts)
+            if experts and kind == _EXPERTS_BUNDLE
+            else self._bundle(layer, found.get(layer))
             for layer, kind in sorted(bundles.items())
         )
 
@@ -408,7 +269,7 @@ class _Layers:
         _expect(tensor, (form.record_bytes, n_ff), (BUNDLE_TYPE,))
         biases: dict[str, TensorInfo] = {}
         held = {part.name for part in form.parts}
-        for part in _PARTS:
+        for part in PARTS:
             if weight := tensors.get(f"blk.{layer}.ffn_{part}.weight"):
                 raise _error(weight, f"is there besides {tensor.name}")
             bias = tensors.get(f"blk.{layer}.ffn_{part}.bias")
@@ -422,17 +283,18 @@ class _Layers:
         rank = self._ranks[layer] if predictor else 0
         return LayerBundle(layer, n_ff, 0, tensor, biases.get("up"), biases.get("gate"), rank, predictor)
 
-    def _experts(self, layer: int) -> LayerBundle:
-        tensors, form, model = self._meta.tensors, self._form, self._model
+    def _experts(self, layer: int, experts: Experts) -> LayerBundle:
+        tensors, form = self._meta.tensors, self._form
         tensor = tensors[f"blk.{layer}.ffn_{_EXPERTS_BUNDLE}"]
         if not form.gated:
             raise _error(tensor, "is there, but the bundles have no gate")
-        _expect(tensor, (form.record_bytes, model.n_ff_expert, model.n_expert), (BUNDLE_TYPE,))
-        for part in _PARTS:
-            for name in (f"{part}_exps.weight", f"{part}_exps.bias", f"{part}.weight", f"{part}.bias"):
-                if other := tensors.get(f"blk.{layer}.ffn_{name}"):
-                    raise _error(other, f"is there besides {tensor.name}")
-        return LayerBundle(layer, model.n_ff_expert, model.n_expert, tensor, None, None, 0, None)
+        _expect(tensor, experts.shape(form.record_bytes, experts.n_ff), (BUNDLE_TYPE,))
+        for part in (*PARTS, "gate_up"):
+            for kind, why in (("weight", ""), ("bias", ": experts in bundles have no biases")):
+                for name in (f"{part}_exps.{kind}", f"{part}.{kind}"):
+                    if other := tensors.get(f"blk.{layer}.ffn_{name}"):
+                        raise _error(other, f"is there besides {tensor.name}{why}")
+        return LayerBundle(layer, experts.n_ff, experts.n_expert, tensor, None, None, 0, None)
 
     def _predictor(self, layer: int) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
         rank = self._ranks[layer] if self._ranks else 0
@@ -441,10 +303,8 @@ class _Layers:
             name = f"blk.{layer}.ffn_{part}"
             tensor = self._meta.tensors.get(name)
             if rank and tensor is None:
-                raise FlashFormatError(
-                    f"{self._meta.files[0]}: tensor {name} is missing: flash.predictor.ranks gives layer {layer} "
-                    f"the rank {rank}"
-                )
+                said = f"is missing: flash.predictor.ranks gives layer {layer} the rank {rank}"
+                raise FlashFormatError(said, file=self._meta.files[0], tensor=name)
             if tensor and not rank:
                 raise _error(tensor, f"is there, but flash.predictor.ranks gives layer {layer} no rank")
             if tensor:
@@ -457,8 +317,8 @@ class _Layers:
         return a, b, bias
 
 
-def _error(tensor: TensorInfo, message: str) -> FlashFormatError:
-    return FlashFormatError(f"{tensor.file}: tensor {tensor.name} {message}")
+def _error(tensor: TensorInfo, said: str) -> FlashFormatError:
+    return FlashFormatError(said, file=tensor.file, tensor=tensor.name)
 
 
 def _expect(tensor: TensorInfo, shape: tuple[int, ...], types: tuple[int, ...]) -> None:
@@ -466,19 +326,9 @@ def _expect(tensor: TensorInfo, shape: tuple[int, ...], types: tuple[int, ...]) 
     n = max(len(shape), len(tensor.shape))
     found, wanted = ((*one, *[1] * (n - len(one))) for one in (tensor.shape, shape))
     if found != wanted or 0 in shape:
-        raise _error(tensor, f"has shape {list(tensor.shape)}, expected {list(shape)}")
+        raise _error(tensor, f"has the shape {list(tensor.shape)}, expected {list(shape)}")
     if tensor.type not in types:
-        raise _error(tensor, f"is of type {tensor.type}, expected {' or '.join(map(str, types))}")
-
-
-def _row_bytes(kind: int, length: int) -> int:
-    """Bytes of a row of weights. Raises ValueError if the type is not one of weights, or does not fit the length."""
-    if kind in _NO_WEIGHTS or kind not in TYPE_SIZES:
-        raise ValueError("not a known type of weights")
-    block = TYPE_SIZES[kind][0]
-    if length % block or not length:
-        raise ValueError(f"rows of {length} elements are not whole blocks of {block}")
-    return tensor_bytes(kind, (length,))
+        raise _error(tensor, f"is of type {type_name(tensor.type)}, expected {' or '.join(map(type_name, types))}")
 
 
 def _read(tensor: TensorInfo, size: int) -> Bytes:
@@ -487,5 +337,5 @@ def _read(tensor: TensorInfo, size: int) -> Bytes:
         data = np.fromfile(stream, np.uint8, size, offset=tensor.offset)
         os.posix_fadvise(stream.fileno(), tensor.offset, size, os.POSIX_FADV_DONTNEED)
     if len(data) != size:
-        raise FlashFormatError(f"{tensor.file}: tensor {tensor.name} is cut short")
+        raise _error(tensor, "is cut short")
     return data
