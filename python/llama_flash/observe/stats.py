@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..budget.rooms import Breakdown, Budget
+from ..native import bindings
 from ..sizes import format_size
 
 __all__ = ["Counters", "FlashStats"]
@@ -70,8 +71,8 @@ class Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
     @classmethod
-    def from_struct(cls, raw: Any) -> Counters:
-        """From a `struct llama_flash_stats`, which knows nothing of tokens and calls."""
+    def from_struct(cls, raw: bindings.llama_flash_stats) -> Counters:
+        """From the plugin's counters, which know nothing of tokens and calls."""
         return cls(
             bytes_read=raw.bytes_read,
             bytes_used=raw.bytes_used,
