@@ -248,8 +248,8 @@ def test_auto_is_exact_where_the_gates_leave_room_else_whole_experts_and_says_so
         session = llm.flash
         assert session.stats().predictor == "exact" and "exact (gate resident)" in session.summary
         least = session.native.requirements().min_memory
-        needs = session._choose_predictor(least + (1 << 20))
-        assert session.predictor == "off" and "whole experts are read" in session._line()
+        needs = session._load.choose_predictor(least + (1 << 20))
+        assert session.predictor == "off" and "whole experts are read" in session._load.line()
         assert needs.min_memory < least
 
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 from ..budget.controller import Callback, Controller, FlashEvent
+from ..budget.held import granted
 from ..budget.rooms import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from ..errors import FlashError
 from ..native.handle import Session
@@ -33,7 +34,7 @@ class Share:
     """
 
     def __init__(self, path: str, options: FlashOffload, account: Account) -> None:
-        self._path, self._options, self._account = path, options, account
+        self.path, self._options, self._account = path, options, account
         self.budget: Budget
         self.memory = Breakdown()
         self.native: Session | None = None
@@ -45,6 +46,18 @@ class Share:
         self._granted = self._least = self._most = 0  # flash memory: on the way to, at least, at most
         self._moving = self._urgent = self._short = False
         self._callbacks: list[Callback] = []
+
+    def take(self, native: Session) -> None:
+        """The session that the memory is of; freed by `release`."""
+        self.native = native
+        granted.add(self)
+
+    def release(self) -> None:
+        """Frees the session and its memory, if there is one."""
+        native, self.native = self.native, None
+        granted.discard(self)
+        if native is not None:
+            native.close()
 
     def give(self, n_bytes: int, needs: Requirements) -> None:
         """The first memory, of `n_bytes` that there are for it: as much of them as is of use.
@@ -183,7 +196,7 @@ class Share:
                 return  # once is enough
             logger.warning(
                 "%s: %s leaves less than the %s of flash memory that cannot be given back while the model is loaded",
-                os.path.basename(self._path),
+                os.path.basename(self.path),
                 event.reason,
                 format_size(event.after),
             )
@@ -199,4 +212,4 @@ class Share:
         native = self.native
         with contextlib.nullcontext() if native is None else native.using():
             stats = self._account.stats(self.budget, self.memory, native)
-        return {"path": os.path.abspath(self._path), **flash, **stats.as_dict()}
+        return {"path": os.path.abspath(self.path), **flash, **stats.as_dict()}

@@ -1,0 +1,326 @@
+"""The load of one model with flash offload: a plan, the plugin's session, and the first memory.
+
+`Llama.__init__` goes through it by way of session.py: `Load` before the model is loaded, `loading` around the load,
+`attach` when the context exists. Everything that must stay in memory is there when `attach` divides the rest of the
+budget, so it is measured and not guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ..budget.controller import Controller
+from ..budget.held import held_by_all, promised_by_all
+from ..budget.limits import check_addresses, check_threads, explain_files
+from ..budget.rooms import Breakdown, held_by_process, refuse, resolve_budget
+from ..device.kept import recall
+from ..errors import FlashBudgetError, FlashError
+from ..model.adapters import predictor_with
+from ..model.gguf import GgufMeta, check_is_model, check_vocabulary, claims_wide_heads, read_gguf
+from ..model.shape import ContextShape
+from ..native.calls import abort_callback, context_memory, flash_buffer_type, override
+from ..native.handle import Session
+from ..native.library import settled, trim_heap
+from ..native.params import Mode, Requirements, neuron_params
+from ..options import FlashOffload
+from ..planning.advice import advice_for
+from ..planning.dry_run import check_model
+from ..planning.placed import Plan
+from ..planning.placement import choose_predictor, make_plan, work_bytes
+from ..planning.planner import smallest_budget_of
+from ..planning.reads import experts_ahead, io_choice
+from ..sizes import format_size, parse_size
+from .account import Account
+from .describe import line_about, nothing_to_offload
+from .memento import Memento
+from .share import Share
+
+__all__ = ["Load"]
+
+logger = logging.getLogger("llama_flash")
+
+_STACK = 8 << 20  # bytes of addresses of a thread
+
+
+class Load:
+    """Of one model, into `share` and `account`. To be ended with `end`, well or not.
+
+    Args:
+        model_params, context_params, logits_all, lora_path, verbose: see open_session.
+
+    Raises:
+        FlashBudgetError, FlashFormatError, FlashError: see open_session.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        options: FlashOffload,
+        share: Share,
+        account: Account,
+        *,
+        model_params: Any,
+        context_params: Any,
+        logits_all: bool,
+        lora_path: str | None,
+        verbose: bool,
+    ) -> None:
+        self.options = options
+        self.summary = ""  # the line about the load
+        self.io_depth = 1  # most reads in flight
+        self._path, self._share, self._account = path, share, account
+        self._context_params = context_params
+        self._logits_all, self._lora_path, self._verbose = logits_all, lora_path, verbose
+
+        Controller.of_process().begin_load(self)
+        try:
+            self._prepare(model_params)
+        except BaseException as failure:
+            self.end()
+            share.release()
+            if isinstance(failure, OSError):
+                explain_files(failure, [path])
+            raise
+
+    def end(self) -> None:
+        """Others may load. May be called twice."""
+        Controller.of_process().end_load(self)
+
+    @property
+    def name(self) -> str:
+        """Of the model's file."""
+        return os.path.basename(self._path)
+
+    @property
+    def _plan(self) -> Plan:
+        return self._account.plan
+
+    @property
+    def ubatches(self) -> int:
+        """That a call is computed in, at most."""
+        params = self._context_params
+        return -(-max(1, params.n_batch) // max(1, params.n_ubatch))
+
+    def _prepare(self, model_params: Any) -> None:
+        options, share, context_params = self.options, self._share, self._context_params
+        self._base = held_by_all(share)
+        self.meta: GgufMeta = read_gguf(self._path)
+        if not model_params.vocab_only:
+            check_is_model(self.meta)
+            if claims_wide_heads(self.meta):
+                check_model(self._path)
+        check_vocabulary(self.meta, text=False)
+        budget = share.budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
+        if budget.asked is not None and budget.asked > budget.total:
+            logger.warning(
+                "dram_budget is %s, but %s leaves %s: that is used",
+                format_size(budget.asked),
+                budget.reason,
+                format_size(budget.total),
+            )
+        if not self._logits_all and not context_params.embeddings:
+            # Only the last token's logits are ever asked for: do not reserve n_ubatch rows of the vocabulary.
+            context_params.n_outputs_max = 1
+        self._account.plan = self._make_plan()
+        share.memory = self._plan.expected
+        if self._plan.bundles:
+            how = predictor_with(self._lora_path, self._plan.bundles, options.predictor)
+            if how != options.predictor:
+                logger.warning("the LoRA adapter changes feed-forward blocks: active neurons are not looked for")
+                self.options = replace(options, predictor=how)
+        if model_params.vocab_only:
+            self._account.plan = replace(self._plan, mode="nothing", tensors=())
+        if self._plan.mode == "nothing":
+            return
+        needs = share.memory
+        stacks = self._n_threads() * _STACK
+        check_addresses(needs.weights + needs.kv + needs.compute + needs.outputs + self._plan.flash_bytes + stacks)
+        self._set_load_mode(model_params)
+        if self._plan.mode == "flash":
+            native = self._open()
+            self._overrides = override(model_params, self._plan.patterns(), flash_buffer_type())
+            context_params.abort_callback = abort_callback()
+            context_params.abort_callback_data = native.address
+
+    def _make_plan(self) -> Plan:
+        try:
+            return make_plan(self.meta, self.options, self._share.budget, self._shape(), self._base - settled())
+        except FlashBudgetError as refused:
+            if Controller.of_process().squeeze():  # other models have more than they need
+                self._base = held_by_all(self._share)
+                return self._make_plan()
+            held = functools.partial(held_by_all, self._share)
+            budget = self._share.budget
+            raise smallest_budget_of(self.meta, self.options, budget, self._shape(), held, refused) from None
+
+    @staticmethod
+    def _set_load_mode(model_params: Any) -> None:
+        import llama_cpp
+
+        if model_params.load_mode in (llama_cpp.LLAMA_LOAD_MODE_MLOCK, llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK):
+            logger.warning("use_mlock has no effect together with flash_offload")
+        model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_DIRECT_IO
+        model_params.lazy_mode = llama_cpp.LLAMA_LAZY_MODE_OFF  # tables that would be mapped go to flash
+
+    def _open(self) -> Session:
+        io_engine, self.io_depth = io_choice(self.options, self._plan.bundles, recall(self._path))
+        native = Session(
+            io_engine,
+            io_depth=self.io_depth,
+            io_threads=self.options.io_threads,
+            lookahead=experts_ahead(self.options),
+            panel_bytes=parse_size(self.options.panel_bytes),
+        )
+        self._share.take(native)
+        self._share.memento = Memento(self.meta, self.options, self._plan)
+        for name, only in self._plan.tables.items():
+            native.add_rows(name, only)
+        for bundle in self._plan.bundles.descriptions() if self._plan.bundles else ():
+            native.add_bundle(bundle)
+        return native
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around the load of the model, in the thread that loads it: binds the flash tensors.
+
+        Raises:
+            FlashError: what the plugin has to say, in place of the engine's own error.
+        """
+        native = self._share.native
+        if native is None:
+            yield
+            return
+        native.bind_begin()
+        try:
+            yield
+        except Exception as failure:
+            self.end()
+            try:
+                native.raise_pending()  # a weight that could not be read or bound
+            except FlashError as error:
+                raise error from failure
+            finally:
+                with contextlib.suppress(FlashError):  # what is missing is so because the engine stopped
+                    native.bind_end()
+            explain_files(failure, self.meta.files)
+            raise
+        else:
+            native.bind_end()
+
+    def attach(self, context: Any, scores_bytes: int) -> None:
+        """Divides what the budget has left, when all that must stay in memory is there.
+
+        Args:
+            context: llama_context pointer.
+            scores_bytes: bytes that the caller's own array of logits will take.
+
+        Raises:
+            FlashBudgetError: too little is left.
+            FlashReadError: filling pinned panels failed.
+        """
+        try:
+            self._attach(context, scores_bytes)
+        finally:
+            self.end()
+
+    def _attach(self, context: Any, scores_bytes: int) -> None:
+        if self._plan.mode == "nothing":
+            self._share.memory = replace(self._share.memory, reserve=0)
+            self._say(nothing_to_offload(self.name, self.options.what))
+            return
+        self._share.memory = self._measured(context, scores_bytes)
+        if self._plan.mode == "resident":
+            if self._share.memory.fixed > self._share.budget.total:
+                raise refuse(self._share.budget, self._share.memory, 0, self.options.reserve, advice=self._advice())
+        else:
+            self._divide()
+        self._say(self.line())
+        if self._plan.mode == "flash" and self.options.follow:
+            assert self._share.memento is not None
+            self._share.memento.note_files()
+            Controller.of_process().join(self._share)
+        check_threads(self._n_threads())
+
+    def _measured(self, context: Any, scores_bytes: int) -> Breakdown:
+        """What is there before flash gets memory."""
+        trim_heap()
+        buffers = context_memory(context)
+        # weights and KV cache have been written, graph buffers not yet
+        held = held_by_process() - buffers.model - buffers.context
+        shape = self._shape()
+        n_outputs = shape.n_outputs * 4 * (self.meta.n_vocab + self.meta.number("embedding_length"))
+        return Breakdown(
+            interpreter=max(self._base, held + promised_by_all(self._share)),
+            weights=buffers.model,
+            kv=buffers.context,
+            compute=buffers.compute + work_bytes(self.meta, shape),
+            outputs=n_outputs + scores_bytes,
+            reserve=self._share.budget.reserve,
+        )
+
+    def _divide(self) -> None:
+        native = self._share.native
+        assert native is not None
+        budget, memory = self._share.budget, self._share.memory
+        left = budget.total - memory.total
+        needs = self.choose_predictor(left) if self._plan.bundles else native.requirements()
+        if left < needs.min_memory:
+            raise refuse(budget, memory, needs.min_memory, self.options.reserve, advice=self._advice())
+        self._share.give(left, needs)
+        self._account.begin(native)
+
+    def choose_predictor(self, left: int) -> Requirements:
+        """How active neurons are found, and what that needs; left: bytes there are for it."""
+        assert self._plan.bundles is not None
+        return choose_predictor(self._path, self._plan.bundles, self.options.predictor, left, self._set_predictor)
+
+    def _set_predictor(self, mode: Mode) -> Requirements:
+        native, bundles = self._share.native, self._plan.bundles
+        assert native is not None and bundles is not None
+        self._account.predictor = mode
+        n_ubatch = self._context_params.n_ubatch
+        native.set_neurons(neuron_params(mode, self.options, bundles.format.record_bytes, n_ubatch))
+        return native.requirements()
+
+    def _advice(self) -> tuple[str, ...]:
+        return advice_for(self.meta, self._plan, self.options, self._shape())
+
+    def _shape(self) -> ContextShape:
+        context = self._context_params
+        n_ctx = context.n_ctx or self.meta.number("context_length", 4096)
+        every = self._logits_all or bool(context.embeddings)
+        return ContextShape(
+            n_ctx=n_ctx,
+            n_batch=context.n_batch,
+            n_ubatch=context.n_ubatch,
+            n_outputs=context.n_batch if every else 1,
+            n_scores=n_ctx if self._logits_all else 0,
+            type_k=context.type_k,
+            type_v=context.type_v,
+            flash_attn=context.flash_attn_type == 1,
+            embedding=bool(context.embeddings),
+        )
+
+    def _n_threads(self) -> int:
+        return max(1, int(self._context_params.n_threads), int(self._context_params.n_threads_batch))
+
+    def line(self) -> str:
+        """About the model as it is now."""
+        share = self._share
+        return line_about(
+            self.name, self.meta, self._plan, share.budget, share.memory, self._account.predictor, share.neuron_slots
+        )
+
+    def _say(self, line: str) -> None:
+        """One line, through logging if somebody listens, else on stderr."""
+        self.summary = line
+        logger.info("%s", line)
+        if self._verbose and not (logger.isEnabledFor(logging.INFO) and logger.hasHandlers()):
+            print(f"llama-flash: {line}", file=sys.stderr, flush=True)
