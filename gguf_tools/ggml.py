@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
-from gguf_tools.types import NEED_IMATRIX, WEIGHT_TYPES
+from gguf_tools.types import NEED_IMATRIX, WEIGHT_TYPES, block_of
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _TYPES = 43  # GGML_TYPE_COUNT
@@ -75,7 +75,7 @@ def library() -> ctypes.CDLL:
 
 def block_layout(kind: GGMLQuantizationType) -> tuple[int, int]:
     """Elements and bytes of the smallest unit that `quantize` deals in."""
-    elements, size = GGML_QUANT_SIZES[kind]
+    elements, size = block_of(kind)
     return (elements, size) if elements > 1 else (_UNBLOCKED, _UNBLOCKED * size)
 
 
@@ -86,7 +86,7 @@ def quantize(values: npt.NDArray[np.float32], kind: GGMLQuantizationType) -> npt
     columns are not a multiple of the type's block, or for a type that ggml cannot quantise to as things are.
     """
     n_rows, columns = values.shape
-    elements, size = GGML_QUANT_SIZES[kind]
+    elements, size = block_of(kind)
     if columns % elements:
         raise ValueError(f"{kind.name} needs rows that are a multiple of {elements}, got {columns}")
     if kind in NEED_IMATRIX or kind not in WEIGHT_TYPES:
@@ -109,7 +109,7 @@ def dequantize(rows: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.N
 
     rows: [rows, bytes per row]; returns [rows, columns]. Raises ValueError for a type that has no values (FLASH).
     """
-    elements, size = GGML_QUANT_SIZES[kind]
+    elements, size = block_of(kind)
     n_rows, n_bytes = rows.shape
     source = np.ascontiguousarray(rows)
     if kind in _NUMPY:

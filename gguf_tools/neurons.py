@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
 from gguf_tools import ggml
 from gguf_tools.errors import GgufToolsError
@@ -45,7 +45,7 @@ from gguf_tools.source import (
     row_count,
     row_length,
 )
-from gguf_tools.types import PLAIN_TYPES, WEIGHT_TYPES, row_bytes
+from gguf_tools.types import PLAIN_TYPES, WEIGHT_TYPES, block_of, row_bytes
 
 MEMORY = 256 << 20  # bytes that a conversion works in, unless it is told otherwise
 
@@ -158,7 +158,7 @@ class Transposed:
         )
 
     def floats(self, start: int, stop: int) -> Floats:
-        block = int(GGML_QUANT_SIZES[self.matrix.kind][0])
+        block = block_of(self.matrix.kind)[0]
         pieces = []
         for matrix, first, last in self._matrices(start, stop):
             begin, end = first // block * block, -(-last // block) * block
@@ -179,7 +179,7 @@ class Transposed:
     @property
     def row_cost(self) -> int:
         """Bytes of memory that one more row takes while it is read."""
-        block, size = GGML_QUANT_SIZES[self.matrix.kind]
+        block, size = block_of(self.matrix.kind)
         return self.matrix.shape[1] * (8 + -(-int(size) // int(block)))
 
 
@@ -208,7 +208,7 @@ def row_runs(tensors: Sequence[SourceTensor], cost: int, memory: int) -> Sequenc
     matrices of experts whole where the memory allows it: half of a transposed one costs as many reads.
     """
     n_rows = row_count(tensors[0])
-    block = max(int(GGML_QUANT_SIZES[t.matrix.kind][0]) if isinstance(t, Transposed) else 1 for t in tensors)
+    block = max(block_of(t.matrix.kind)[0] if isinstance(t, Transposed) else 1 for t in tensors)
     step = max(1, memory // (cost * block)) * block
     per_expert = tensors[0].shape[1] if len(tensors[0].shape) > 2 else n_rows
     if step > per_expert:

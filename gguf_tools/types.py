@@ -52,9 +52,14 @@ _SMALLER_BLOCKS = {
 NEED_IMATRIX = frozenset({_K.IQ1_S, _K.IQ2_XXS, _K.IQ2_XS})
 
 
+def block_of(kind: GGMLQuantizationType) -> tuple[int, int]:
+    """Elements and bytes of a block of the type."""
+    return TYPE_SIZES[kind]
+
+
 def row_bytes(kind: GGMLQuantizationType, elements: int) -> int:
     """Bytes of a row of that many elements. Raises ValueError if it is not a multiple of the type's block."""
-    block, size = TYPE_SIZES[kind]
+    block, size = block_of(kind)
     if elements % block:
         raise ValueError(f"{kind.name} needs rows that are a multiple of {block} elements, got {elements}")
     return elements // block * size
@@ -62,7 +67,7 @@ def row_bytes(kind: GGMLQuantizationType, elements: int) -> int:
 
 def fits(kind: GGMLQuantizationType, elements: int) -> bool:
     """Whether a row of that many elements can be of that type."""
-    return elements % TYPE_SIZES[kind][0] == 0
+    return elements % block_of(kind)[0] == 0
 
 
 def quantisable(kind: GGMLQuantizationType, elements: int) -> GGMLQuantizationType:

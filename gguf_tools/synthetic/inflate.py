@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from gguf_tools import ggml
 from gguf_tools.errors import GgufToolsError
@@ -39,7 +39,7 @@ from gguf_tools.source import (
 )
 from gguf_tools.stream import PlannedTensor, copied, write_gguf
 from gguf_tools.synthetic.weights import rng_for
-from gguf_tools.types import PLAIN_TYPES, row_bytes
+from gguf_tools.types import PLAIN_TYPES, block_of, row_bytes
 
 _POOL = 16 << 20  # bytes of a matrix that added rows are drawn from
 _MIXED = 1 / 8  # share of an added row's blocks that come from yet another neuron, one at least
@@ -86,7 +86,7 @@ class _Block:
     @property
     def step(self) -> int:
         """Neurons that can be added without cutting a block of down's rows."""
-        return math.lcm(int(GGML_QUANT_SIZES[self.down.kind][0]), _ROWS)
+        return math.lcm(block_of(self.down.kind)[0], _ROWS)
 
     def parts(self, tensor: SourceTensor) -> int:
         """Matrices of n_ff rows that lie one after the other in a tensor: two where gate and up are one tensor."""
@@ -320,12 +320,12 @@ def _idle(tensor: SourceTensor) -> Bytes:
     """
     rows = max(1, min(row_count(tensor), (_POOL >> 4) // raw_row_bytes(tensor)))
     # elements of their own are taken one by one: a row need not be a multiple of more
-    own: Bytes = tensor.raw(0, rows).reshape(-1, GGML_QUANT_SIZES[tensor.kind][1]).copy()
+    own: Bytes = tensor.raw(0, rows).reshape(-1, block_of(tensor.kind)[1]).copy()
     if tensor.kind in _SCALES:
         own[:, _SCALES[tensor.kind]] = 0
         if _is_zero(own, tensor.kind):
             return own
-    zeros = np.zeros((1, _ROWS // math.gcd(_ROWS, GGML_QUANT_SIZES[tensor.kind][0]) * own.shape[1]), np.uint8)
+    zeros = np.zeros((1, _ROWS // math.gcd(_ROWS, block_of(tensor.kind)[0]) * own.shape[1]), np.uint8)
     if not _is_zero(zeros, tensor.kind):
         raise GgufToolsError(f"is {tensor.kind.name}, which has no zero", tensor=tensor.name)
     return zeros

@@ -20,6 +20,7 @@ from gguf_tools.synthetic.routing import Skew
 from gguf_tools.synthetic.tokenizer import add_tokenizer
 from gguf_tools.synthetic.types import Types
 from gguf_tools.synthetic.weights import BlockPool, rng_for
+from gguf_tools.types import block_of
 from llama_flash.whole_files import remove_abandoned, temporary_folder
 
 _RESERVE = 256 << 20  # disk space left alone
@@ -91,7 +92,7 @@ def write(model: SyntheticModel, path: Path, *, n_shards: int = 1, progress: Pro
 
 
 def _byte_shape(tensor: Tensor, types: Types) -> tuple[int, ...]:
-    elements, size = gguf.GGML_QUANT_SIZES[types.of(tensor)]
+    elements, size = block_of(types.of(tensor))
     return (*tensor.shape[:-1], tensor.shape[-1] // elements * size)
 
 
