@@ -54,5 +54,5 @@ def test_names_of_earlier_versions_are_the_same_things() -> None:
     from llama_flash.session import session
 
     assert Option is planner.Option and Cost is cost.Cost and FlashSession is session.FlashSession
-    assert llama_flash.budget.Budget is rooms.Budget  # type: ignore[attr-defined]
+    assert llama_flash.budget.Budget is rooms.Budget
     assert llama_flash.plan is planner.plan, "a function, also when the module planner is loaded"

@@ -5,23 +5,19 @@ from __future__ import annotations
 from .rooms import (
     Breakdown,
     Budget,
-    Room,
     default_reserve,
     held_by_process,
     reserve_of,
     resolve_budget,
-    rooms,
     smallest_budget,
 )
 
 __all__ = [
     "Breakdown",
     "Budget",
-    "Room",
     "default_reserve",
     "held_by_process",
     "reserve_of",
     "resolve_budget",
-    "rooms",
     "smallest_budget",
 ]

@@ -10,7 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -255,15 +255,17 @@ class _Layers:
             if rank and bundles.get(layer) == _EXPERTS_BUNDLE:
                 said = f"gives layer {layer} a rank, but blk.{layer}.ffn_{_EXPERTS_BUNDLE} has no predictor"
                 raise self._keys.error("flash.predictor.ranks", said)
-        found = {layer: self._predictor(layer) for layer in sorted(predictors)}
-        return tuple(
-            self._experts(layer, experts)
-            if experts and kind == _EXPERTS_BUNDLE
-            else self._bundle(layer, found.get(layer))
+        found = [
+            self._experts(layer, experts) if experts and kind == _EXPERTS_BUNDLE else self._bundle(layer)
             for layer, kind in sorted(bundles.items())
+        ]
+        fitted = {layer: self._predictor(layer) for layer in sorted(predictors)}
+        return tuple(
+            replace(one, rank=self._ranks[one.layer], predictor=fitted[one.layer]) if one.layer in fitted else one
+            for one in found
         )
 
-    def _bundle(self, layer: int, predictor: tuple[TensorInfo, TensorInfo, TensorInfo] | None) -> LayerBundle:
+    def _bundle(self, layer: int) -> LayerBundle:
         tensors, form, n_ff = self._meta.tensors, self._form, self._model.n_ff(layer)
         tensor = tensors[f"blk.{layer}.ffn_bundle.weight"]
         _expect(tensor, (form.record_bytes, n_ff), (BUNDLE_TYPE,))
@@ -280,8 +282,7 @@ class _Layers:
             n = form.n_embd if part == "down" else n_ff
             _expect(bias, (n,), (_F32,))
             biases[part] = bias
-        rank = self._ranks[layer] if predictor else 0
-        return LayerBundle(layer, n_ff, 0, tensor, biases.get("up"), biases.get("gate"), rank, predictor)
+        return LayerBundle(layer, n_ff, 0, tensor, biases.get("up"), biases.get("gate"), 0, None)
 
     def _experts(self, layer: int, experts: Experts) -> LayerBundle:
         tensors, form = self._meta.tensors, self._form

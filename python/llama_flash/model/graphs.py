@@ -19,7 +19,8 @@ from ..native import bindings
 from ..native.calls import context_memory, graph_uses
 from .bundles import read_bundles
 from .ggml_types import tensor_bytes
-from .gguf import GgufMeta, SkippedArray, Value
+from .gguf import GgufMeta
+from .head import SkippedArray, Value
 from .no_alloc import context_params, no_alloc_context
 from .shape import ContextShape
 

@@ -106,7 +106,7 @@ class Load:
     def ubatches(self) -> int:
         """That a call is computed in, at most."""
         params = self._context_params
-        return -(-max(1, params.n_batch) // max(1, params.n_ubatch))
+        return -(-max(1, int(params.n_batch)) // max(1, int(params.n_ubatch)))
 
     def _prepare(self, model_params: Any) -> None:
         options, share, context_params = self.options, self._share, self._context_params
