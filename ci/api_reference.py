@@ -149,7 +149,10 @@ def signature(name: str, thing: Callable[..., Any]) -> str:
 def type_name(annotation: str) -> str:
     """Aliases that this page does not explain are written out."""
     alias = ALIASES.get(annotation)
-    return str(alias).replace("typing.", "").replace("collections.abc.", "") if alias else annotation
+    if not alias:
+        return annotation
+    written = str(alias).replace("typing.", "").replace("collections.abc.", "")
+    return written.replace(f"{llama_flash.FlashEvent.__module__}.", "llama_flash.")
 
 
 def document(thing: Any) -> list[str]:

@@ -31,10 +31,8 @@ from ..native.library import settled, trim_heap
 from ..native.params import Mode, Requirements, neuron_params
 from ..options import FlashOffload
 from ..planning.advice import advice_for
-from ..planning.dry_run import check_model
 from ..planning.placed import Plan
 from ..planning.placement import choose_predictor, make_plan, work_bytes
-from ..planning.planner import smallest_budget_of
 from ..planning.reads import experts_ahead, io_choice
 from ..sizes import format_size, parse_size
 from .account import Account
@@ -115,6 +113,8 @@ class Load:
         if not model_params.vocab_only:
             check_is_model(self.meta)
             if claims_wide_heads(self.meta):
+                from ..planning.dry_run import check_model  # rarely needed: not in memory otherwise
+
                 check_model(self._path)
         check_vocabulary(self.meta, text=False)
         budget = share.budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
@@ -156,6 +156,8 @@ class Load:
             if Controller.of_process().squeeze():  # other models have more than they need
                 self._base = held_by_all(self._share)
                 return self._make_plan()
+            from ..planning.planner import smallest_budget_of  # not in memory where the budget is enough
+
             held = functools.partial(held_by_all, self._share)
             budget = self._share.budget
             raise smallest_budget_of(self.meta, self.options, budget, self._shape(), held, refused) from None
