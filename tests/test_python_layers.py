@@ -19,7 +19,7 @@ PACKAGE = "llama_flash"
 # from the bottom to the top; a room may import from itself and from those before it
 ROOMS = ("", "native", "budget", "model", "device", "observe", "planning", "session", "server", "cli")  # "": words
 
-# modules that only say where something is: names that users and llama_cpp import. docs/architecture.md has the list.
+# modules that only say where something is: names that users and llama_cpp import (docs/explanation/architecture.md)
 DOORS = {
     "chat_template": "model.chat_template",
     "controller": "budget.controller",

@@ -1,4 +1,4 @@
-"""Neuron bundles and predictors of a flash GGUF: what docs/format.md says, checked, for the plugin and for gguf_tools.
+"""Neuron bundles and predictors of a flash GGUF (docs/reference/format.md), checked for the plugin and for gguf_tools.
 
 Nothing is computed on a file that contradicts itself: every check is made here or, of key-values, in flash_keys.py,
 before the model is loaded.

@@ -1,4 +1,4 @@
-"""Key-values of the flash format: what docs/format.md says of them, checked. Tensors are bundles.py's matter.
+"""Key-values of the flash format: what docs/reference/format.md says of them, checked. Tensors are bundles.py's matter.
 
 Read here for the plugin and for gguf_tools.
 """

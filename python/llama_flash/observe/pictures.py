@@ -1,6 +1,6 @@
 """Pictures of what flash offload does, by matplotlib (the extra `plot`), which nothing else imports.
 
-Each function draws one of them from a snapshot; docs/pictures.md says how to read them.
+Each function draws one of them from a snapshot; docs/how-to/pictures.md says how to read them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Traces: which records (experts, neurons) each token of a run asked of the cache. Layout: docs/traces.md."""
+"""Traces: which records (experts, neurons) a run asked of the cache, by token. Layout: docs/reference/trace-file.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What decoding a token costs: bytes and reads from flash, and the two clocks that run beside each other.
 
 The model of "LLM in a flash", sections 2 and 3, for one token at a time and a cache that is warm. The formulas and what
-they assume are written down in docs/budget.md.
+they assume are written down in docs/explanation/cost-of-a-token.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PIECE = 1 << 20  # bytes of a read, at most
 _LIKELY = (
     1.3  # experts of the next layer that are not there, as its router is expected to choose, for one that is missed
 )
-_WRONG = 0.2  # share of the experts read ahead that are not used, see docs/performance.md
+_WRONG = 0.2  # share of the experts read ahead that are not used, see docs/measurements/2026-11-21-lookahead.md
 _RUN = 256  # neurons read at once where whole layers are
 
 

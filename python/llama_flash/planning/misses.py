@@ -1,4 +1,7 @@
-"""How many experts and neurons a token misses, given what slots hold: the formulas of docs/budget.md, both ways."""
+"""How many experts and neurons a token misses, given what slots hold, and back.
+
+The formulas of docs/explanation/cost-of-a-token.md.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def expert_misses(held: float, skew: float = 0.0) -> float:
     """Share of a token's experts that is not in slots, which hold the share `held` of all.
 
     Used evenly, 1 - held of them are missed; models that prefer some miss exp(-skew x held) of that, as measured on
-    recorded traces (docs/budget.md).
+    recorded traces (docs/explanation/cost-of-a-token.md).
     """
     held = min(1.0, held)
     return (1 - held) * math.exp(-skew * held)

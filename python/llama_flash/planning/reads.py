@@ -9,7 +9,7 @@ from ..options import FlashOffload
 __all__ = ["experts_ahead", "io_choice"]
 
 _PIECE = 1 << 20  # bytes of a read, at most
-_EXPERTS_AHEAD = 2  # of the next layer, most; see docs/performance.md
+_EXPERTS_AHEAD = 2  # of the next layer, most; see docs/measurements/2026-11-21-lookahead.md
 
 
 def experts_ahead(options: FlashOffload) -> int:

@@ -317,7 +317,7 @@ class FlashSession:
         )
 
     def plot(self, what: str | Sequence[str] = "all", path: str | os.PathLike[str] | None = None) -> Figure:
-        """Pictures of the last 4096 calls, of what is in memory and of the device: docs/pictures.md.
+        """Pictures of the last 4096 calls, of what is in memory and of the device: docs/how-to/pictures.md.
 
         Args:
             what: "latency", "hits", "bytes", "reuse", "residency", "device", or several of these in one figure; "all":
