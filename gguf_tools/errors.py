@@ -32,4 +32,5 @@ def errors_of_tools(file: Path | str | None = None) -> Iterator[None]:
         yield
     except FlashFormatError as error:
         name = error.file if file is None else file
-        raise GgufToolsError(error.said, file=name, tensor=error.tensor, key=error.key) from None
+        said = f"{error.said}; {error.mend}" if error.mend else error.said
+        raise GgufToolsError(said, file=name, tensor=error.tensor, key=error.key) from None
