@@ -221,7 +221,7 @@ WEIGHTS = [weight_name(il, part) for il in range(2) for part in ("gate", "up", "
         (without_key("llama"), "architecture llama is not known to be ReLU-like.*--activation relu|relu2"),
         (without_key("arcee"), None),  # a gated relu2
         (without_key("opt"), "relu is not an activation for a model with a gate"),
-        (dense_model(activation="silu"), r"llama\.feed_forward_activation: is 'silu', known"),
+        (dense_model(activation="silu"), r"llama\.feed_forward_activation: is 'silu': expected one of"),
         (dense_model(gated=False), "reglu is not an activation for a model without a gate .those are: relu, relu2"),
         (dense_model().without(*WEIGHTS).with_tensors(EXPERTS), "experts stream from the file as it is"),
         (dense_model().without(*WEIGHTS), "has no dense feed-forward blocks"),

@@ -560,7 +560,7 @@ def test_a_budget_that_is_set_while_the_model_runs(moe: Path) -> None:
         llm.eval([i])
     session = llm.flash
     before, held = session.stats(), process_memory().anonymous
-    target = session.memory.fixed + session.least + 100 * MiB
+    target = session.memory.fixed + session.share.least + 100 * MiB
     session.set_budget(target)
     after = session.stats()
     assert after.budget.total == target and after.memory.total <= target
