@@ -82,6 +82,7 @@ def calls_of(llm: Any) -> dict[str, Callable[[], tuple[int, str]]]:
         "session_bind_weight": call("session_bind_weight", b"w", path, 0, 0, 32, 1, 1),
         "session_set_neurons": call("session_set_neurons", params),
         "session_requirements": call("session_requirements", bindings.llama_flash_requirements(), error=False),
+        "session_divide": call("session_divide", 1 << 30, bindings.llama_flash_memory()),
         "session_set_memory": call("session_set_memory", 1 << 30),
         "session_resize": call("session_resize", 1 << 30, True, bindings.llama_flash_resize()),
         "session_memory": call("session_memory", bindings.llama_flash_memory(), error=False),

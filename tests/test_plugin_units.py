@@ -21,7 +21,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     defines, libraries = uring[:1], uring[1:]
     objects = []
     readers = ("reader", "reader_uring", "reader_pread")
-    for source in sources("cache", "checksum", "mapping", "ring", "load", "status", "probe", *readers):
+    for source in sources("cache", "checksum", "layout", "mapping", "ring", "load", "status", "probe", *readers):
         objects.append(str(compile_cpp(folder / f"{source.stem}.o", "-c", source, *defines)))
     return [*objects, *libraries]
 

@@ -21,7 +21,7 @@
 //
 // Fork: in a child of the process that has made it, a session cannot be used, and nothing waits for what its parent's threads held when
 // they were left behind. Calls that return a code (bind_begin, bind_end, add_bundle, add_rows, bind_weight, set_neurons, requirements,
-// set_memory, resize, memory, warm, trace, trace_tensor, residency, reuse, take_error, stats) return LLAMA_FLASH_E_INVALID, with a zeroed
+// divide, set_memory, resize, memory, warm, trace, trace_tensor, residency, reuse, take_error, stats) return LLAMA_FLASH_E_INVALID, with a zeroed
 // result where they have one; those that return a number (hot, tensors, trace_take) return 0. abort returns true, so that llama_decode
 // stops before it begins; its results would be void. free closes the files. Sessions that the child makes itself work as any.
 //
@@ -40,7 +40,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 5
+#define LLAMA_FLASH_API_VERSION 6
 
 // how far llama_flash_session_reuse looks back, in tokens
 #define LLAMA_FLASH_REUSE_TOKENS 256
@@ -164,7 +164,7 @@ struct llama_flash_requirements {
     uint64_t max_memory;      // from here on every record has its own slot
 };
 
-// how set_memory has split the memory
+// how memory is divided
 struct llama_flash_memory {
     uint64_t total;         // as given
     uint64_t slots;         // cache of experts and neurons
@@ -271,6 +271,9 @@ LLAMA_FLASH_API int32_t llama_flash_session_add_bundle(struct llama_flash_sessio
 LLAMA_FLASH_API int32_t llama_flash_session_set_neurons(struct llama_flash_session * session, const struct llama_flash_neuron_params * params, struct llama_flash_error * err);
 
 LLAMA_FLASH_API int32_t llama_flash_session_requirements(const struct llama_flash_session * session, struct llama_flash_requirements * out);
+
+// How set_memory would divide so many bytes, after bind_end; nothing is allocated or read. LLAMA_FLASH_E_MEMORY if bytes < min_memory.
+LLAMA_FLASH_API int32_t llama_flash_session_divide(const struct llama_flash_session * session, uint64_t bytes, struct llama_flash_memory * out, struct llama_flash_error * err);
 
 // Gives the session `bytes` of DRAM for slots, pins, ring and bookkeeping. Drops what was cached.
 // Pinned panels are read here. LLAMA_FLASH_E_MEMORY if bytes < min_memory.

@@ -194,9 +194,9 @@ static bool begin(llama_flash_session & s, flash_bundle & b, ffn_part part, cons
         }
         const uint32_t n_tokens = s.ffn.n_tokens;
         if (n_tokens > s.ffn.n_values.size() && s.memory.total > 0) { // of a context with a larger n_ubatch
-            s.memory.bookkeeping -= s.ffn.bytes(s.bundles, (uint32_t) s.ffn.n_values.size());
             s.ffn.reserve(s.bundles, n_tokens);
-            s.memory.bookkeeping += s.ffn.bytes(s.bundles, n_tokens);
+            s.note_needs(n_tokens);
+            s.note_memory();
         }
         s.ffn.has_read = false;
         s.ffn.picked.resize((size_t) params->nth);

@@ -16,9 +16,9 @@ uint32_t llama_flash_api_version(void) {
 
 const char * llama_flash_build_info(void) {
 #ifdef LLAMA_FLASH_HAVE_URING
-    return "llama-flash 0.1.0, io_uring and pread";
+    return "llama-flash " LLAMA_FLASH_VERSION ", io_uring and pread";
 #else
-    return "llama-flash 0.1.0, pread";
+    return "llama-flash " LLAMA_FLASH_VERSION ", pread";
 #endif
 }
 
@@ -96,6 +96,14 @@ int32_t llama_flash_session_requirements(const llama_flash_session * session, ll
         *out = session->requirements();
         return LLAMA_FLASH_OK;
     });
+}
+
+int32_t llama_flash_session_divide(const llama_flash_session * session, uint64_t bytes, llama_flash_memory * out, llama_flash_error * err) {
+    if (!out) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "divide: nowhere to tell it");
+    }
+    *out = {};
+    return with_session(session, "divide", err, [&] { return session->divided(bytes, *out, err); });
 }
 
 int32_t llama_flash_session_set_memory(llama_flash_session * session, uint64_t bytes, llama_flash_error * err) {

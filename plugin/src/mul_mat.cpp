@@ -514,7 +514,7 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, ggml_te
     }
     // a prompt fills empty slots only, with the experts that it uses most, and leaves the other tensors their share
     auto to_slot = [&](const flash_tensor & tensor, uint32_t index) {
-        const uint32_t share = s.cache.n_slots(tensor.size_class) / s.class_tensors[tensor.size_class];
+        const uint32_t share = s.cache.n_slots(tensor.size_class) / s.needs.classes[tensor.size_class].tensors;
         const bool     may   = decode || (s.cache.n_empty(tensor.size_class) > 0 &&
                                    s.op.count[index - tensor.first_record] >= count_of_rank(s, share));
         if (!may || !fetch_to_slot(s, index, decode)) {

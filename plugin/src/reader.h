@@ -8,6 +8,7 @@
 
 #include "checksum.h"
 #include "llama_flash.h"
+#include "sector.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -62,17 +63,6 @@ class flash_file {
     mutable status     seen   = {}; // at the last look
     mutable file_state state  = file_state::same;
 };
-
-// Offsets, sizes and addresses of direct reads are multiples of this, whatever the device's sector is.
-constexpr uint64_t FLASH_SECTOR = 4096;
-
-inline uint64_t flash_sector_floor(uint64_t x) {
-    return x & ~(FLASH_SECTOR - 1);
-}
-
-inline uint64_t flash_sector_ceil(uint64_t x) {
-    return (x + FLASH_SECTOR - 1) & ~(FLASH_SECTOR - 1);
-}
 
 struct read_job;
 

@@ -14,107 +14,60 @@
 constexpr int64_t IDLE_NS      = 200000000; // without an op for so long, nobody waits
 constexpr int64_t LONG_STEP_NS = 20000000;
 
-// bytes that no resize changes
-uint64_t llama_flash_session::resize_least() const {
-    uint64_t bytes = bookkeeping_bytes() + neuron_bookkeeping() + memory.stream + memory.resident;
-    if (!bundles.empty()) {
-        bytes += 2 * HUGE_PAGE;
-        if (uses_neuron_slots()) {
-            bytes += FEWEST_NEURON_SLOTS * (slot_bytes_of(bundles) + 64);
-        }
-    }
-    return bytes;
+// rings that stand, and whether all neurons are pinned now
+standing_parts llama_flash_session::standing_now() const {
+    standing_parts now = standing;
+    now.neurons_whole  = std::all_of(bundles.begin(), bundles.end(), [](const flash_bundle & b) { return b.n_pinned == b.n_neurons; });
+    return now;
 }
 
-// bytes at the begin of the tensor's home that its first n panels take
-uint64_t llama_flash_session::home_bytes_of(const flash_tensor & t, uint32_t n) const {
-    if (n == 0) {
-        return 0;
+memory_layout llama_flash_session::layout_now() const {
+    memory_layout l;
+    l.total        = memory.total;
+    l.standing     = standing;
+    l.neuron_slots = neurons.n_slots();
+    for (const auto & t : tensors) {
+        l.panels.push_back(t.n_pinned);
     }
-    const flash_record & last = records[t.first_record + n - 1];
-    return flash_sector_ceil(last.offset + last.bytes) - flash_sector_floor(t.offset);
+    for (const auto & b : bundles) {
+        l.records.push_back(b.n_pinned);
+    }
+    for (uint32_t c = 0; c < class_bytes.size(); c++) {
+        l.slots.push_back(cache.n_slots(c));
+    }
+    return l;
 }
 
-// Splits what is left as set_memory does: neurons, then panels, then experts.
+// `memory` says what there is now; its total, where it leads.
+void llama_flash_session::note_memory() {
+    memory = describe(needs, layout_now());
+}
+
+// Where the kernel has refused addresses for all there may be, less has room.
+static void keep_to(const mapping & m, uint64_t bytes_of_one, uint32_t & n) {
+    n = (uint32_t) std::min<uint64_t>(n, m.bytes / bytes_of_one);
+}
+
 void llama_flash_session::plan_resize(uint64_t bytes) {
-    const llama_flash_requirements need = requirements();
-    const bool                     all  = bytes >= need.max_memory;
-    uint64_t                       left = bytes - resize_least();
-
-    resizing.neuron_slots = 0;
-    resizing.bundle_records.assign(bundles.size(), 0);
-    if (!bundles.empty()) {
-        const bool     others = need.n_panels + need.n_experts > 0;
-        const uint64_t room   = others && !all ? left / 2 : left;
-        const uint64_t slot   = uses_neuron_slots() ? slot_bytes_of(bundles) + 64 : 0;
-        const uint64_t fewest = FEWEST_NEURON_SLOTS * slot; // resize_least() has left them out
-        uint64_t       whole  = 0;
-        uint64_t       used   = 0;
-        bool           pinned = true; // all of it is
-        for (const auto & b : bundles) {
-            whole += b.tensor_bytes() + 2 * FLASH_SECTOR;
-            pinned = pinned && b.n_pinned == b.n_neurons;
-        }
-        if (pinned && room + fewest >= whole) {
-            for (size_t i = 0; i < bundles.size(); i++) {
-                resizing.bundle_records[i] = bundles[i].n_neurons;
-            }
-            used = whole - std::min(whole, fewest);
-        } else if (slot == 0) {
-            const double part = std::min(1.0, (double) room / (double) whole);
-            double       due  = 0.0; // runs
-            for (size_t i = 0; i < bundles.size(); i++) {
-                const flash_bundle & b    = bundles[i];
-                const uint32_t       n    = b.n_neurons;
-                const uint32_t       runs = (n + FFN_RUN_ROWS - 1) / FFN_RUN_ROWS;
-                due += part * runs;
-                const uint32_t whole_runs = std::min(runs, (uint32_t) due);
-                due -= (double) whole_runs;
-                uint64_t records = b.split ? 0 : std::min(n, whole_runs * FFN_RUN_ROWS);
-                uint64_t most    = room - used; // and what its home has addresses for
-                if (b.home) {
-                    most = std::min<uint64_t>(most, neuron_homes[(size_t) b.home_memory].bytes);
-                }
-                if (records * b.record_bytes + 2 * FLASH_SECTOR > most) {
-                    records = (most - std::min(most, 2 * FLASH_SECTOR)) / b.record_bytes / FFN_RUN_ROWS * FFN_RUN_ROWS;
-                }
-                resizing.bundle_records[i] = (uint32_t) records;
-                used += records == 0 ? 0 : records * b.record_bytes + 2 * FLASH_SECTOR;
-            }
-        } else {
-            const uint64_t n      = std::min<uint64_t>(n_neurons_of(bundles), FEWEST_NEURON_SLOTS + room / slot);
-            resizing.neuron_slots = (uint32_t) std::min<uint64_t>(n, neuron_slots.bytes / slot_bytes_of(bundles));
-            used                  = (resizing.neuron_slots - std::min(resizing.neuron_slots, FEWEST_NEURON_SLOTS)) * slot;
-        }
-        left -= std::min(left, used);
+    memory_layout & to = resizing.to;
+    to                 = divide(needs, bytes, standing_now());
+    if (to.neuron_slots > 0) {
+        keep_to(neuron_slots, needs.neuron_slot, to.neuron_slots);
     }
-
-    const uint64_t span  = panel_span();
-    const double   share = span == 0 ? 0.0 : left >= span ? 1.0 : (double) left / (double) (span + need.n_panels * FLASH_SECTOR);
-    double         due   = 0.0; // panels, so that the streamed rest is spread evenly
-    resizing.panels.assign(tensors.size(), 0);
+    for (size_t c = 0; c < class_bytes.size(); c++) {
+        keep_to(slot_memory[c], class_bytes[c], to.slots[c]);
+    }
+    for (size_t i = 0; i < bundles.size(); i++) {
+        const flash_bundle & b = bundles[i];
+        while (b.home && needs.bundles[i].home_bytes(to.records[i]) > neuron_homes[(size_t) b.home_memory].bytes) {
+            to.records[i] = (to.records[i] - 1) / FFN_RUN_ROWS * FFN_RUN_ROWS;
+        }
+    }
     for (size_t i = 0; i < tensors.size(); i++) {
         const flash_tensor & t = tensors[i];
-        if (t.is_experts) {
-            continue;
+        while (t.home && needs.panels[i].home_bytes(to.panels[i]) > homes[(size_t) t.home_memory].bytes) {
+            to.panels[i]--;
         }
-        due += share * t.n_records;
-        uint64_t most = left; // and what its home has addresses for
-        if (t.home) {
-            most = std::min<uint64_t>(most, homes[(size_t) t.home_memory].bytes);
-        }
-        uint32_t n = std::min(t.n_records, (uint32_t) due); // panels differ in length: so many may be more than fit
-        while (home_bytes_of(t, n) > most) {
-            n--;
-        }
-        due -= (double) n;
-        resizing.panels[i] = n;
-        left -= home_bytes_of(t, n);
-    }
-
-    resizing.slots = expert_slots_in(left);
-    for (size_t c = 0; c < class_bytes.size(); c++) {
-        resizing.slots[c] = (uint32_t) std::min<uint64_t>(resizing.slots[c], slot_memory[c].bytes / class_bytes[c]);
     }
 }
 
@@ -123,8 +76,8 @@ int32_t llama_flash_session::resize(uint64_t bytes, bool urgent, llama_flash_res
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "resize: before set_memory");
     }
     out       = {};
-    out.least = resize_least();
-    bytes     = std::clamp(bytes, out.least, std::max(out.least, requirements().max_memory));
+    out.least = least_of(needs, standing);
+    bytes     = std::clamp(bytes, out.least, std::max(out.least, needs.maximum()));
     op.checked      = nullptr;
     resizing.urgent = urgent || (resizing.urgent && bytes == memory.total);
     if (bytes != memory.total) {
@@ -160,15 +113,15 @@ void llama_flash_session::resize_step(int64_t until_ns) {
         for (size_t c = 0; c < slot_memory.size(); c++) {
             slot_memory[c].keep((size_t) cache.n_slots((uint32_t) c) * class_bytes[c]);
         }
-        neuron_slots.keep((size_t) neurons.n_slots() * slot_bytes_of(bundles));
+        neuron_slots.keep((size_t) neurons.n_slots() * needs.neuron_slot);
         for (const auto & t : tensors) {
             if (t.home) {
-                homes[(size_t) t.home_memory].keep(home_bytes_of(t, t.n_pinned));
+                homes[(size_t) t.home_memory].keep(needs.panels[(size_t) (&t - tensors.data())].home_bytes(t.n_pinned));
             }
         }
         for (const auto & b : bundles) {
             if (b.home) {
-                neuron_homes[(size_t) b.home_memory].keep(b.n_pinned == 0 ? 0 : b.n_pinned * b.record_bytes + 2 * FLASH_SECTOR);
+                neuron_homes[(size_t) b.home_memory].keep(needs.bundles[b.index].home_bytes(b.n_pinned));
             }
         }
     }
@@ -187,23 +140,23 @@ void llama_flash_session::resize_step(int64_t until_ns) {
 bool llama_flash_session::give_back_one(bool & stuck) {
     for (size_t i = 0; i < bundles.size(); i++) {
         flash_bundle & b = bundles[i];
-        if (b.n_pinned > resizing.bundle_records[i]) {
+        if (b.n_pinned > resizing.to.records[i]) {
             // what is no longer pinned needs slots to be computed in; the least there are with a limit is room for them
-            neurons.add_slots(std::min(resizing.neuron_slots, FEWEST_NEURON_SLOTS));
+            neurons.add_slots(std::min(resizing.to.neuron_slots, FEWEST_NEURON_SLOTS));
             neurons.stream_end(*this);
             // of experts all or nothing is pinned
-            b.n_pinned = b.n_expert > 0 ? 0 : std::max(resizing.bundle_records[i], (b.n_pinned - 1) / FFN_RUN_ROWS * FFN_RUN_ROWS);
+            b.n_pinned = b.n_expert > 0 ? 0 : std::max(resizing.to.records[i], (b.n_pinned - 1) / FFN_RUN_ROWS * FFN_RUN_ROWS);
             return true;
         }
     }
-    if (neurons.n_slots() > resizing.neuron_slots) {
+    if (neurons.n_slots() > resizing.to.neuron_slots) {
         if (neurons.remove_slot(*this, !resizing.urgent)) {
             return true;
         }
         stuck = true;
     }
-    for (uint32_t c = 0; c < resizing.slots.size(); c++) {
-        if (cache.n_slots(c) <= resizing.slots[c]) {
+    for (uint32_t c = 0; c < resizing.to.slots.size(); c++) {
+        if (cache.n_slots(c) <= resizing.to.slots[c]) {
             continue;
         }
         const slot_cache::retired r = cache.retire(c, !resizing.urgent);
@@ -229,8 +182,8 @@ bool llama_flash_session::give_back_one(bool & stuck) {
     size_t   from = tensors.size();
     uint32_t most = 0;
     for (size_t i = 0; i < tensors.size(); i++) {
-        if (!tensors[i].is_experts && tensors[i].n_pinned > resizing.panels[i] + most) {
-            most = tensors[i].n_pinned - resizing.panels[i];
+        if (!tensors[i].is_experts && tensors[i].n_pinned > resizing.to.panels[i] + most) {
+            most = tensors[i].n_pinned - resizing.to.panels[i];
             from = i;
         }
     }
@@ -258,12 +211,12 @@ void llama_flash_session::move_panels() {
 
 // One slot, panel or run more, where there are too few. false: there is enough of everything, or a read failed.
 bool llama_flash_session::take_one() {
-    if (neurons.n_slots() < resizing.neuron_slots) {
-        neurons.add_slots(std::min(resizing.neuron_slots, neurons.n_slots() + 1024));
+    if (neurons.n_slots() < resizing.to.neuron_slots) {
+        neurons.add_slots(std::min(resizing.to.neuron_slots, neurons.n_slots() + 1024));
         return true;
     }
-    for (uint32_t c = 0; c < resizing.slots.size(); c++) {
-        if (cache.n_slots(c) < resizing.slots[c]) {
+    for (uint32_t c = 0; c < resizing.to.slots.size(); c++) {
+        if (cache.n_slots(c) < resizing.to.slots[c]) {
             const uint32_t n    = cache.n_slots(c);
             const size_t   slot = (size_t) cache.add(c);
             if (slot >= slot_data.size()) {
@@ -276,15 +229,15 @@ bool llama_flash_session::take_one() {
         }
     }
     for (size_t i = 0; i < bundles.size(); i++) {
-        if (bundles[i].n_pinned < resizing.bundle_records[i]) {
+        if (bundles[i].n_pinned < resizing.to.records[i]) {
             return pin_more(bundles[i]);
         }
     }
     size_t   to   = tensors.size();
     uint32_t most = 0;
     for (size_t i = 0; i < tensors.size(); i++) {
-        if (!tensors[i].is_experts && tensors[i].n_pinned + most < resizing.panels[i]) {
-            most = resizing.panels[i] - tensors[i].n_pinned;
+        if (!tensors[i].is_experts && tensors[i].n_pinned + most < resizing.to.panels[i]) {
+            most = resizing.to.panels[i] - tensors[i].n_pinned;
             to   = i;
         }
     }
@@ -327,14 +280,8 @@ bool llama_flash_session::pin_next_panel(flash_tensor & t) {
 
 // Reads the bundle's next run of records and keeps it.
 bool llama_flash_session::pin_more(flash_bundle & b) {
-    if (!b.home) {
-        neuron_homes.push_back(mapping::home(b.tensor_bytes() + 2 * FLASH_SECTOR, 0));
-        if (!neuron_homes.back().data) {
-            neuron_homes.pop_back();
-            return false;
-        }
-        b.home_memory = (int32_t) neuron_homes.size() - 1;
-        b.home        = neuron_homes.back().data + (b.offset - flash_sector_floor(b.offset));
+    if (!b.home && !make_home(b, 0)) {
+        return false;
     }
     neurons.stream_end(*this);
     const uint64_t first = b.n_pinned * b.record_bytes;
@@ -355,30 +302,4 @@ bool llama_flash_session::pin_more(flash_bundle & b) {
     }
     b.n_pinned += n;
     return true;
-}
-
-// `memory` says what there is now; its total, where it leads.
-void llama_flash_session::note_memory() {
-    memory.n_slots          = 0;
-    memory.n_pinned         = 0;
-    memory.n_neurons_pinned = 0;
-    memory.slots            = 0;
-    memory.pinned           = 0;
-    for (uint32_t c = 0; c < class_bytes.size(); c++) {
-        memory.n_slots += cache.n_slots(c);
-        memory.slots += (uint64_t) cache.n_slots(c) * class_bytes[c];
-    }
-    for (const auto & t : tensors) {
-        memory.n_pinned += t.n_pinned;
-        memory.pinned += home_bytes_of(t, t.n_pinned);
-    }
-    for (const auto & b : bundles) {
-        memory.n_neurons_pinned += b.n_pinned;
-        memory.pinned += b.n_pinned * b.record_bytes;
-    }
-    if (!bundles.empty()) {
-        memory.n_neuron_slots = neurons.n_slots();
-        memory.slots += memory.n_neuron_slots * slot_bytes_of(bundles);
-        memory.bookkeeping = bookkeeping_bytes() + neuron_bookkeeping() + memory.n_neuron_slots * 64;
-    }
 }

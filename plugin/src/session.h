@@ -8,6 +8,7 @@
 #include "bundle.h"
 #include "cache.h"
 #include "ffn.h"
+#include "layout.h"
 #include "llama_flash.h"
 #include "load.h"
 #include "mapping.h"
@@ -36,8 +37,6 @@ constexpr int64_t DECODE_TOKENS = 16;
 
 // what an op may spend on a moving limit
 constexpr int64_t RESIZE_NS = 1000000;
-
-constexpr uint32_t FEWEST_NEURON_SLOTS = 64;
 
 // the reader's tag for pinned records of bundles
 constexpr uint32_t PINNED_TAG = UINT32_MAX;
@@ -141,7 +140,10 @@ struct llama_flash_session {
 
     int32_t                  set_neurons(const llama_flash_neuron_params & params, llama_flash_error * err);
     llama_flash_requirements requirements() const;
+    int32_t                  divided(uint64_t bytes, llama_flash_memory & out, llama_flash_error * err) const; // what set_memory would do
     int32_t                  set_memory(uint64_t bytes, llama_flash_error * err);
+    void                     note_needs(uint32_t n_ubatch); // tokens that the work space has room for
+    void                     note_memory();                 // what there is now
     int32_t                  resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err); // resize.cpp
 
     // of resize(), the tests' too: where the way leads, and its steps
@@ -201,6 +203,8 @@ struct llama_flash_session {
     llama_flash_error        error  = {};
     llama_flash_params       params = {};
     llama_flash_memory       memory = {};
+    memory_needs             needs;    // from end_binding on
+    standing_parts           standing; // of `memory`
     llama_flash_stats        stats  = {};
     bool                     bound  = false;
     bool                     file_changed = false; // seen during the call that has failed
@@ -214,7 +218,6 @@ struct llama_flash_session {
     std::unordered_map<std::string, bool>    row_names;   // tables whose rows are picked by number; true: only that
     std::vector<std::vector<uint32_t>>       groups;      // tensors by group
     std::vector<uint32_t>                    class_bytes;   // slot size by class
-    std::vector<uint32_t>                    class_tensors; // how many tensors share it
     uint32_t                                 n_expert_max = 0;
     uint64_t                                 tokens       = 0; // the most that any tensor has seen
     uint64_t                                 panel_tokens = 0; // the same of panels, which have a clock of their own
@@ -291,13 +294,10 @@ struct llama_flash_session {
 
     // where a moving limit leads (resize.cpp)
     struct resize_state {
-        bool                  active = false;
-        bool                  urgent = false; // until it is done nothing is moved: what lies in a slot that vanishes is dropped
-        std::vector<uint32_t> slots;          // by class
-        std::vector<uint32_t> panels;         // by tensor: pinned
-        std::vector<uint32_t> bundle_records; // by bundle: pinned
-        uint32_t              neuron_slots = 0;
-        int64_t               last_op_ns   = 0;
+        bool          active = false;
+        bool          urgent = false; // until it is done nothing is moved: what lies in a slot that vanishes is dropped
+        memory_layout to;
+        int64_t       last_op_ns = 0;
     } resizing;
 
     // neuron bundles, by layer
@@ -337,32 +337,33 @@ struct llama_flash_session {
     int32_t  check_bundles(llama_flash_error * err);
     void     lay_out_bundles();
     bool     uses_neuron_slots() const;
-    uint64_t neuron_bookkeeping() const;
-    uint64_t neuron_ring_minimum() const;
-    uint64_t neuron_minimum() const;
-    bool     give_neurons_memory(uint64_t bytes, uint64_t spare);
+    const char * make_rings(uint64_t & bytes);
+    const char * make_neurons(const memory_layout & to, uint64_t & bytes);
+    const char * make_panels(const memory_layout & to, uint64_t & bytes);
+    const char * make_slots(const memory_layout & to, uint64_t & bytes);
+    bool     make_home(flash_tensor & t, uint64_t least);
+    bool     make_home(flash_bundle & b, uint64_t least);
     bool     read_neurons();
     bool     check_pinned(const flash_bundle & b, uint32_t first, uint32_t n);
-    uint64_t panel_span() const;
-    std::vector<uint32_t> expert_slots_in(uint64_t bytes) const;
-    bool     make_home(flash_tensor & t, uint64_t least);
-    uint64_t home_bytes_of(const flash_tensor & t, uint32_t n) const;
-    int32_t  read_pinned(llama_flash_error * err);
+    bool     read_pinned();
     void     fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size, const char * why);
     void     drop_all();
-    uint64_t bookkeeping_bytes() const;
-    uint64_t ring_minimum(bool experts) const;
-    uint64_t resize_least() const;
+    standing_parts standing_now() const;
+    memory_layout  layout_now() const;
     void     resize_step(int64_t until_ns);
     void     move_panels();
     bool     pin_next_panel(flash_tensor & t);
     bool     pin_more(flash_bundle & b);
-    void     note_memory();
 };
 
 // the i0-th of the experts that token i1 of an op passes through
 inline int32_t expert_at(const ggml_tensor * ids, int64_t i0, int64_t i1) {
     return *(const int32_t *) ((const char *) ids->data + i1 * ids->nb[1] + i0 * ids->nb[0]);
+}
+
+// bytes of the whole sectors that hold the record
+inline uint64_t record_span(const flash_record & r) {
+    return flash_sector_ceil(r.offset + r.bytes) - flash_sector_floor(r.offset);
 }
 
 size_t   slot_bytes_of(const std::vector<flash_bundle> & bundles); // of a neuron

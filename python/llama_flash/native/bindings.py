@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 5
+LLAMA_FLASH_API_VERSION = 6
 LLAMA_FLASH_REUSE_TOKENS = 256
 
 
@@ -228,7 +228,7 @@ class llama_flash_requirements(ctypes.Structure):
 
 
 class llama_flash_memory(ctypes.Structure):
-    """How set_memory has split the memory."""
+    """How memory is divided."""
 
     _fields_: ClassVar = [
         ("total", ctypes.c_uint64),
@@ -496,6 +496,15 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
         ],
     ),
     "llama_flash_session_requirements": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_requirements)]),
+    "llama_flash_session_divide": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.POINTER(llama_flash_memory),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
     "llama_flash_session_set_memory": (
         ctypes.c_int32,
         [
