@@ -155,6 +155,29 @@ def test_from_all_to_the_least_and_back(form: str, files: dict[str, Path]) -> No
                 assert form in NEURONS or after.total.bytes_used - before.total.bytes_used == rows * row_bytes(llm)
 
 
+def parts(memory: Any) -> dict[str, int]:
+    return {name: getattr(memory, name) for name, _ in memory._fields_}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_size_is_divided_one_way(form: str, files: dict[str, Path]) -> None:
+    """By a plan, a load, and a resize that comes back to it."""
+    with open_form(form, files, MOST) as llm:
+        least, most = bounds(llm)
+        for share in (0.1, 0.35, 0.5, 0.8):
+            size = least + int(share * (most - least))
+            planned = _bindings.llama_flash_memory()
+            llm.flash._call("llama_flash_session_divide", size, planned)
+            llm.flash._call("llama_flash_session_set_memory", size)
+            expected = parts(given(llm))
+            assert parts(planned) == expected
+            for other in (0.6, 1.3):
+                settle(llm, int(other * size))
+            settle(llm, size)
+            # all neurons are pinned by a load only, where the mode has slots
+            assert parts(given(llm)) == expected or (form != "off" and expected["n_neurons_pinned"])
+
+
 def test_what_fits_stays_cached(files: dict[str, Path]) -> None:
     """Half of the slots go: what the cache would have kept is not read again."""
     with open_form("experts", files, MOST) as llm:

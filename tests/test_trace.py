@@ -13,6 +13,7 @@ from neurons import bundled, open_neurons, write_model
 
 from llama_flash import FlashError
 from llama_flash.archives import write_archive
+from llama_flash.cli.trace import _give_slots
 from llama_flash.native.handle import TRACE_ENTRY
 from llama_flash.observe.simulate import as_counted
 from llama_flash.observe.snapshot import Snapshot
@@ -196,6 +197,19 @@ def test_answers_do_not_depend_on_being_recorded(model_file: ModelFile) -> None:
             else:
                 answers.append(logits_of(llm, PROMPT, DECODED[:10]))
     assert (answers[0] == answers[1]).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.36, 0.8])
+def test_a_run_has_slots_for_the_share_of_records_that_was_asked_for(share: float, model_file: ModelFile) -> None:
+    with open_flash(model_file("qwen3moe"), lookahead=False) as llm:
+        cached = [t for t in llm.flash.native.traced_tensors() if t.n_records]
+        wanted = int(share * sum(t.n_records for t in cached))
+        _give_slots(llm.flash, share)
+        slots = {t.size_class: t.n_slots for t in llm.flash.native.traced_tensors() if t.n_records}
+        assert 0 <= sum(slots.values()) - wanted <= len(slots)
+        llm.flash.share._granted = llm.flash.native.requirements().min_memory + 1
+        with pytest.raises(ValueError, match="slots for 0 of"):
+            _give_slots(llm.flash, share)
 
 
 def test_tensors_are_described(model_file: ModelFile) -> None:

@@ -172,18 +172,20 @@ def _give_slots(session: FlashSession, share: float) -> None:
     """Memory for slots for so many of the records, within what the budget has left for the session."""
     native = session.native
     assert native is not None
-    tensors = [raw for raw in native.traced_tensors() if raw.n_records]
-    wanted = int(share * sum(raw.n_records for raw in tensors))
-    record_bytes = max((raw.record_bytes for raw in tensors), default=0)
-    granted, n_bytes = session.share.granted, int(native.requirements().min_memory)
-    for _ in range(16):  # the ring takes its part, so the first guess falls short
-        native.set_memory(min(n_bytes, granted))
-        got = sum({raw.size_class: int(raw.n_slots) for raw in native.traced_tensors() if raw.n_records}.values())
-        if got == wanted or (got < wanted and n_bytes >= granted):
-            break
-        n_bytes += (wanted - got) * record_bytes
-    session.share.note_memory()
-    if got < wanted and n_bytes >= granted:
+    wanted = int(share * sum(raw.n_records for raw in native.traced_tensors()))
+
+    def slots(n_bytes: int) -> int:
+        memory = native.divide(n_bytes)
+        return int(memory.n_slots + memory.n_neuron_slots)
+
+    low, high = int(native.requirements().min_memory), session.share.granted
+    while low < high:  # to the smallest memory that has them; where all neurons are pinned there is more
+        middle = (low + high) // 2
+        enough = slots(middle) >= wanted or native.divide(middle).n_neurons_pinned > 0
+        low, high = (low, middle) if enough else (middle + 1, high)
+    if (got := slots(low)) < wanted:
         raise ValueError(
             f"--cache: the budget leaves slots for {got} of the {wanted} records: allow it more, or ask for less"
         )
+    native.set_memory(low)
+    session.share.note_memory()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from . import bindings
 from .library import IO_ENGINES, library, raise_error
-from .params import NeuronBundle, Requirements
+from .params import Memory, NeuronBundle, Requirements
 
 __all__ = ["TRACE_ENTRY", "Ids", "Session"]
 
@@ -138,9 +138,15 @@ class Session:
         self._call("llama_flash_session_resize", n_bytes, urgent, ctypes.byref(state))
         return state
 
-    def memory(self) -> bindings.llama_flash_memory:
+    def divide(self, n_bytes: int) -> Memory:
+        """How set_memory would divide so many bytes."""
+        given = Memory()
+        self._call("llama_flash_session_divide", n_bytes, ctypes.byref(given))
+        return given
+
+    def memory(self) -> Memory:
         """How it is divided."""
-        given = bindings.llama_flash_memory()
+        given = Memory()
         self._lib.llama_flash_session_memory(self._address, ctypes.byref(given))
         return given
 

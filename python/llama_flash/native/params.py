@@ -13,11 +13,12 @@ import numpy.typing as npt
 from ..options import FlashOffload
 from . import bindings
 
-__all__ = ["ACTIVATIONS", "Bytes", "Mode", "NeuronBundle", "NeuronPredictor", "Requirements", "neuron_params"]
+__all__ = ["ACTIVATIONS", "Bytes", "Memory", "Mode", "NeuronBundle", "NeuronPredictor", "Requirements", "neuron_params"]
 
 Bytes = npt.NDArray[np.uint8]
 Mode = Literal["exact", "lowrank", "off"]  # how the active neurons of bundles are found
 Requirements = bindings.llama_flash_requirements  # what the flash tensors need
+Memory = bindings.llama_flash_memory  # how it is divided
 
 _MODES = {
     "exact": bindings.llama_flash_neuron_mode.LLAMA_FLASH_NEURONS_EXACT,

@@ -17,7 +17,7 @@ from ..model.shape import ContextShape
 from ..native.calls import context_memory
 from ..native.handle import Session
 from ..native.library import trim_heap
-from ..native.params import Mode, Requirements, neuron_params
+from ..native.params import Memory, Mode, Requirements, neuron_params
 from ..options import FlashOffload
 from ..sizes import parse_size
 from .placed import Plan
@@ -118,6 +118,10 @@ class FlashNeeds:
             record_bytes = bundles.format.record_bytes
             self._session.set_neurons(neuron_params(predictor, self._options, record_bytes, self._n_ubatch))
         return self._session.requirements()
+
+    def divide(self, n_bytes: int) -> Memory:
+        """How a load would divide so many bytes, with what was asked for last."""
+        return self._session.divide(n_bytes)
 
     def close(self) -> None:
         self._session.close()

@@ -27,7 +27,6 @@ from ..sizes import format_size
 from .advice import advice_for
 from .cost import Cost, expect
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
-from .misses import expert_slots
 from .placed import Plan
 from .placement import choose_predictor, make_plan, work_bytes
 from .reads import experts_ahead, io_choice
@@ -41,8 +40,6 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown fo
 _SLACK = 4 << 20  # what loads take and nobody can be asked for: growth of the heap, by those before, too
 _ROOM_TO_ASK = 16 << 20
 _MIB = 1 << 20
-_RING_MOST = 32 << 20  # of a ring beyond its minimum
-_SLOT_TABLE = 64  # bytes of a neuron slot's entry
 
 
 @dataclass(frozen=True)
@@ -305,7 +302,16 @@ class _Planner:
             needs = asked.requirements()
         if left < needs.min_memory:
             raise refuse(budget, memory, needs.min_memory, self._options.reserve, advice=self._advice(placed))
-        return _Outcome(placed, predictor, needs, _divided(memory, needs, min(left, needs.max_memory), predictor))
+        given = asked.divide(min(left, needs.max_memory))
+        memory = replace(
+            memory,
+            weights=memory.weights + given.resident,
+            slots=given.slots,
+            pinned=given.pinned,
+            stream=given.stream,
+            bookkeeping=given.bookkeeping,
+        )
+        return _Outcome(placed, predictor, needs, memory)
 
     def _advice(self, placed: Plan) -> tuple[str, ...]:
         return advice_for(self._meta, placed, self._options, self._shape)
@@ -411,33 +417,3 @@ def smallest_budget_of(
         return refused
     finally:
         planner.close()
-
-
-def _divided(memory: Breakdown, needs: Requirements, given: int, predictor: str) -> Breakdown:
-    """`memory` with what flash gets, split as llama_flash_session_set_memory splits it, to a few records."""
-    everything = given >= needs.max_memory
-    spare = 0 if everything else given - needs.min_memory
-    rings = sum(min(_RING_MOST, spare // 8, size) for size in (needs.expert_bytes, needs.panel_bytes))
-    left = given - needs.min_memory - rings
-    slots = pinned = 0
-    if needs.n_bundles:
-        share = left if everything or not needs.n_panels + needs.n_experts else left // 2
-        share = min(share, needs.neuron_bytes + 128 * needs.n_neurons)
-        ring = 0 if share >= needs.neuron_bytes else min(_RING_MOST, share // 8)
-        left -= share
-        rings += ring
-        if share >= needs.neuron_bytes or predictor == "off":
-            pinned = min(needs.neuron_bytes, share - ring)
-        else:
-            slot = -(-needs.neuron_record // 64) * 64
-            slots = min(needs.n_neurons, (share - ring) // (slot + _SLOT_TABLE)) * slot
-    panels = min(left, needs.panel_bytes)
-    experts = min(left - panels, expert_slots(needs))
-    slots, pinned = slots + experts, pinned + panels
-    return replace(
-        memory,
-        weights=memory.weights + needs.neuron_resident,
-        slots=slots,
-        pinned=pinned,
-        stream=needs.min_memory - needs.neuron_resident + rings,
-    )
