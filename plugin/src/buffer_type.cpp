@@ -82,9 +82,10 @@ static ggml_backend_buffer_t ggml_backend_flash_buffer_type_alloc_buffer(ggml_ba
     mapping addresses = mapping::reserve(size);
     if (!addresses.data) {
         if (const session_lock lock(*binding_session); lock && !binding_session->failed()) { // bind_end says it
-            flash_fail(&binding_session->error, LLAMA_FLASH_E_MEMORY, "the kernel refused %zu bytes of addresses for weights that stay in the file%s", size,
+            llama_flash_error e;
+            flash_fail(&e, LLAMA_FLASH_E_MEMORY, "the kernel refused %zu bytes of addresses for weights that stay in the file%s", size,
                        limits_of(ENOMEM).c_str());
-            binding_session->has_failed = true;
+            binding_session->reads.refuse(e);
         }
         return nullptr;
     }

@@ -190,7 +190,7 @@ static bool begin(llama_flash_session & s, flash_bundle & b, ffn_part part, cons
     if (params->ith == 0) {
         s.begin_op(b.name);
         if (!sort_columns(s.ffn, b, part, op)) {
-            s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "the graph multiplies it with something that is not a row of tokens");
+            s.reads.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "the graph multiplies it with something that is not a row of tokens");
         }
         const uint32_t n_tokens = s.ffn.n_tokens;
         if (n_tokens > s.ffn.n_values.size() && s.memory.total > 0) { // of a context with a larger n_ubatch
@@ -219,14 +219,14 @@ static void end(llama_flash_session & s, flash_bundle & b, ffn_part part, const 
     if (params->ith == 0) {
         b.done |= bit_of(part);
         if (!s.op.stop && s.ffn.has_read) { // a file that changed while it was read
-            s.op.checked = nullptr;
-            s.check_file(*b.file, b.name, b.offset, b.tensor_bytes());
+            s.reads.look_again();
+            s.reads.check_file(*b.file, b.name, b.offset, b.tensor_bytes());
         }
         if (s.op.stop || s.failed()) {
             b.forget_evaluation();
         } else {
-            s.settle_reads(false);
-            s.neurons.pump(s);
+            s.reads.settle(false);
+            s.neurons.pump();
         }
         if (b.done == 0 || part == ffn_part::down) {
             s.neurons.release();
@@ -261,7 +261,7 @@ static void chosen(llama_flash_session & s, flash_bundle & b, int64_t n_tokens) 
     s.tokens = b.tokens;
     b.chosen  = true;
     b.counted = 0;
-    s.neurons.use(s, b, (uint32_t) n_tokens);
+    s.neurons.use(b, (uint32_t) n_tokens);
 }
 
 // all: the threads' shares of the neurons that b's predictor expects for x
@@ -322,20 +322,20 @@ static void next_chunk(llama_flash_session & s, flash_bundle & b) {
     }
     w.left.clear();
     w.there.clear();
-    s.neurons.demand(s, b, w.list.data() + w.begin, w.end - w.begin, w.end > b.counted);
+    s.neurons.demand(b, w.list.data() + w.begin, w.end - w.begin, w.end > b.counted);
     b.counted = std::max(b.counted, w.end);
     for (size_t k = w.begin; k < w.end; k++) {
         w.asked[w.list[k]] = s.op.stamp;
         (s.neurons.find(b, w.list[k]) ? w.there : w.left).push_back(w.list[k]);
     }
     w.next.store(0, std::memory_order_relaxed);
-    s.stats.manage_ns += (uint64_t) (flash_now_ns() - t0);
+    s.notes.stats.manage_ns += (uint64_t) (flash_now_ns() - t0);
 }
 
 // leader: waits for something to land; false: nothing is missing any more (or the op has failed)
 static bool wait_for_landing(llama_flash_session & s, const flash_bundle & b) {
     while (!s.ffn.left.empty()) {
-        s.settle_reads(false);
+        s.reads.settle(false);
         if (s.failed()) {
             return false;
         }
@@ -343,9 +343,9 @@ static bool wait_for_landing(llama_flash_session & s, const flash_bundle & b) {
             s.ffn.has_read = true;
             return true;
         }
-        s.neurons.pump(s);
-        if (!s.wait_for_reads() && !s.failed()) {
-            s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "a neuron that nobody reads");
+        s.neurons.pump();
+        if (!s.reads.wait() && !s.failed()) {
+            s.reads.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "a neuron that nobody reads");
         }
     }
     return false;
@@ -357,7 +357,7 @@ static bool for_chunk(llama_flash_session & s, const flash_bundle & b, const ggm
     constexpr int64_t AT_ONCE = 8;
     ffn_work &        w       = s.ffn;
     if (params->ith == 0) {
-        s.neurons.pump(s);
+        s.neurons.pump();
     }
     if (as_they_come) {
         const int64_t n = (int64_t) w.there.size();
@@ -392,10 +392,10 @@ static bool for_chunk(llama_flash_session & s, const flash_bundle & b, const ggm
         });
         ggml_barrier(params->threadpool);
         if (params->ith == 0) {
-            s.neurons.end_landing(s);
+            s.neurons.end_landing();
             w.left.erase(std::remove_if(w.left.begin(), w.left.end(), [&](uint32_t i) { return s.neurons.find(b, i) != nullptr; }), w.left.end());
-            s.neurons.pump(s);
-            s.stats.manage_ns += (uint64_t) (flash_now_ns() - t0);
+            s.neurons.pump();
+            s.notes.stats.manage_ns += (uint64_t) (flash_now_ns() - t0);
         }
     }
 }
@@ -412,7 +412,7 @@ static void look_ahead(llama_flash_session & s, const flash_bundle & b, const gg
     ggml_barrier(params->threadpool);
     if (params->ith == 0) {
         gather(s, params->nth, s.ffn.list);
-        s.neurons.expect(s, next, s.ffn.list.data(), s.ffn.list.size());
+        s.neurons.expect(next, s.ffn.list.data(), s.ffn.list.size());
     }
 }
 
@@ -428,7 +428,7 @@ static void sparse_rows(llama_flash_session & s, flash_bundle & b, ffn_part part
     const bool          choose = !b.chosen;
     if (choose && s.neuron_params.mode == LLAMA_FLASH_NEURONS_EXACT) { // the gate's op chooses
         if (leader) {
-            s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "the graph asks for up before gate");
+            s.reads.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "the graph asks for up before gate");
         }
         return;
     }
@@ -448,12 +448,12 @@ static void sparse_rows(llama_flash_session & s, flash_bundle & b, ffn_part part
     if (leader) {
         if (choose) {
             gather(s, params->nth, b.active);
-            s.stats.predict_ns += (uint64_t) (flash_now_ns() - t0);
+            s.notes.stats.predict_ns += (uint64_t) (flash_now_ns() - t0);
             chosen(s, b, w.n_tokens);
         }
         w.list = b.active;
         w.end  = 0;
-        s.settle_reads(false);
+        s.reads.settle(false);
         next_chunk(s, b);
     }
     const uint8_t * converted = convert(kernel, token(x, 0), x->nb[1], x->ne[1] * x->ne[2], store);
@@ -505,13 +505,13 @@ static void resident_rows(llama_flash_session & s, flash_bundle & b, ffn_part pa
         ggml_barrier(params->threadpool);
         if (params->ith == 0) {
             gather(s, params->nth, b.active);
-            s.stats.predict_ns += (uint64_t) (flash_now_ns() - t0);
+            s.notes.stats.predict_ns += (uint64_t) (flash_now_ns() - t0);
             chosen(s, b, s.ffn.n_tokens);
             s.ffn.list = b.active;
             s.ffn.end  = 0;
-            s.settle_reads(false);
+            s.reads.settle(false);
             next_chunk(s, b);
-            s.neurons.pump(s); // the reads begin; who computes waits for them
+            s.neurons.pump(); // the reads begin; who computes waits for them
         }
     } else if (b.gated && part == ffn_part::gate) { // for the pass of up and down
         uint32_t first;
@@ -539,7 +539,7 @@ static void sparse_sums(llama_flash_session & s, flash_bundle & b, const ggml_co
     if (params->ith == 0) {
         gather(s, params->nth, w.list);
         w.end = 0;
-        s.settle_reads(false);
+        s.reads.settle(false);
         next_chunk(s, b);
     }
     bool ok = agreed(s, params);
@@ -619,7 +619,7 @@ struct expert_columns {
 // leader: the next run, pinned ones first; end: of the expert
 static const neuron_store::run * next_run(llama_flash_session & s, const flash_bundle & b, uint32_t done, uint32_t end) {
     if (done >= b.n_pinned) {
-        return s.neurons.stream_next(s);
+        return s.neurons.stream_next();
     }
     neuron_store::run & r = s.ffn.home;
     r.first               = done;
@@ -838,7 +838,7 @@ static bool check_run(llama_flash_session & s, const ggml_compute_params * param
     s.neurons.check_run(first, last);
     ggml_barrier(params->threadpool);
     if (params->ith == 0) {
-        s.neurons.is_run_sound(s);
+        s.neurons.is_run_sound();
     }
     return agreed(s, params);
 }
@@ -848,9 +848,9 @@ static bool pass_over(llama_flash_session & s, flash_bundle & b, const ggml_comp
     ffn_work & w      = s.ffn;
     const bool leader = params->ith == 0;
     if (leader && b.n_expert == 0) {
-        s.neurons.stream_begin(s, b, b.n_pinned, FFN_RUN_ROWS, pass.ahead);
+        s.neurons.stream_begin(b, b.n_pinned, FFN_RUN_ROWS, pass.ahead);
     } else if (leader && b.n_pinned == 0) {
-        s.neurons.stream_experts(s, b, w.experts, FFN_RUN_ROWS);
+        s.neurons.stream_experts(b, w.experts, FFN_RUN_ROWS);
     }
     uint32_t first;
     uint32_t last;
@@ -869,7 +869,7 @@ static bool pass_over(llama_flash_session & s, flash_bundle & b, const ggml_comp
             if (leader) {
                 w.run = next_run(s, b, done, end);
                 if ((!w.run || w.run->first != done) && !s.failed()) {
-                    s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "a run is missing, or out of order");
+                    s.reads.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "a run is missing, or out of order");
                 }
             }
             if (!agreed(s, params)) {
@@ -987,7 +987,7 @@ static void whole_sums(llama_flash_session & s, flash_bundle & b, const ggml_com
         ggml_barrier(params->threadpool);
         if (params->ith == 0) {
             s.ffn.same = total_digest(s.ffn) == b.fused_digest;
-            s.stats.layers_repeated += !s.ffn.same;
+            s.notes.stats.layers_repeated += !s.ffn.same;
             std::fill(s.ffn.digests.begin(), s.ffn.digests.end(), 0);
         }
     } else if (params->ith == 0) {

@@ -153,7 +153,7 @@ int32_t llama_flash_session_reuse(const llama_flash_session * session, uint64_t 
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "reuse: nowhere to tell it");
     }
     return with_session(session, "reuse", err, [&] {
-        std::copy(std::begin(session->reuse), std::end(session->reuse), counts);
+        std::copy(std::begin(session->notes.reuse), std::end(session->notes.reuse), counts);
         return LLAMA_FLASH_OK;
     });
 }
@@ -171,7 +171,7 @@ int32_t llama_flash_session_memory(const llama_flash_session * session, llama_fl
 
 int32_t llama_flash_session_trace(llama_flash_session * session, uint64_t capacity, llama_flash_error * err) {
     return with_session(session, "trace", err, [&] {
-        session->trace.start(capacity);
+        session->notes.trace.start(capacity);
         return LLAMA_FLASH_OK;
     });
 }
@@ -181,7 +181,7 @@ uint64_t llama_flash_session_trace_take(llama_flash_session * session, llama_fla
     if (entries && lost) {
         *lost = 0;
         with_session(session, "trace_take", nullptr, [&] {
-            n = session->trace.take(entries, capacity, *lost);
+            n = session->notes.trace.take(entries, capacity, *lost);
             return LLAMA_FLASH_OK;
         });
     }
@@ -212,7 +212,8 @@ int32_t llama_flash_session_stats(const llama_flash_session * session, llama_fla
     }
     *out = {};
     return with_session(session, "stats", nullptr, [&] {
-        *out                = session->stats;
+        *out = session->notes.stats;
+        session->reads.tell(*out);
         out->slots_used     = session->cache.used();
         out->resident_bytes = session->memory.pinned + session->expert_ring.touched() + session->panel_ring.touched() + session->memory.bookkeeping;
         out->neuron_slots_used = session->neurons.used();

@@ -180,7 +180,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     }
     const memory_layout to = divide(needs, bytes);
     drop_all();
-    has_failed = false; // what is forgotten may have failed, that no longer matters
+    reads.forget_error(); // what is forgotten may have failed, that no longer matters
     memory     = describe(needs, to);
     standing   = to.standing;
 
@@ -195,8 +195,8 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
                           limits_of(ENOMEM).c_str());
     }
     if (!read_neurons() || !read_pinned()) {
-        const llama_flash_error e = error;
-        has_failed                = false;
+        const llama_flash_error e = reads.error();
+        reads.forget_error();
         drop_all();
         if (err) {
             *err = e;
@@ -330,22 +330,22 @@ bool llama_flash_session::make_home(flash_bundle & b, uint64_t least) {
 // Reads pinned records and the parts that the mode keeps. false: failed.
 bool llama_flash_session::read_neurons() {
     for (auto & b : bundles) {
-        op.checked = nullptr;
-        if (!check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+        reads.look_again();
+        if (!reads.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
             return false;
         }
         if (b.n_pinned > 0) {
-            reads->read(*b.file, b.offset, b.n_pinned * b.record_bytes, (uint8_t *) b.home, PINNED_TAG);
+            neurons.read_home(b, 0, b.n_pinned);
         }
         if (needs.bundles[b.index].resident > 0) {
-            neurons.stream_begin(*this, b, 0, FFN_RUN_ROWS, false, true);
+            neurons.stream_begin(b, 0, FFN_RUN_ROWS, false, true);
             for (uint32_t done = 0; done < b.n_neurons;) { // an expert's rows are whole groups of the kernel's: all are one matrix
-                const neuron_store::run * run = neurons.stream_next(*this);
+                const neuron_store::run * run = neurons.stream_next();
                 if (!run) {
                     break;
                 }
                 if (check_for(neurons.run_state(), 0) == byte_check::refuse) { // of what stays resident nothing is kept
-                    fail_bytes(*b.file, b.name, b.offset + run->first * b.record_bytes, run->count * b.record_bytes, 0);
+                    reads.fail_bytes(*b.file, b.name, b.offset + run->first * b.record_bytes, run->count * b.record_bytes, 0);
                     break;
                 }
                 for (size_t p = 0; p < FFN_PARTS; p++) {
@@ -363,11 +363,9 @@ bool llama_flash_session::read_neurons() {
                 neurons.stream_give();
             }
         }
-        while (!reads->idle()) {
-            settle_reads(true);
-        }
-        op.checked = nullptr;
-        if (failed() || !check_file(*b.file, b.name, b.offset, b.tensor_bytes())) { // it may have changed while it was read
+        reads.drain();
+        reads.look_again();
+        if (failed() || !reads.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) { // it may have changed while it was read
             return false;
         }
         // of what is read while nothing has touched the file, a checksum is kept when it passes by: pinned records may never do so
@@ -389,7 +387,7 @@ bool llama_flash_session::check_pinned(const flash_bundle & b, uint32_t first, u
         if (check == byte_check::none || check_bytes(check, known, check == byte_check::refuse ? 0 : checksum(data, stream.bytes))) {
             continue;
         }
-        fail_bytes(*b.file, b.name, b.offset + i * stream.stride + stream.base, stream.bytes, known);
+        reads.fail_bytes(*b.file, b.name, b.offset + i * stream.stride + stream.base, stream.bytes, known);
         return false;
     }
     return true;
@@ -406,17 +404,15 @@ bool llama_flash_session::read_pinned() {
         // one read for all of them: their sectors overlap
         if (t.n_pinned > 0) {
             const flash_record & last = records[t.first_record + t.n_pinned - 1];
-            reads->read(*t.file, t.offset, last.offset + last.bytes - t.offset, t.home, t.first_record);
+            reads.read(arrivals, t.first_record, *t.file, t.offset, last.offset + last.bytes - t.offset, t.home);
             for (uint32_t i = 0; i < t.n_pinned; i++) {
                 records[t.first_record + i].state = record_state::reading;
             }
         }
     }
-    while (!reads->idle()) {
-        settle_reads(true);
-    }
+    reads.drain();
     for (const auto & t : tensors) {
-        op.checked = nullptr;
+        reads.look_again();
         if (t.n_pinned > 0 && !check_file(records[t.first_record])) {
             break;
         }
@@ -439,10 +435,8 @@ bool llama_flash_session::read_pinned() {
 
 // forgets every record; no op is in progress
 void llama_flash_session::drop_all() {
-    neurons.forget_all(*this);
-    while (!reads->idle()) {
-        settle_reads(true);
-    }
+    neurons.forget_all();
+    reads.drain();
     for (auto & r : records) {
         forget(r);
         r.used = 0;

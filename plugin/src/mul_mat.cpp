@@ -142,7 +142,7 @@ static void populate_fresh(llama_flash_session & s, const ggml_compute_params * 
         }
         mapping::populate(s.op.fresh[i].first, s.op.fresh[i].second);
         if (leader && i >= FRESH_AHEAD) {
-            s.settle_reads(false);
+            s.reads.settle(false);
         }
     }
     ggml_barrier(params->threadpool);
@@ -194,7 +194,7 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
                 repack(s);
                 ggml_barrier(params->threadpool);
                 if (leader) {
-                    s.stats.repack_ns += (uint64_t) (flash_now_ns() - t0);
+                    s.notes.stats.repack_ns += (uint64_t) (flash_now_ns() - t0);
                 }
             }
             compute();
@@ -228,9 +228,9 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
             s.op.checking.clear();
         } else {
             // a file that changed while it was read; and the device has work until the next op
-            s.op.checked = nullptr;
+            s.reads.look_again();
             if (!s.op.read || s.check_file(*s.op.read)) {
-                s.settle_reads(false);
+                s.reads.settle(false);
                 fetch_expected(s);
                 pump_panels(s);
             }
@@ -241,7 +241,7 @@ static void run_waves(llama_flash_session & s, const flash_tensor & t, const ggm
 }
 
 static void fail_internal(llama_flash_session & s, const flash_tensor & t, const char * what) {
-    s.fail_op(LLAMA_FLASH_E_INTERNAL, t.name, what);
+    s.reads.fail_op(LLAMA_FLASH_E_INTERNAL, t.name, what);
 }
 
 // experts
@@ -256,7 +256,7 @@ static bool fetch_to_slot(llama_flash_session & s, uint32_t index, bool evict) {
     }
     if (evicted != slot_cache::NONE) {
         s.forget(s.records[(size_t) evicted]);
-        s.stats.evictions++;
+        s.notes.stats.evictions++;
     }
     r.place = record_place::slot;
     r.index = slot;
@@ -281,7 +281,7 @@ static bool pump_experts(llama_flash_session & s) {
         s.op.planned++;
     }
     if (s.op.fresh.empty()) { // else they follow their pages
-        s.reads->submit();
+        s.reads.submit();
     }
     return any;
 }
@@ -461,16 +461,16 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, ggml_te
     s.tokens                = t.tokens;
     for (uint32_t e : s.op.distinct) {
         s.cache.use(t.first_record + e, t.tokens, n_tokens, s.op.count[e]);
-        if (s.trace.on()) {
-            s.trace.note({ t.tokens, (uint32_t) (&t - s.tensors.data()), e, n_tokens, s.op.count[e] });
+        if (s.notes.trace.on()) {
+            s.notes.trace.note({ t.tokens, (uint32_t) (&t - s.tensors.data()), e, n_tokens, s.op.count[e] });
         }
         if (decode) {
-            s.count_reuse(t.tokens - n_tokens, s.records[t.first_record + e].used);
+            s.notes.count_reuse(t.tokens - n_tokens, s.records[t.first_record + e].used);
         }
         s.records[t.first_record + e].used = t.tokens + 1;
     }
 
-    s.settle_reads(false);
+    s.reads.settle(false);
     s.op.waiting.clear();
     s.op.plan.clear();
     s.op.planned = 0;
@@ -484,10 +484,10 @@ static void first_expert_wave(llama_flash_session & s, flash_tensor & t, ggml_te
             s.cache.hold(r.index);
         }
         if (!there || r.fetched) {
-            s.stats.misses++;
+            s.notes.stats.misses++;
             s.op.read = &r;
         } else {
-            s.stats.hits++;
+            s.notes.stats.hits++;
         }
         r.fetched = false;
         r.warmed  = false;
@@ -564,7 +564,7 @@ static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bo
     s.early.now = false;
     for (;;) {
         const bool pumped = pump_experts(s);
-        s.settle_reads(false);
+        s.reads.settle(false);
         if (s.failed()) {
             s.op.any = false;
             return;
@@ -577,7 +577,7 @@ static void next_expert_wave(llama_flash_session & s, const flash_tensor & t, bo
             if (decode && take_early_wave(s)) {
                 return;
             }
-            s.wait_for_reads();
+            s.reads.wait();
         } else if (!pumped) {
             // the ring is full of experts that were read ahead for others
             if (s.expert_ring.empty()) {
@@ -673,12 +673,12 @@ static void fetch_expected(llama_flash_session & s) {
             }
             s.records[index].fetched = true;
             s.records[index].warmed  = true; // if the read fails, nobody may miss it
-            s.stats.experts_expected++;
+            s.notes.stats.experts_expected++;
             any = true;
         }
         started += any;
     }
-    s.reads->submit();
+    s.reads.submit();
 }
 
 // The tensors of a layer are read ahead in the order in which the graph uses them, learnt on the first pass.
@@ -744,7 +744,7 @@ static bool pump_panels(llama_flash_session & s) {
         s.panel_next++;
         any = true;
     }
-    s.reads->submit();
+    s.reads.submit();
     return any;
 }
 
@@ -766,7 +766,7 @@ static void seek_panels(llama_flash_session & s, flash_tensor & t) {
     // panels whose op was left out this time (the output matrix, for a ubatch without outputs)
     while (!s.panel_ring.empty() && s.panel_ring.record_in(s.panel_ring.oldest()) != wanted) {
         const uint32_t index = s.panel_ring.record_in(s.panel_ring.oldest());
-        while (s.records[index].state == record_state::reading && s.settle_reads(true)) {
+        while (s.records[index].state == record_state::reading && s.reads.settle(true)) {
         }
         s.release(index);
     }
@@ -783,12 +783,12 @@ static void next_panel(llama_flash_session & s, const flash_tensor & t, uint32_t
 
     while (r.state == record_state::absent || r.state == record_state::reading) {
         const bool pumped = pump_panels(s);
-        s.settle_reads(false);
+        s.reads.settle(false);
         if (s.failed()) {
             return;
         }
         if (r.state == record_state::reading) {
-            s.wait_for_reads();
+            s.reads.wait();
         } else if (r.state == record_state::absent && !pumped) {
             if (s.panel_ring.empty()) {
                 fail_internal(s, t, "no room for a panel");
@@ -811,7 +811,7 @@ static void next_panel(llama_flash_session & s, const flash_tensor & t, uint32_t
     s.op.any  = true;
     s.op.more = i + 1 < t.n_records;
     s.op.read = &r;
-    s.stats.panel_reads++;
+    s.notes.stats.panel_reads++;
 }
 
 void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {
@@ -833,7 +833,7 @@ void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute
             s.op.rows                 = last.row + last.rows;
             s.op.any                  = true;
             s.op.more                 = t.n_pinned < t.n_records;
-            s.stats.panel_hits += t.n_pinned;
+            s.notes.stats.panel_hits += t.n_pinned;
             i = t.n_pinned;
         },
         [&] { stock_mul_mat(t.kernel, params, op, s.op.data, s.op.row, s.op.rows); },
@@ -845,6 +845,6 @@ void flash_mul_mat(llama_flash_session & s, flash_tensor & t, const ggml_compute
 
 void flash_fail_unbound(llama_flash_session & s, const ggml_tensor * weight) {
     if (const session_lock lock(s); lock) {
-        s.fail_op(LLAMA_FLASH_E_INTERNAL, weight->name, "the graph uses a part of it: it must not stay on flash");
+        s.reads.fail_op(LLAMA_FLASH_E_INTERNAL, weight->name, "the graph uses a part of it: it must not stay on flash");
     }
 }

@@ -1,7 +1,5 @@
 #include "neurons.h"
 
-#include "session.h"
-
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -21,17 +19,17 @@ void neuron_store::configure(uint32_t n_neurons, uint32_t n_slots, size_t bytes,
 
 // uses
 
-void neuron_store::use(llama_flash_session & s, const flash_bundle & b, uint32_t n_tokens) {
+void neuron_store::use(const flash_bundle & b, uint32_t n_tokens) {
     constexpr uint64_t PAPERS_WINDOW = 5; // what "newly active" is counted against
-    s.stats.neurons_active += b.active.size();
+    notes.stats.neurons_active += b.active.size();
     for (uint32_t i : b.active) {
         const uint32_t n = b.first + i;
-        if (s.trace.on()) {
-            s.trace.note({ b.tokens, (uint32_t) s.tensors.size() + b.index, i, n_tokens, 1 });
+        if (notes.trace.on()) {
+            notes.trace.note({ b.tokens, notes.first_bundle + b.index, i, n_tokens, 1 });
         }
-        s.count_reuse(b.tokens - n_tokens, last_use[n]);
+        notes.count_reuse(b.tokens - n_tokens, last_use[n]);
         if (last_use[n] == 0 || b.tokens - n_tokens - (last_use[n] - 1) >= PAPERS_WINDOW) {
-            s.stats.neurons_newly_active++;
+            notes.stats.neurons_newly_active++;
         }
         last_use[n] = b.tokens + 1;
         if (i < b.n_pinned) {
@@ -45,13 +43,13 @@ void neuron_store::use(llama_flash_session & s, const flash_bundle & b, uint32_t
 }
 
 // drops what none of the last `window` tokens before this one used
-void neuron_store::expire(llama_flash_session & s, uint64_t now) {
+void neuron_store::expire(uint64_t now) {
     while (!uses.empty() && uses.front().token + window <= now) {
         const use_note note = uses.front();
         uses.pop_front();
         if (last_use[note.neuron] <= note.token && slot_of[note.neuron] >= 0 && pending[(size_t) slot_of[note.neuron]] == 0) {
             drop(note.neuron);
-            s.stats.evictions++;
+            notes.stats.evictions++;
         }
     }
 }
@@ -63,7 +61,7 @@ void neuron_store::drop(uint32_t neuron) {
 
 // demand
 
-bool neuron_store::take(llama_flash_session & s, uint32_t neuron, bool evict) {
+bool neuron_store::take(uint32_t neuron, bool evict) {
     int32_t       evicted;
     const int32_t slot = cache.take(0, neuron, evict, &evicted);
     if (slot == slot_cache::NONE) {
@@ -71,7 +69,7 @@ bool neuron_store::take(llama_flash_session & s, uint32_t neuron, bool evict) {
     }
     if (evicted != slot_cache::NONE) {
         slot_of[(size_t) evicted] = slot_cache::NONE;
-        s.stats.evictions++;
+        notes.stats.evictions++;
     }
     slot_of[neuron] = slot;
     asked_for[(size_t) slot] = 0;
@@ -98,13 +96,13 @@ void neuron_store::give_up(const flash_bundle & b, const item & i) {
     }
 }
 
-void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n, bool count) {
+void neuron_store::demand(const flash_bundle & b, const uint32_t * list, size_t n, bool count) {
     cancel_ahead();
     if (streaming()) {
-        stream_end(s);
+        stream_end();
     }
     if (window != NO_WINDOW) {
-        expire(s, b.tokens);
+        expire(b.tokens);
     }
     size_t missing = 0;
     for (size_t k = 0; k < n; k++) { // hold what is there before anything is evicted
@@ -120,27 +118,27 @@ void neuron_store::demand(llama_flash_session & s, const flash_bundle & b, const
         }
     }
     if (count) {
-        s.stats.hits += n - missing;
-        s.stats.misses += missing;
+        notes.stats.hits += n - missing;
+        notes.stats.misses += missing;
     }
-    if (missing == 0 || !s.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+    if (missing == 0 || !queue.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
         return;
     }
     wanted.clear();
     for (size_t k = 0; k < n; k++) {
         if (list[k] >= b.n_pinned && slot_of[b.first + list[k]] < 0) {
-            bool taken = take(s, b.first + list[k]);
+            bool taken = take(b.first + list[k]);
             if (!taken) {
                 hold_only(b, list, n);
-                taken = take(s, b.first + list[k]);
+                taken = take(b.first + list[k]);
             }
             if (!taken) { // what is read ahead holds more than it left free then: there were more slots
-                let_land(s);
+                let_land();
                 hold_only(b, list, n);
-                taken = take(s, b.first + list[k]);
+                taken = take(b.first + list[k]);
             }
             if (!taken) { // what is coming leaves room for a chunk
-                s.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "no slot for a neuron");
+                queue.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "no slot for a neuron");
                 break;
             }
             wanted.push_back({ list[k], slot_of[b.first + list[k]] });
@@ -159,14 +157,14 @@ void neuron_store::hold_only(const flash_bundle & b, const uint32_t * list, size
     }
 }
 
-void neuron_store::expect(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n) {
+void neuron_store::expect(const flash_bundle & b, const uint32_t * list, size_t n) {
     wanted.clear();
     for (size_t k = 0; k < n && !b.split; k++) {
         const uint32_t neuron = b.first + list[k];
         if (list[k] < b.n_pinned || slot_of[neuron] >= 0) {
             continue;
         }
-        if (may_come() == 0 || !take(s, neuron)) {
+        if (may_come() == 0 || !take(neuron)) {
             break;
         }
         wanted.push_back({ list[k], slot_of[neuron] });
@@ -174,12 +172,12 @@ void neuron_store::expect(llama_flash_session & s, const flash_bundle & b, const
             uses.push_back({ neuron, b.tokens + 2 });
         }
     }
-    s.stats.neurons_expected += wanted.size();
+    notes.stats.neurons_expected += wanted.size();
     plan(b, true);
-    pump(s);
+    pump();
 }
 
-bool neuron_store::warm(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n) {
+bool neuron_store::warm(const flash_bundle & b, const uint32_t * list, size_t n) {
     bool room = true;
     wanted.clear();
     for (size_t k = 0; k < n && room; k++) {
@@ -190,7 +188,7 @@ bool neuron_store::warm(llama_flash_session & s, const flash_bundle & b, const u
         if (cache.score(neuron) < 0.0) {
             cache.use(neuron, b.tokens, 1, 1); // used in another life
         }
-        room = take(s, neuron, false);
+        room = take(neuron, false);
         if (room) {
             wanted.push_back({ list[k], slot_of[neuron] });
             if (window != NO_WINDOW) {
@@ -199,7 +197,7 @@ bool neuron_store::warm(llama_flash_session & s, const flash_bundle & b, const u
         }
     }
     plan(b, true);
-    pump(s);
+    pump();
     return room;
 }
 
@@ -265,7 +263,7 @@ void neuron_store::cancel_ahead() {
     planned_ahead.clear();
 }
 
-bool neuron_store::start(llama_flash_session & s, uint32_t index) {
+bool neuron_store::start(uint32_t index) {
     read &               r      = reads[index];
     const bundle_stream & stream = *r.stream;
     const uint64_t       begin  = r.bundle->offset + stream.base + r.items.front().neuron * stream.stride;
@@ -279,30 +277,34 @@ bool neuron_store::start(llama_flash_session & s, uint32_t index) {
     r.data = neuron_ring.address(r.entry) + (begin - floor);
     r.jobs = 1;
     n_started++;
-    s.reads->read(*r.bundle->file, begin, end - begin, r.data, TAG | index);
-    s.stats.bytes_used += r.items.size() * stream.bytes;
+    queue.read(*this, index, *r.bundle->file, begin, end - begin, r.data);
+    queue.used(r.items.size() * stream.bytes);
     return true;
 }
 
-void neuron_store::pump(llama_flash_session & s) {
+void neuron_store::pump() {
     for (auto * queue : { &planned, &planned_ahead }) {
-        while (!queue->empty() && start(s, queue->front())) {
+        while (!queue->empty() && start(queue->front())) {
             queue->pop_front();
         }
     }
-    s.reads->submit();
+    queue.submit();
 }
 
-bool neuron_store::nobody_asked(uint32_t index) const {
-    const read & r = reads[index];
+bool neuron_store::nobody_asked(const read & r) const {
     return r.stream && r.ahead && std::none_of(r.items.begin(), r.items.end(), [&](const item & i) {
         return slot_of[r.bundle->first + i.neuron] == i.slot && asked_for[(size_t) i.slot];
     });
 }
 
-void neuron_store::arrived(uint32_t index, bool error, file_state state) {
+void neuron_store::ended(uint32_t index, const reader::done & done_read, file_state state) {
     read & r = reads[index];
-    r.failed = r.failed || error;
+    if (done_read.error != 0 && nobody_asked(r)) {
+        queue.miss();
+    } else if (done_read.error != 0) {
+        queue.fail_read(*done_read.file, r.bundle->name, done_read.error, done_read.error_offset, r.bundle->record_bytes);
+    }
+    r.failed = r.failed || done_read.error != 0;
     r.state  = std::max(r.state, state);
     if (--r.jobs > 0 || !r.stream) {
         return; // a run waits in `runs`
@@ -316,6 +318,18 @@ void neuron_store::arrived(uint32_t index, bool error, file_state state) {
         give_up(*r.bundle, i);
     }
     free_read(index);
+}
+
+void neuron_store::home_reads::ended(uint32_t, const reader::done & done, file_state) {
+    if (done.error != 0) {
+        queue.fail_read(*done.file, "ffn_bundle", done.error, done.error_offset, 0);
+    }
+}
+
+// the sectors at both ends hold bytes of neighbours: the same as are there
+void neuron_store::read_home(const flash_bundle & b, uint32_t first, uint32_t n) {
+    const uint64_t begin = first * b.record_bytes;
+    queue.read(pinned, b.index, *b.file, b.offset + begin, n * b.record_bytes, const_cast<uint8_t *>(b.home) + begin);
 }
 
 // landing
@@ -342,7 +356,7 @@ uint8_t * neuron_store::copy(const read & r, uint32_t k) const {
     return dst;
 }
 
-void neuron_store::end_landing(llama_flash_session & s) {
+void neuron_store::end_landing() {
     for (const landing_item & l : landing) {
         const read & r = reads[l.read];
         const item & i = r.items[l.item];
@@ -354,9 +368,9 @@ void neuron_store::end_landing(llama_flash_session & s) {
             continue;
         }
         if (r.ahead && !asked_for[(size_t) i.slot]) {
-            s.stats.errors++;
+            queue.miss();
         } else {
-            fail_neuron(s, *r.bundle, i.neuron, *r.stream);
+            fail_neuron(*r.bundle, i.neuron, *r.stream);
         }
         give_up(*r.bundle, i);
     }
@@ -386,8 +400,8 @@ bool neuron_store::is_sound(const flash_bundle & b, uint32_t neuron, const bundl
     return check == byte_check::none || (check != byte_check::refuse && check_bytes(check, known, checksum(data, stream.bytes)));
 }
 
-void neuron_store::fail_neuron(llama_flash_session & s, const flash_bundle & b, uint32_t neuron, const bundle_stream & stream) {
-    s.fail_bytes(*b.file, b.name, b.offset + stream.base + neuron * stream.stride, stream.bytes, checksum_of(b, neuron, stream));
+void neuron_store::fail_neuron(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream) {
+    queue.fail_bytes(*b.file, b.name, b.offset + stream.base + neuron * stream.stride, stream.bytes, checksum_of(b, neuron, stream));
 }
 
 void neuron_store::check_run(uint32_t first, uint32_t last) {
@@ -406,19 +420,19 @@ void neuron_store::check_run(uint32_t first, uint32_t last) {
     }
 }
 
-bool neuron_store::is_run_sound(llama_flash_session & s) {
+bool neuron_store::is_run_sound() {
     const int64_t found = unsound.exchange(-1, std::memory_order_relaxed);
     if (found < 0) {
         return true;
     }
     const read & r = reads[runs.front()];
-    fail_neuron(s, *r.bundle, r.whole.first + (uint32_t) (found / (int64_t) FFN_PARTS), r.bundle->streams[(size_t) found % FFN_PARTS]);
+    fail_neuron(*r.bundle, r.whole.first + (uint32_t) (found / (int64_t) FFN_PARTS), r.bundle->streams[(size_t) found % FFN_PARTS]);
     return false;
 }
 
 // streaming
 
-bool neuron_store::start_run(llama_flash_session & s) {
+bool neuron_store::start_run() {
     const flash_bundle & b     = *stream_bundle;
     const uint32_t       end   = stream_list ? ((*stream_list)[stream_expert] + 1) * b.n_ff : b.n_neurons;
     const uint32_t       count = std::min(stream_rows, end - stream_first);
@@ -465,12 +479,12 @@ bool neuron_store::start_run(llama_flash_session & s) {
                 r.whole.stride[p] = b.split ? b.parts[p].row_bytes : b.record_bytes;
             }
         }
-        s.reads->read(*b.file, e.begin, e.end - e.begin, data, TAG | index);
-        s.stats.bytes_used += e.end - e.begin;
+        queue.read(*this, index, *b.file, e.begin, e.end - e.begin, data);
+        queue.used(e.end - e.begin);
         memory += flash_sector_ceil(e.end) - flash_sector_floor(e.begin);
     }
     runs.push_back(index);
-    s.stats.panel_reads++;
+    notes.stats.panel_reads++;
 
     stream_first += count;
     if (stream_first == end && stream_list && ++stream_expert < stream_list->size()) {
@@ -478,47 +492,47 @@ bool neuron_store::start_run(llama_flash_session & s) {
     } else if (stream_first == end) {
         stream_bundle = nullptr;
         if (stream_ahead) {
-            stream_after(s, b);
+            stream_after(b);
         }
     }
     return true;
 }
 
 // the next run to plan is the first of the layers after b that is not pinned
-void neuron_store::stream_after(llama_flash_session & s, const flash_bundle & b) {
+void neuron_store::stream_after(const flash_bundle & b) {
     stream_bundle = nullptr;
-    for (uint32_t i = b.index + 1; i < s.bundles.size() && !stream_bundle; i++) {
-        if (s.bundles[i].n_expert == 0 && s.bundles[i].n_pinned < s.bundles[i].n_neurons) { // nobody knows which experts
-            stream_bundle = &s.bundles[i];
+    for (uint32_t i = b.index + 1; i < bundles.size() && !stream_bundle; i++) {
+        if (bundles[i].n_expert == 0 && bundles[i].n_pinned < bundles[i].n_neurons) { // nobody knows which experts
+            stream_bundle = &bundles[i];
             stream_first  = stream_bundle->n_pinned;
         }
     }
 }
 
 // neurons that were asked for are in the ring's way
-void neuron_store::let_land(llama_flash_session & s) {
-    while (under_way() && !s.failed()) {
-        pump(s);
+void neuron_store::let_land() {
+    while (under_way() && !queue.failed()) {
+        pump();
         if (begin_landing()) {
             land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
-            end_landing(s);
+            end_landing();
         } else {
-            s.wait_for_reads();
+            queue.wait();
         }
     }
 }
 
-void neuron_store::stream_begin(llama_flash_session & s, const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident) {
+void neuron_store::stream_begin(const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident) {
     cancel_ahead();
     if (!runs.empty()) {
         const read & r     = reads[runs.front()];
         const bool   next  = r.bundle == &b && r.whole.first == first;
         const bool   later = first == b.n_neurons && r.bundle->index > b.index; // nothing of b is read
         if (!(next || later) || stream_rows != rows || under_way()) {
-            stream_end(s);
+            stream_end();
         }
     }
-    let_land(s); // neurons that were asked for are in the ring's way
+    let_land(); // neurons that were asked for are in the ring's way
     stream_ahead    = ahead;
     stream_rows     = rows;
     stream_resident = resident;
@@ -527,49 +541,49 @@ void neuron_store::stream_begin(llama_flash_session & s, const flash_bundle & b,
         stream_bundle = first < b.n_neurons ? &b : nullptr;
         stream_first  = first;
         if (!stream_bundle && ahead) {
-            stream_after(s, b);
+            stream_after(b);
         }
     } else if (!stream_bundle && ahead && reads[runs.back()].bundle == &b) {
-        stream_after(s, b);
+        stream_after(b);
     }
-    if (stream_bundle && !s.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+    if (stream_bundle && !queue.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
         return;
     }
-    while (stream_bundle && !s.failed() && start_run(s)) {
+    while (stream_bundle && !queue.failed() && start_run()) {
     }
-    s.reads->submit();
+    queue.submit();
 }
 
-void neuron_store::stream_experts(llama_flash_session & s, const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows) {
+void neuron_store::stream_experts(const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows) {
     cancel_ahead();
-    stream_end(s);
-    let_land(s);
+    stream_end();
+    let_land();
     stream_ahead    = false;
     stream_rows     = rows;
     stream_resident = false;
     stream_list     = &experts;
     stream_expert   = 0;
-    if (s.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+    if (queue.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
         stream_bundle = &b;
         stream_first  = experts[0] * b.n_ff;
     }
-    while (stream_bundle && !s.failed() && start_run(s)) {
+    while (stream_bundle && !queue.failed() && start_run()) {
     }
-    s.reads->submit();
+    queue.submit();
 }
 
-const neuron_store::run * neuron_store::stream_next(llama_flash_session & s) {
+const neuron_store::run * neuron_store::stream_next() {
     for (;;) {
-        while (stream_bundle && !s.failed() && start_run(s)) {
+        while (stream_bundle && !queue.failed() && start_run()) {
         }
-        s.reads->submit();
-        if (s.failed() || runs.empty()) {
+        queue.submit();
+        if (queue.failed() || runs.empty()) {
             return nullptr;
         }
         if (reads[runs.front()].jobs == 0) {
             return reads[runs.front()].failed ? nullptr : &reads[runs.front()].whole;
         }
-        s.wait_for_reads();
+        queue.wait();
     }
 }
 
@@ -578,10 +592,10 @@ void neuron_store::stream_give() {
     runs.pop_front();
 }
 
-void neuron_store::stream_end(llama_flash_session & s) {
+void neuron_store::stream_end() {
     stream_bundle = nullptr;
     while (!runs.empty()) {
-        while (reads[runs.front()].jobs > 0 && s.settle_reads(true)) {
+        while (reads[runs.front()].jobs > 0 && queue.settle(true)) {
         }
         stream_give();
     }
@@ -619,12 +633,12 @@ void neuron_store::keep(const flash_bundle & b, const run & r, const uint32_t * 
     cache.end_op();
 }
 
-void neuron_store::abandon(llama_flash_session & s) {
+void neuron_store::abandon() {
     cancel_ahead();
-    while (!s.reads->idle()) {
-        s.settle_reads(true);
+    while (!queue.idle()) {
+        queue.settle(true);
     }
-    stream_end(s);
+    stream_end();
     const std::vector<uint32_t> waiting(planned.begin(), planned.end());
     planned.clear();
     done.insert(done.end(), waiting.begin(), waiting.end());
@@ -638,9 +652,9 @@ void neuron_store::abandon(llama_flash_session & s) {
     done.clear();
 }
 
-void neuron_store::settle(llama_flash_session & s) {
+void neuron_store::settle() {
     cancel_ahead();
-    let_land(s);
+    let_land();
 }
 
 void neuron_store::add_slots(uint32_t n) {
@@ -651,14 +665,14 @@ void neuron_store::add_slots(uint32_t n) {
     asked_for.resize(pending.size(), 0);
 }
 
-bool neuron_store::remove_slot(llama_flash_session & s, bool move) {
+bool neuron_store::remove_slot(bool move) {
     const slot_cache::retired r = cache.retire(0, move);
     if (!r.done) {
         return false;
     }
     if (r.evicted != slot_cache::NONE) {
         slot_of[(size_t) r.evicted] = slot_cache::NONE;
-        s.stats.evictions++;
+        notes.stats.evictions++;
     }
     if (r.moved != slot_cache::NONE) {
         slot_of[cache.record_in(r.moved)] = r.moved;
@@ -667,8 +681,8 @@ bool neuron_store::remove_slot(llama_flash_session & s, bool move) {
     return true;
 }
 
-void neuron_store::forget_all(llama_flash_session & s) {
-    abandon(s);
+void neuron_store::forget_all() {
+    abandon();
     for (uint32_t neuron = 0; neuron < slot_of.size(); neuron++) {
         if (slot_of[neuron] >= 0) {
             drop(neuron);

@@ -6,6 +6,8 @@
 
 #include "bundle.h"
 #include "cache.h"
+#include "instruments.h"
+#include "read_queue.h"
 #include "ring.h"
 
 #include <algorithm>
@@ -15,29 +17,30 @@
 #include <deque>
 #include <vector>
 
-struct llama_flash_session;
-
-class neuron_store {
+class neuron_store : public read_owner {
   public:
-    static constexpr uint32_t TAG        = 1u << 31;  // of the reader's tags: the rest numbers a read
     static constexpr size_t   LONGEST    = 256u << 10; // bytes of a read of single neurons
     static constexpr uint32_t NO_WINDOW  = UINT32_MAX;
+
+    // bundles: the session's, by layer
+    neuron_store(read_queue & queue_, instruments & notes_, const std::vector<flash_bundle> & bundles_) :
+        queue(queue_), notes(notes_), bundles(bundles_), pinned(queue_) {}
 
     // slots of slot_bytes each; ring_bytes of ring at ring_memory; neither is owned
     void configure(uint32_t n_neurons, uint32_t n_slots, size_t slot_bytes, uint8_t * slots, uint8_t * ring_memory, size_t ring_bytes);
 
     // A new evaluation of the bundle by n_tokens tokens, the last of which is number b.tokens: notes the use of its active set.
-    void use(llama_flash_session & s, const flash_bundle & b, uint32_t n_tokens);
+    void use(const flash_bundle & b, uint32_t n_tokens);
 
     // Sees to it that the listed neurons (ascending; at most n_slots()) are in slots or on their way, and holds them there.
     // count: this is the evaluation's first demand for them.
-    void demand(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n, bool count);
+    void demand(const flash_bundle & b, const uint32_t * list, size_t n, bool count);
 
     // Reads the listed neurons if slots can be had; not held. For an evaluation that is expected soon.
-    void expect(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
+    void expect(const flash_bundle & b, const uint32_t * list, size_t n);
 
     // The same, at most may_come() neurons and warm_bytes() of sectors, into empty slots only; false: there is none left.
-    bool   warm(llama_flash_session & s, const flash_bundle & b, const uint32_t * list, size_t n);
+    bool   warm(const flash_bundle & b, const uint32_t * list, size_t n);
     size_t warm_bytes() const { return ring_bytes / 2; }
 
     // Neurons that may still be read before anybody asks: the demand that follows must find slots.
@@ -73,7 +76,7 @@ class neuron_store {
     void release() { cache.end_op(); }
 
     // Starts planned reads as far as the ring has room.
-    void pump(llama_flash_session & s);
+    void pump();
 
     // The neuron's cached bytes; nullptr while it is not there.
     const uint8_t * find(const flash_bundle & b, uint32_t neuron) const {
@@ -86,11 +89,11 @@ class neuron_store {
 
     // reads that have ended wait here until their neurons are copied
 
-    // read `index` is of neurons that nobody has demanded yet: if it fails, nobody misses them
-    bool nobody_asked(uint32_t index) const;
+    // after an error the read's neurons lose their slots; if nobody has demanded them yet, nobody misses them
+    void ended(uint32_t index, const reader::done & done, file_state state) override;
 
-    // the reader is done with read `index`, of a file that was in this state then; error: its neurons lose their slots
-    void arrived(uint32_t index, bool error, file_state state);
+    // Reads records [first, first + n) of b to their place at its home.
+    void read_home(const flash_bundle & b, uint32_t first, uint32_t n);
 
     // Any thread: takes neurons of arrived reads one by one and copies them; calls f(bundle, neuron, slot data, stream) for each.
     template <typename F> void land(F f) {
@@ -112,7 +115,7 @@ class neuron_store {
     bool begin_landing();                        // thread 0: gathers what has arrived; false: nothing
     // Thread 0: after all threads are through land(). Neurons whose bytes are not what they were lose their slots; if anybody
     // has asked for them the session has failed.
-    void end_landing(llama_flash_session & s);
+    void end_landing();
     bool under_way() const { return n_started > 0 || !planned.empty(); } // demanded or expected, and not yet landed
 
     // whole runs of records, for evaluations that use all neurons: in order, through the same ring
@@ -126,18 +129,18 @@ class neuron_store {
 
     // The next runs to be asked for begin with neuron `first` of b, `rows` at a time, to its end; then, if `ahead`, those of
     // the bundle after it. resident: to fill the parts that are not cached, else for those that are.
-    void stream_begin(llama_flash_session & s, const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident = false);
+    void stream_begin(const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident = false);
     // The same for some experts (ascending; the list stays until the last run is given back); no run goes beyond one's end.
-    void stream_experts(llama_flash_session & s, const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows);
+    void stream_experts(const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows);
     // Waits for the next run; nullptr: the session has failed. To be given back with stream_give() once computed.
-    const run * stream_next(llama_flash_session & s);
+    const run * stream_next();
     void        stream_give();
     // Any thread: checks rows [first, last) of the run that stream_next() has given, for is_run_sound().
     void        check_run(uint32_t first, uint32_t last);
-    bool        is_run_sound(llama_flash_session & s); // thread 0, after all have checked; false: the session has failed
+    bool        is_run_sound(); // thread 0, after all have checked; false: the session has failed
     file_state  run_state() const { return reads[runs.front()].state; }
     // Ends reading ahead; waits for what is under way.
-    void        stream_end(llama_flash_session & s);
+    void        stream_end();
 
     bool streaming() const { return !runs.empty(); }
 
@@ -153,19 +156,17 @@ class neuron_store {
     uint32_t n_empty() const { return cache.n_slots(0) - cache.used(); }
 
     // After a failed op: waits for what is under way, and forgets what has not landed.
-    void abandon(llama_flash_session & s);
+    void abandon();
 
     // Forgets every neuron; no op is in progress.
-    void forget_all(llama_flash_session & s);
-
-    const flash_bundle * bundle_of(uint32_t read_index) const { return reads[read_index].bundle; }
+    void forget_all();
 
     uint32_t n_slots() const { return cache.n_slots(0); }
 
     // A moving limit. No op is in progress; the slots' memory has room for n.
     void add_slots(uint32_t n);
-    bool remove_slot(llama_flash_session & s, bool move); // the last one, see slot_cache::retire; false: a read into it is under way
-    void settle(llama_flash_session & s);      // waits for reads of neurons and copies what has come
+    bool remove_slot(bool move); // the last one, see slot_cache::retire; false: a read into it is under way
+    void settle();      // waits for reads of neurons and copies what has come
 
     uint32_t used() const { return cache.used(); }
     size_t   touched() const { return neuron_ring.touched(); }
@@ -198,28 +199,41 @@ class neuron_store {
         bool     sound; // its bytes are what they were
     };
 
+    // records that go to their home, not to slots
+    struct home_reads : read_owner {
+        explicit home_reads(read_queue & queue_) : queue(queue_) {}
+        void ended(uint32_t bundle, const reader::done & done, file_state state) override;
+        read_queue & queue;
+    };
+
     struct use_note {
         uint32_t neuron;
         uint64_t token;
     };
 
+    bool      nobody_asked(const read & r) const;
     uint32_t  new_read(const flash_bundle & b, const bundle_stream * stream);
     void      free_read(uint32_t index);
-    bool      start(llama_flash_session & s, uint32_t index);
+    bool      start(uint32_t index);
     void      plan(const flash_bundle & b, bool ahead);
     void      cancel_ahead();
-    void      expire(llama_flash_session & s, uint64_t now);
-    bool      take(llama_flash_session & s, uint32_t neuron, bool evict = true);
+    void      expire(uint64_t now);
+    bool      take(uint32_t neuron, bool evict = true);
     void      drop(uint32_t neuron);
     void      hold_only(const flash_bundle & b, const uint32_t * list, size_t n);
     void      note_here(int32_t slot);
     void      give_up(const flash_bundle & b, const item & i);
     uint8_t * copy(const read & r, uint32_t item) const;
-    bool      start_run(llama_flash_session & s);
-    void      stream_after(llama_flash_session & s, const flash_bundle & b);
-    void      let_land(llama_flash_session & s);
+    bool      start_run();
+    void      stream_after(const flash_bundle & b);
+    void      let_land();
     bool      is_sound(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream, const uint8_t * data, file_state state);
-    void      fail_neuron(llama_flash_session & s, const flash_bundle & b, uint32_t neuron, const bundle_stream & stream);
+    void      fail_neuron(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream);
+
+    read_queue &                      queue;
+    instruments &                     notes;
+    const std::vector<flash_bundle> & bundles;
+    home_reads                        pinned;
 
     slot_cache            cache;
     ring                  neuron_ring;

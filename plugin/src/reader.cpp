@@ -183,13 +183,13 @@ void reader::requeue(read_piece * piece) {
     }
 }
 
-void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag, bool first_of_all) {
+void reader::read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag, bool first_of_all, read_owner * owner) {
     const uint64_t first = flash_sector_floor(offset);
     const uint64_t last  = offset + size;
     uint8_t *      base  = dst - (offset - first);
 
     read_job * job = new_job();
-    *job           = { tag, 0, 0, 0, &file, nullptr };
+    *job           = { tag, 0, 0, 0, &file, owner, nullptr };
 
     read_piece * head = nullptr;
     read_piece * tail = nullptr;
@@ -306,7 +306,7 @@ bool reader::next(done & out, bool wait) {
         bytes_in_flight -= piece->size;
         read_job * job = piece->job;
         if (settle(piece)) {
-            out       = { job->tag, job->error, job->error_offset, job->file };
+            out       = { job->tag, job->error, job->error_offset, job->file, job->owner };
             job->next = free_jobs;
             free_jobs = job;
             return true;

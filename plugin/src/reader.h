@@ -64,6 +64,8 @@ class flash_file {
     mutable file_state state  = file_state::same;
 };
 
+class read_owner; // read_queue.h
+
 struct read_job;
 
 struct read_piece {
@@ -84,6 +86,7 @@ struct read_job {
     int32_t            error;   // first errno, ENODATA for a file that ended too early; 0
     uint64_t           error_offset;
     const flash_file * file;
+    read_owner *       owner;
     read_job *         next;
 };
 
@@ -112,8 +115,9 @@ class reader {
     ~reader();
 
     // Queues a read of `size` bytes at `offset` of `file` to dst, where dst is congruent with offset modulo FLASH_SECTOR and the
-    // sectors around [dst, dst + size) are ours to overwrite. first_of_all: before what is queued.
-    void read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag, bool first_of_all = false);
+    // sectors around [dst, dst + size) are ours to overwrite. first_of_all: before what is queued. tag, owner: given back with it.
+    void read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, uint32_t tag, bool first_of_all = false,
+              read_owner * owner = nullptr);
 
     // Hands queued pieces to the device, as many as its depth allows.
     void submit();
@@ -123,6 +127,7 @@ class reader {
         int32_t            error; // 0 or errno
         uint64_t           error_offset;
         const flash_file * file;
+        read_owner *       owner;
     };
 
     // The next job that has ended. If `wait`, blocks until one has (of small ones a few), and returns false only if none is under way.

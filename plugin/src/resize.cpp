@@ -78,7 +78,7 @@ int32_t llama_flash_session::resize(uint64_t bytes, bool urgent, llama_flash_res
     out       = {};
     out.least = least_of(needs, standing);
     bytes     = std::clamp(bytes, out.least, std::max(out.least, needs.maximum()));
-    op.checked      = nullptr;
+    reads.look_again();
     resizing.urgent = urgent || (resizing.urgent && bytes == memory.total);
     if (bytes != memory.total) {
         plan_resize(bytes);
@@ -106,8 +106,8 @@ void llama_flash_session::resize_step(int64_t until_ns) {
         less = true;
     }
     if (stuck) { // reads into slots that are to go: they end soon
-        neurons.settle(*this);
-        settle_reads(!reads->idle());
+        neurons.settle();
+        reads.settle(!reads.idle());
     }
     if (less) {
         for (size_t c = 0; c < slot_memory.size(); c++) {
@@ -143,14 +143,14 @@ bool llama_flash_session::give_back_one(bool & stuck) {
         if (b.n_pinned > resizing.to.records[i]) {
             // what is no longer pinned needs slots to be computed in; the least there are with a limit is room for them
             neurons.add_slots(std::min(resizing.to.neuron_slots, FEWEST_NEURON_SLOTS));
-            neurons.stream_end(*this);
+            neurons.stream_end();
             // of experts all or nothing is pinned
             b.n_pinned = b.n_expert > 0 ? 0 : std::max(resizing.to.records[i], (b.n_pinned - 1) / FFN_RUN_ROWS * FFN_RUN_ROWS);
             return true;
         }
     }
     if (neurons.n_slots() > resizing.to.neuron_slots) {
-        if (neurons.remove_slot(*this, !resizing.urgent)) {
+        if (neurons.remove_slot(!resizing.urgent)) {
             return true;
         }
         stuck = true;
@@ -166,7 +166,7 @@ bool llama_flash_session::give_back_one(bool & stuck) {
         }
         if (r.evicted != slot_cache::NONE) {
             forget(records[(size_t) r.evicted]);
-            stats.evictions++;
+            notes.stats.evictions++;
         }
         if (r.moved != slot_cache::NONE) {
             flash_record & moved = records[cache.record_in(r.moved)];
@@ -256,13 +256,13 @@ bool llama_flash_session::pin_next_panel(flash_tensor & t) {
         return false;
     }
     fetch(index);
-    reads->submit();
-    while (r.state == record_state::reading && settle_reads(true)) {
+    reads.submit();
+    while (r.state == record_state::reading && reads.settle(true)) {
     }
     if (r.state != record_state::raw && r.state != record_state::ready) {
         return false; // the read failed, and the session with it
     }
-    op.checked = nullptr;
+    reads.look_again();
     if (!check_file(r) || !check_record(r)) { // it may have changed while it was read
         release(index);
         return false;
@@ -283,21 +283,17 @@ bool llama_flash_session::pin_more(flash_bundle & b) {
     if (!b.home && !make_home(b, 0)) {
         return false;
     }
-    neurons.stream_end(*this);
-    const uint64_t first = b.n_pinned * b.record_bytes;
+    neurons.stream_end();
     const uint32_t n     = std::min(b.n_neurons - b.n_pinned, FFN_RUN_ROWS);
-    op.checked           = nullptr;
-    if (!check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+    reads.look_again();
+    if (!reads.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
         return false;
     }
-    // the sectors at both ends hold bytes of neighbours: the same as are there
-    reads->read(*b.file, b.offset + first, n * b.record_bytes, (uint8_t *) b.home + first, PINNED_TAG);
-    reads->submit();
-    while (!reads->idle()) {
-        settle_reads(true);
-    }
-    op.checked = nullptr;
-    if (failed() || !check_file(*b.file, b.name, b.offset, b.tensor_bytes()) || !check_pinned(b, b.n_pinned, n)) { // it may have changed while it was read
+    neurons.read_home(b, b.n_pinned, n);
+    reads.submit();
+    reads.drain();
+    reads.look_again();
+    if (failed() || !reads.check_file(*b.file, b.name, b.offset, b.tensor_bytes()) || !check_pinned(b, b.n_pinned, n)) { // it may have changed while it was read
         return false;
     }
     b.n_pinned += n;

@@ -14,6 +14,14 @@ void row_buffer::add(size_t row_bytes) {
     rows  = (uint32_t) std::clamp<size_t>(MOST / (span + bytes), 1, 64);
 }
 
+void row_buffer::ended(uint32_t, const reader::done & done, file_state of_file) {
+    pending--;
+    state = std::max(state, of_file);
+    if (done.error != 0) {
+        queue.fail_read(*done.file, table, done.error, done.error_offset, bytes);
+    }
+}
+
 // the number of row i of the op's output
 static int32_t number_at(const ggml_tensor * ids, int64_t i) {
     return *(const int32_t *) ((const char *) ids->data + i * ids->nb[0]);
@@ -29,7 +37,7 @@ static bool read_wave(llama_flash_session & s, flash_tensor & t, const ggml_tens
     for (int64_t i = b.first; i < n_ids; i++) {
         const int32_t number = number_at(ids, i);
         if (number < 0 || number >= t.weight.ne[1]) {
-            s.fail_op(LLAMA_FLASH_E_INTERNAL, t.name, "the number of a row out of range");
+            s.reads.fail_op(LLAMA_FLASH_E_INTERNAL, t.name, "the number of a row out of range");
             return false;
         }
         const auto known = std::find(b.numbers.begin(), b.numbers.end(), number);
@@ -45,28 +53,28 @@ static bool read_wave(llama_flash_session & s, flash_tensor & t, const ggml_tens
 
     auto offset_of = [&](size_t i) { return t.offset + (uint64_t) b.numbers[i] * bytes; };
     auto at        = [&](size_t i) { return b.read_to(i) + (offset_of(i) - flash_sector_floor(offset_of(i))); };
-    if (!s.check_file(*t.file, t.name, offset_of(0), bytes)) {
+    if (!s.reads.check_file(*t.file, t.name, offset_of(0), bytes)) {
         return false;
     }
     b.table = t.name;
     b.state = file_state::same;
     for (size_t i = 0; i < b.numbers.size(); i++) {
         b.pending++;
-        s.reads->read(*t.file, offset_of(i), bytes, at(i), ROWS_TAG, true);
-        s.stats.bytes_used += bytes;
-        s.stats.rows_read++;
+        s.reads.read(b, (uint32_t) i, *t.file, offset_of(i), bytes, at(i), true);
+        s.reads.used(bytes);
+        s.notes.stats.rows_read++;
     }
-    while (b.pending > 0 && s.wait_for_reads()) {
+    while (b.pending > 0 && s.reads.wait()) {
     }
-    s.op.checked = nullptr; // it may have changed while it was read
-    if (s.failed() || !s.check_file(*t.file, t.name, offset_of(0), bytes)) {
+    s.reads.look_again(); // it may have changed while it was read
+    if (s.failed() || !s.reads.check_file(*t.file, t.name, offset_of(0), bytes)) {
         return false;
     }
     for (size_t i = 0; i < b.numbers.size(); i++) {
         uint32_t &       known = t.row_checksums[(size_t) b.numbers[i]];
         const byte_check check = check_for(b.state, known);
         if (check != byte_check::none && !check_bytes(check, known, check == byte_check::refuse ? 0 : checksum(at(i), bytes))) {
-            s.fail_bytes(*t.file, t.name, offset_of(i), bytes, known);
+            s.reads.fail_bytes(*t.file, t.name, offset_of(i), bytes, known);
             return false;
         }
         memcpy(b.row(i, bytes), at(i), bytes);

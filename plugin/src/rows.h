@@ -1,8 +1,8 @@
 // GET_ROWS on flash tensors: embedding tables, of which a token needs a row. Rows are read when they are asked for and not kept.
 #pragma once
 
-#include "checksum.h"
 #include "mapping.h"
+#include "read_queue.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -14,11 +14,13 @@ struct ggml_tensor;
 struct flash_tensor;
 struct llama_flash_session;
 
-// the reader's tag for rows
-constexpr uint32_t ROWS_TAG = UINT32_MAX - 1;
-
 // room for the rows of a wave: where they are read to, in whole sectors, and side by side, as the kernel wants them
-struct row_buffer {
+struct row_buffer : read_owner {
+    explicit row_buffer(read_queue & queue_) : queue(queue_) {}
+
+    void ended(uint32_t row, const reader::done & done, file_state state) override;
+
+    read_queue & queue;
     mapping  memory;
     size_t   span  = 0; // bytes of whole sectors that hold any row
     size_t   bytes = 0; // of the longest row

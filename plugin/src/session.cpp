@@ -14,12 +14,6 @@
 #include <sys/stat.h>
 #include <utility>
 
-int64_t flash_now_ns() {
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t) ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
-
 // life
 
 static std::atomic<uint64_t> n_forks{ 0 };
@@ -51,12 +45,10 @@ llama_flash_session * llama_flash_session::create(const llama_flash_params & par
     auto * s   = new llama_flash_session();
     s->params  = params;
     s->process = n_forks;
-    s->reads   = reader::create(params, err);
-    if (!s->reads) {
+    if (!s->reads.open(params, err)) {
         delete s;
         return nullptr;
     }
-    s->stats.io_engine = s->reads->engine_kind();
     return s;
 }
 
@@ -75,15 +67,6 @@ void llama_flash_session::unref() {
     }
 }
 
-// of a read that has ended with this error; ESTALE: its bytes are not to be used
-static const char * why_not_read(int32_t error) {
-    switch (error) {
-        case ENODATA: return "the file ends before it";
-        case ESTALE:  return "the file changed since it was loaded: load the model again";
-        default:      return strerror(error);
-    }
-}
-
 // binding
 
 // The file open as fd, for direct reads; nullptr: the session has failed.
@@ -96,9 +79,10 @@ const flash_file * llama_flash_session::file_of(int fd) {
             }
         }
     }
-    auto opened = flash_file::reopen(fd, &error);
+    llama_flash_error e;
+    auto              opened = flash_file::reopen(fd, &e);
     if (!opened) {
-        has_failed = true;
+        reads.refuse(e);
         return nullptr;
     }
     files.push_back(std::move(opened));
@@ -111,17 +95,20 @@ bool llama_flash_session::load(ggml_tensor * tensor, int fd, uint64_t offset) {
     if (find_named_part(tensor, bundle, part)) {
         return false; // the bundle's bytes are no rows of the weight's
     }
-    const flash_file * file = has_failed ? nullptr : file_of(fd);
+    const flash_file * file = failed() ? nullptr : file_of(fd);
     if (file && !loader) {
-        loader     = weight_loader::create(params, &error);
-        has_failed = !loader;
+        llama_flash_error e;
+        loader = weight_loader::create(params, &e);
+        if (!loader) {
+            reads.refuse(e);
+        }
     }
-    if (has_failed) {
+    if (failed()) {
         return true; // end_binding reports it
     }
-    reader::done failed;
-    if (!loader->read(*file, offset, ggml_nbytes(tensor), (uint8_t *) tensor->data, failed)) {
-        fail_read(*file, tensor->name, failed.error, failed.error_offset, ggml_nbytes(tensor), why_not_read(failed.error));
+    reader::done bad;
+    if (!loader->read(*file, offset, ggml_nbytes(tensor), (uint8_t *) tensor->data, bad)) {
+        reads.fail_read(*file, tensor->name, bad.error, bad.error_offset, ggml_nbytes(tensor));
     }
     return true;
 }
@@ -131,22 +118,21 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     if (!file) {
         return true; // end_binding reports it; the loader need not read the tensor
     }
-    bool ok = true;
-    if (bind_part(tensor, file, offset, ok)) {
-        has_failed = has_failed || !ok;
+    llama_flash_error e;
+    if (bind_part(tensor, file, offset)) {
         return true;
     }
     if (offset + ggml_nbytes(tensor) > file->size) {
-        flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short",
+        flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short",
                    tensor->name, (unsigned long long) (offset + ggml_nbytes(tensor)), file->path.c_str(),
                    (unsigned long long) file->size);
-        has_failed = true;
+        reads.refuse(e);
         return true;
     }
     if (!ggml_get_type_traits_cpu(tensor->type)->vec_dot) {
-        flash_fail(&error, LLAMA_FLASH_E_FORMAT, "%s: tensor %s is of type %s, which no kernel multiplies: the file is damaged", file->path.c_str(),
+        flash_fail(&e, LLAMA_FLASH_E_FORMAT, "%s: tensor %s is of type %s, which no kernel multiplies: the file is damaged", file->path.c_str(),
                    tensor->name, ggml_type_name(tensor->type));
-        has_failed = true;
+        reads.refuse(e);
         return true;
     }
 
@@ -183,10 +169,11 @@ bool llama_flash_session::find_named_part(const ggml_tensor * tensor, uint32_t &
     return false;
 }
 
-// false: it is no bundle's part. ok: false if it contradicts the bundle's description.
-bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok) {
-    uint32_t k;
-    size_t   p;
+// false: it is no bundle's part. If it contradicts the bundle's description, end_binding reports it.
+bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset) {
+    llama_flash_error e;
+    uint32_t          k;
+    size_t            p;
     if (!find_named_part(tensor, k, p)) {
         return false;
     }
@@ -194,16 +181,16 @@ bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file
     const bool     down = p == (size_t) ffn_part::down;
     if (tensor->ne[0] != (down ? b.n_ff : b.n_embd) || tensor->ne[1] != (down ? b.n_embd : b.n_ff) || tensor->ne[2] != b.n_blocks() ||
         (!down && tensor->type != b.parts[p].type)) {
-        flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s is %s [%lld, %lld, %lld], its bundle holds %u times %u neurons of %u %s",
+        flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s is %s [%lld, %lld, %lld], its bundle holds %u times %u neurons of %u %s",
                    tensor->name, ggml_type_name(tensor->type), (long long) tensor->ne[0], (long long) tensor->ne[1],
                    (long long) tensor->ne[2], b.n_blocks(), b.n_ff, b.n_embd, ggml_type_name(b.parts[p].type));
-        ok = false;
+        reads.refuse(e);
         return true;
     }
     if (offset + b.tensor_bytes() > file->size) {
-        flash_fail(&error, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short", b.name.c_str(),
+        flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short", b.name.c_str(),
                    (unsigned long long) (offset + b.tensor_bytes()), file->path.c_str(), (unsigned long long) file->size);
-        ok = false;
+        reads.refuse(e);
         return true;
     }
     b.file            = file;
@@ -408,12 +395,12 @@ int32_t llama_flash_session::make_records(llama_flash_error * err) {
 
 int32_t llama_flash_session::end_binding(llama_flash_error * err) {
     loader.reset();
-    if (has_failed) {
+    if (failed()) {
         if (err) {
-            *err = error;
+            *err = reads.error();
         }
-        has_failed = false;
-        return error.code;
+        reads.forget_error();
+        return reads.error().code;
     }
     for (const auto & f : files) {
         if (f->look() >= file_state::doubtful) {
@@ -454,43 +441,23 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
     op.arrived.reserve(n_expert_max + 1);
     op.wave.reserve(n_expert_max + 1);
     op.repack_ends.reserve(n_expert_max + 1);
+    notes.first_bundle = (uint32_t) tensors.size();
     bound = true;
     return LLAMA_FLASH_OK;
 }
 
 // ops
 
-void llama_flash_session::fail(const llama_flash_error & e) {
-    stats.errors++;
-    if (!has_failed) {
-        error = e;
-        has_failed.store(true, std::memory_order_release);
-    }
-}
-
-void llama_flash_session::fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size,
-                                    const char * why) {
-    llama_flash_error e;
-    flash_fail(&e, LLAMA_FLASH_E_READ, "cannot read tensor %s from %s at offset %llu (%llu bytes): %s", tensor.c_str(), file.path.c_str(),
-               (unsigned long long) offset, (unsigned long long) size, why);
-    e.sys_errno = sys_errno;
-    e.offset    = offset;
-    e.size      = size;
-    snprintf(e.file, sizeof(e.file), "%s", file.path.c_str());
-    snprintf(e.tensor, sizeof(e.tensor), "%s", tensor.c_str());
-    fail(e);
-}
-
 void llama_flash_session::begin_op(const std::string & tensor) {
     op.lock     = session_lock(*this);
     op.begin_ns = flash_now_ns();
     op.stamp++;
-    op.checked = nullptr;
+    reads.look_again();
     op.read    = nullptr;
     look.group = -1;
-    stats.ops++;
+    notes.stats.ops++;
     if (memory.total == 0) {
-        fail_op(LLAMA_FLASH_E_INVALID, tensor, "the session has no memory: call llama_flash_session_set_memory before decoding");
+        reads.fail_op(LLAMA_FLASH_E_INVALID, tensor, "the session has no memory: call llama_flash_session_set_memory before decoding");
     } else if (resizing.active && !failed()) {
         resize_step(op.begin_ns + RESIZE_NS);
     }
@@ -498,15 +465,8 @@ void llama_flash_session::begin_op(const std::string & tensor) {
 }
 
 void llama_flash_session::end_op() {
-    stats.op_ns += (uint64_t) (flash_now_ns() - op.begin_ns);
+    notes.stats.op_ns += (uint64_t) (flash_now_ns() - op.begin_ns);
     const session_lock ended = std::move(op.lock);
-}
-
-void llama_flash_session::fail_op(int32_t code, const std::string & tensor, const char * what) {
-    llama_flash_error e;
-    flash_fail(&e, code, "tensor %s: %s", tensor.c_str(), what);
-    snprintf(e.tensor, sizeof(e.tensor), "%s", tensor.c_str());
-    fail(e);
 }
 
 uint64_t llama_flash_session::slots_touched() const {
@@ -518,37 +478,9 @@ uint64_t llama_flash_session::slots_touched() const {
     return bytes;
 }
 
-bool llama_flash_session::wait_for_reads() {
-    const int64_t t0 = flash_now_ns();
-    const bool    ok = settle_reads(true);
-    stats.wait_ns += (uint64_t) (flash_now_ns() - t0);
-    return ok;
-}
-
 bool llama_flash_session::check_file(const flash_record & wanted) {
     const flash_tensor & t = tensors[wanted.tensor];
-    return check_file(*t.file, t.name, wanted.offset, wanted.bytes);
-}
-
-bool llama_flash_session::check_file(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size) {
-    if (&file == op.checked) {
-        return true;
-    }
-    if (file.look() != file_state::changed) { // what only may have changed is checked when it has arrived
-        op.checked = &file;
-        return true;
-    }
-    file_changed = true;
-    fail_read(file, tensor, ESTALE, offset, size, why_not_read(ESTALE));
-    return false;
-}
-
-void llama_flash_session::fail_bytes(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size, uint32_t known) {
-    file_changed = true;
-    fail_read(file, tensor, ESTALE, offset, size,
-              known ? "the file changed since it was loaded, though its modification time was put back: load the model again"
-                    : "the file may have changed since it was loaded (its status time did, its modification time did not), and these bytes were "
-                      "not read before: load the model again");
+    return reads.check_file(*t.file, t.name, wanted.offset, wanted.bytes);
 }
 
 bool llama_flash_session::check_record(flash_record & r) {
@@ -558,7 +490,7 @@ bool llama_flash_session::check_record(flash_record & r) {
 bool llama_flash_session::check_record(flash_record & r, uint32_t sum) {
     const flash_tensor & t = tensors[r.tensor];
     if (!check_bytes(r.check, r.checksum, sum)) {
-        fail_bytes(*t.file, t.name, r.offset, r.bytes, r.checksum);
+        reads.fail_bytes(*t.file, t.name, r.offset, r.bytes, r.checksum);
         return false;
     }
     r.check = byte_check::none;
@@ -572,19 +504,15 @@ int32_t llama_flash_session::take_error(llama_flash_error * err) {
         }
         return LLAMA_FLASH_OK;
     }
-    // reads still under way belong to the call that failed: their errors must not meet the next one
-    while (!reads->idle()) {
-        settle_reads(true);
-    }
-    neurons.abandon(*this);
+    reads.drain(); // what is under way belongs to the call that failed: its errors must not meet the next one
+    neurons.abandon();
     for (auto & b : bundles) {
         b.forget_evaluation();
     }
     neurons.release();
-    if (file_changed) {
-        neurons.forget_all(*this);
+    if (reads.file_changed()) {
         // what was read since the change cannot be told from what was read before: all is read again, if the file is itself again
-        file_changed = false;
+        neurons.forget_all();
         drop_ring(expert_ring);
         drop_ring(panel_ring);
         for (auto & r : records) {
@@ -595,10 +523,10 @@ int32_t llama_flash_session::take_error(llama_flash_error * err) {
         }
     }
     if (err) {
-        *err = error;
+        *err = reads.error();
     }
-    has_failed = false;
-    return error.code;
+    reads.forget_error();
+    return reads.error().code;
 }
 
 uint8_t * llama_flash_session::ring_room(ring & r, flash_record & record, uint32_t index) {
@@ -618,8 +546,8 @@ void llama_flash_session::fetch(uint32_t index) {
     if (r.place == record_place::slot) {
         cache.set_reading(r.index, true);
     }
-    reads->read(*tensors[r.tensor].file, r.offset, r.bytes, r.data, index);
-    stats.bytes_used += r.bytes;
+    reads.read(arrivals, index, *tensors[r.tensor].file, r.offset, r.bytes, r.data);
+    reads.used(r.bytes);
 }
 
 void llama_flash_session::forget(flash_record & r) {
@@ -645,87 +573,47 @@ void llama_flash_session::drop_ring(ring & ring) {
     while (!ring.empty()) {
         const uint32_t index = ring.record_in(ring.oldest());
         while (records[index].place == record_place::ring && records[index].state == record_state::reading) {
-            if (!settle_reads(true)) {
+            if (!reads.settle(true)) {
                 break;
             }
         }
-        release(index); // nothing to do if the read failed: settle_reads has released it
+        release(index); // nothing to do if the read failed: it is released already
     }
 }
 
-bool llama_flash_session::settle_reads(bool wait) {
-    ended.clear();
-    for (reader::done done; reads->next(done, wait && ended.empty());) {
-        ended.push_back(done);
+void llama_flash_session::arrived(uint32_t index, const reader::done & done, file_state state) {
+    flash_record & r = records[index];
+    if (r.place == record_place::slot) {
+        cache.set_reading(r.index, false);
     }
-    const flash_file * looked = nullptr; // after all of its reads had ended
-    file_state         state  = file_state::same;
-    for (reader::done & done : ended) {
-        if (done.file != looked) {
-            looked = done.file;
-            state  = looked->look();
-        }
-        if (done.error == 0 && state == file_state::changed) {
-            done.error   = ESTALE;
-            file_changed = true;
-        }
-        if (done.tag == ROWS_TAG) {
-            rows.pending--;
-            rows.state = std::max(rows.state, state);
-            if (done.error != 0) {
-                fail_read(*done.file, rows.table, done.error, done.error_offset, rows.bytes, why_not_read(done.error));
+    const flash_tensor & t = tensors[r.tensor];
+    if (r.place == record_place::pinned && done.error == 0) { // all of the tensor's at once; set_memory goes on from here
+        for (uint32_t i = t.first_record; i < t.first_record + t.n_pinned; i++) {
+            records[i].check = check_for(state, records[i].checksum);
+            if (!check_record(records[i])) {
+                break;
             }
-            continue;
         }
-        if (done.tag & neuron_store::TAG) {
-            const flash_bundle * b = done.tag == PINNED_TAG ? nullptr : neurons.bundle_of(done.tag & ~neuron_store::TAG);
-            if (b && done.error != 0 && neurons.nobody_asked(done.tag & ~neuron_store::TAG)) {
-                stats.errors++;
-            } else if (done.error != 0) {
-                fail_read(*done.file, b ? b->name : "ffn_bundle", done.error, done.error_offset, b ? b->record_bytes : 0, why_not_read(done.error));
-            }
-            if (b) {
-                neurons.arrived(done.tag & ~neuron_store::TAG, done.error != 0, state);
-            }
-            continue;
-        }
-        flash_record & r = records[done.tag];
-        if (r.place == record_place::slot) {
-            cache.set_reading(r.index, false);
-        }
-        const flash_tensor & t = tensors[r.tensor];
-        if (r.place == record_place::pinned && done.error == 0) { // all of the tensor's at once; set_memory goes on from here
-            for (uint32_t i = t.first_record; i < t.first_record + t.n_pinned; i++) {
-                records[i].check = check_for(state, records[i].checksum);
-                if (!check_record(records[i])) {
-                    break;
-                }
-            }
-            continue;
-        }
-        r.check = check_for(state, r.checksum);
-        if (done.error == 0 && r.check != byte_check::refuse) {
-            r.state = t.kernel.extra ? record_state::raw : record_state::ready;
-            continue;
-        }
-        if (done.error == 0 && !r.warmed) {
-            fail_bytes(*t.file, t.name, r.offset, r.bytes, 0);
-        } else if (r.warmed) {
-            stats.errors++;
-        } else {
-            fail_read(*t.file, t.name, done.error, done.error_offset, r.bytes, why_not_read(done.error));
-        }
+        return;
+    }
+    r.check = check_for(state, r.checksum);
+    if (done.error == 0 && r.check != byte_check::refuse) {
+        r.state = t.kernel.extra ? record_state::raw : record_state::ready;
+        return;
+    }
+    if (done.error == 0 && !r.warmed) {
+        reads.fail_bytes(*t.file, t.name, r.offset, r.bytes, 0);
+    } else if (r.warmed) {
+        reads.miss();
+    } else {
+        reads.fail_read(*t.file, t.name, done.error, done.error_offset, r.bytes);
+    }
 
-        // the record is absent again, so that the next call may try once more
-        if (r.place == record_place::slot) {
-            cache.drop(r.index);
-            forget(r);
-        } else if (r.place == record_place::ring) {
-            release(done.tag);
-        }
+    // the record is absent again, so that the next call may try once more
+    if (r.place == record_place::slot) {
+        cache.drop(r.index);
+        forget(r);
+    } else if (r.place == record_place::ring) {
+        release(index);
     }
-    stats.bytes_read = reads->bytes;
-    stats.reads      = reads->reads;
-    stats.retries    = reads->retries;
-    return !ended.empty() || !reads->idle();
 }

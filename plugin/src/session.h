@@ -8,18 +8,18 @@
 #include "bundle.h"
 #include "cache.h"
 #include "ffn.h"
+#include "instruments.h"
 #include "layout.h"
 #include "llama_flash.h"
 #include "load.h"
 #include "mapping.h"
 #include "neurons.h"
-#include "reader.h"
+#include "read_queue.h"
 #include "ring.h"
 #include "router.h"
 #include "rows.h"
 #include "shadow.h"
 #include "status.h"
-#include "trace.h"
 
 #include "ggml.h"
 
@@ -37,9 +37,6 @@ constexpr int64_t DECODE_TOKENS = 16;
 
 // what an op may spend on a moving limit
 constexpr int64_t RESIZE_NS = 1000000;
-
-// the reader's tag for pinned records of bundles
-constexpr uint32_t PINNED_TAG = UINT32_MAX;
 
 enum class record_state : uint8_t {
     absent,  // on flash only
@@ -164,50 +161,33 @@ struct llama_flash_session {
 
     uint64_t describe_tensors(llama_flash_tensor * out, uint64_t capacity) const;
     int32_t  residency(uint8_t * place, uint32_t * age, uint64_t n_records, llama_flash_error * err) const;
-    // `before` tokens were computed before the one that uses a record now; used: number of the last one that did + 1, 0: none
-    void     count_reuse(uint64_t before, uint64_t used) {
-        const uint64_t distance = before + 2 - used;
-        reuse[used > 0 && distance < LLAMA_FLASH_REUSE_TOKENS ? distance : 0]++;
-    }
-
     int32_t take_error(llama_flash_error * err);
 
     // ops (mul_mat.cpp, ffn.cpp): thread 0 only, under the lock
 
     void begin_op(const std::string & tensor); // takes the lock; may fail
     void end_op();                             // gives it back
-    void fail_op(int32_t code, const std::string & tensor, const char * what);
-    bool wait_for_reads();                     // false: none was under way
     uint8_t * ring_room(ring & r, flash_record & record, uint32_t index);
     void      fetch(uint32_t index);           // starts the read of a record that has a place
     void      forget(flash_record & record);   // it is on flash only
     void      release(uint32_t index);         // a ring record has been computed
     void      drop_ring(ring & r);             // empties a ring; waits for reads into it
-    bool      settle_reads(bool wait);         // takes note of reads that have ended; false: none was under way
-    void      fail(const llama_flash_error & e);
     bool      check_file(const flash_record & wanted); // false (and failed) if its file changed since it was bound
-    bool      check_file(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size);
-    bool      check_record(flash_record & r);  // does r.check; false (and failed): its bytes are not what they were
+    bool      check_record(flash_record & r);          // does r.check; false (and failed): its bytes are not what they were
     bool      check_record(flash_record & r, uint32_t sum);
-    // bytes are not those that were read before; known: their checksum then, 0: they were not, so that nobody can tell
-    void      fail_bytes(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size, uint32_t known);
 
     bool forked() const; // this process is a child of the one that made the session; costs no system call
 
-    bool failed() const { return has_failed.load(std::memory_order_acquire); }
+    bool failed() const { return reads.failed(); }
 
     // state
 
     std::atomic<uint32_t>    refs{ 1 };
-    std::atomic<bool>        has_failed{ false };
-    llama_flash_error        error  = {};
     llama_flash_params       params = {};
     llama_flash_memory       memory = {};
     memory_needs             needs;    // from end_binding on
     standing_parts           standing; // of `memory`
-    llama_flash_stats        stats  = {};
     bool                     bound  = false;
-    bool                     file_changed = false; // seen during the call that has failed
 
     uint64_t                                 process = 0; // forks between this program's begin and the process that made the session
     std::unique_ptr<weight_loader>           loader; // until end_binding
@@ -221,9 +201,9 @@ struct llama_flash_session {
     uint32_t                                 n_expert_max = 0;
     uint64_t                                 tokens       = 0; // the most that any tensor has seen
     uint64_t                                 panel_tokens = 0; // the same of panels, which have a clock of their own
-    uint64_t                                 reuse[LLAMA_FLASH_REUSE_TOKENS] = {};
 
-    trace_buffer          trace;
+    read_queue            reads; // closed before the memory that it writes to goes
+    instruments           notes;
     slot_cache            cache;
     std::vector<uint8_t *> slot_data;  // by slot
     std::vector<uint8_t>   slot_fresh; // by slot: nothing has been read to it, so that its pages may not be there yet
@@ -237,7 +217,6 @@ struct llama_flash_session {
     struct op_state {
         session_lock              lock;
         uint64_t                  stamp = 0;
-        const flash_file *        checked = nullptr; // known to be unchanged, for this op
         const flash_record *      read    = nullptr; // a record of the op's tensor that it has waited for
         std::vector<const void *> table;   // n_expert addresses of this wave
         std::vector<uint32_t>     waiting; // records that are still to be computed
@@ -304,28 +283,31 @@ struct llama_flash_session {
     std::vector<flash_bundle>  bundles;
     std::unordered_map<const void *, std::pair<uint32_t, ffn_part>> part_by_address;
     llama_flash_neuron_params  neuron_params = {};
-    neuron_store               neurons;
+    neuron_store               neurons{ reads, notes, bundles };
     ffn_work                   ffn;
     mapping                    neuron_slots;
     mapping                    neuron_ring_memory;
     std::vector<mapping>       neuron_homes; // resident parts and pinned records
 
-    row_buffer rows; // of what is picked by number
+    row_buffer rows{ reads }; // of what is picked by number
 
     // order in which panels are streamed
     std::vector<uint32_t> panel_order;       // unpinned panel records in order of use
     bool                  panel_order_known = false;
     size_t                panel_next        = 0; // next to fetch
 
-    std::vector<reader::done> ended; // of settle_reads
-
-    std::unique_ptr<reader> reads; // after the memory it writes to: destroyed (drained) first
+    // reads of experts and panels
+    struct record_reads : read_owner {
+        explicit record_reads(llama_flash_session & session_) : session(session_) {}
+        void ended(uint32_t index, const reader::done & done, file_state state) override { session.arrived(index, done, state); }
+        llama_flash_session & session;
+    } arrivals{ *this };
 
   private:
     friend class session_lock;
 
     llama_flash_session() = default;
-    ~llama_flash_session() = default;
+    ~llama_flash_session() { reads.close(); }
 
     mutable std::mutex mutex;
 
@@ -333,7 +315,7 @@ struct llama_flash_session {
     int32_t  make_records(llama_flash_error * err);
     const flash_file * file_of(int fd);
     bool     find_named_part(const ggml_tensor * tensor, uint32_t & bundle, size_t & part) const;
-    bool     bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset, bool & ok);
+    bool     bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset);
     int32_t  check_bundles(llama_flash_error * err);
     void     lay_out_bundles();
     bool     uses_neuron_slots() const;
@@ -346,7 +328,7 @@ struct llama_flash_session {
     bool     read_neurons();
     bool     check_pinned(const flash_bundle & b, uint32_t first, uint32_t n);
     bool     read_pinned();
-    void     fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size, const char * why);
+    void     arrived(uint32_t index, const reader::done & done, file_state state);
     void     drop_all();
     standing_parts standing_now() const;
     memory_layout  layout_now() const;
@@ -368,8 +350,6 @@ inline uint64_t record_span(const flash_record & r) {
 
 size_t   slot_bytes_of(const std::vector<flash_bundle> & bundles); // of a neuron
 uint64_t n_neurons_of(const std::vector<flash_bundle> & bundles);
-
-int64_t flash_now_ns();
 
 // What calls of the C interface are made of: f(), which returns a code, under the session's lock. call: its name, for errors.
 template <typename F> int32_t with_session(const llama_flash_session * session, const char * call, llama_flash_error * err, F f) {

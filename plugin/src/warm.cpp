@@ -36,18 +36,18 @@ int32_t llama_flash_session::warm(const uint64_t * ids, uint64_t n, uint64_t & d
     if (failed()) {
         return LLAMA_FLASH_OK; // the caller of the decode that failed will hear of it
     }
-    settle_reads(false);
-    neurons.settle(*this);
-    op.checked = nullptr;
+    reads.settle(false);
+    neurons.settle();
+    reads.look_again();
 
     std::vector<uint32_t> wanted; // neurons of one bundle
     const flash_bundle *  bundle = nullptr;
     bool                  room   = true;
     auto                  flush  = [&] {
-        if (bundle && !wanted.empty() && check_file(*bundle->file, bundle->name, bundle->offset, bundle->tensor_bytes())) {
+        if (bundle && !wanted.empty() && reads.check_file(*bundle->file, bundle->name, bundle->offset, bundle->tensor_bytes())) {
             std::sort(wanted.begin(), wanted.end());
             wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-            room = neurons.warm(*this, *bundle, wanted.data(), wanted.size());
+            room = neurons.warm(*bundle, wanted.data(), wanted.size());
         }
         wanted.clear();
     };
@@ -101,7 +101,7 @@ int32_t llama_flash_session::warm(const uint64_t * ids, uint64_t n, uint64_t & d
         bytes += r.bytes;
     }
     flush();
-    reads->submit();
+    reads.submit();
     if (room && !failed()) {
         done = i;
     }

@@ -117,8 +117,8 @@ class store {
         random_source random(seed);
         s->begin_op("all is read once: what is put back can then be told from what was changed");
         for (uint32_t il = 0; il < N_LAYERS; il++) {
-            s->neurons.stream_begin(*s, s->bundles[il], s->bundles[il].n_pinned, FFN_RUN_ROWS, false);
-            CHECK(pass(il, s->bundles[il].n_pinned, s->bundles[il].n_neurons, false, random), "%s", s->error.message);
+            s->neurons.stream_begin(s->bundles[il], s->bundles[il].n_pinned, FFN_RUN_ROWS, false);
+            CHECK(pass(il, s->bundles[il].n_pinned, s->bundles[il].n_neurons, false, random), "%s", s->reads.error().message);
         }
         s->end_op();
         give(share);
@@ -151,7 +151,7 @@ class store {
             s->neurons.land([&](const flash_bundle & b, uint32_t i, const uint8_t * slot, const bundle_stream * stream) {
                 CHECK(i < b.n_neurons && slot && stream->bytes > 0, "neuron %u", i);
             });
-            s->neurons.end_landing(*s);
+            s->neurons.end_landing();
         }
     }
 
@@ -182,9 +182,9 @@ class store {
         b.active         = list;
         b.tokens         = std::max(b.tokens + n_tokens, s->tokens);
         s->tokens        = b.tokens;
-        s->op.checked    = unseen ? b.file : nullptr; // a change that comes between the check and the reads
-        s->neurons.use(*s, b, n_tokens);
-        s->neurons.demand(*s, b, list.data(), list.size(), true);
+        s->reads.take_as_checked(unseen ? b.file : nullptr); // a change that comes between the check and the reads
+        s->neurons.use(b, n_tokens);
+        s->neurons.demand(b, list.data(), list.size(), true);
         for (;;) {
             size_t left = 0;
             for (uint32_t i : list) {
@@ -194,8 +194,8 @@ class store {
                 break;
             }
             CHECK(s->neurons.under_way(), "%zu neurons that nobody reads", left);
-            s->neurons.pump(*s);
-            s->settle_reads(true);
+            s->neurons.pump();
+            s->reads.settle(true);
             land();
         }
         return !s->failed();
@@ -205,7 +205,7 @@ class store {
     bool pass(uint32_t il, bool ahead, bool keep, random_source & random) {
         flash_bundle & b = s->bundles[il];
         if (how.n_expert == 0) {
-            s->neurons.stream_begin(*s, b, b.n_pinned, FFN_RUN_ROWS, ahead);
+            s->neurons.stream_begin(b, b.n_pinned, FFN_RUN_ROWS, ahead);
             return pass(il, b.n_pinned, b.n_neurons, keep, random);
         }
         experts.clear();
@@ -216,7 +216,7 @@ class store {
                 }
             }
         }
-        s->neurons.stream_experts(*s, b, experts, FFN_RUN_ROWS);
+        s->neurons.stream_experts(b, experts, FFN_RUN_ROWS);
         for (uint32_t e : experts) {
             if (!pass(il, e * b.n_ff, (e + 1) * b.n_ff, keep, random)) {
                 return false;
@@ -228,13 +228,13 @@ class store {
     bool pass(uint32_t il, uint32_t first, uint32_t end, bool keep, random_source & random) {
         flash_bundle & b = s->bundles[il];
         for (uint32_t done = first; done < end;) {
-            const neuron_store::run * run = s->neurons.stream_next(*s);
+            const neuron_store::run * run = s->neurons.stream_next();
             if (!run) {
                 CHECK(s->failed(), "layer %u: no run", il);
                 return false;
             }
             s->neurons.check_run(0, run->count);
-            if (!s->neurons.is_run_sound(*s)) {
+            if (!s->neurons.is_run_sound()) {
                 return false;
             }
             CHECK(run->first == done && run->count > 0 && done + run->count <= end, "layer %u: run [%u, +%u), expected from %u", il, run->first, run->count, done);
@@ -301,30 +301,28 @@ void random_operations(layout how, uint32_t io_engine, uint32_t mode, uint32_t w
             }
             if (ok && il + 1 < N_LAYERS && random.chance(60)) {
                 const std::vector<uint32_t> next = some(random, most);
-                s.neurons.expect(s, s.bundles[il + 1], next.data(), next.size());
+                s.neurons.expect(s.bundles[il + 1], next.data(), next.size());
             }
             if (random.chance(70)) { // else the evaluation is broken off, or goes on later
                 s.neurons.release();
             }
         } else {
-            s.op.checked = seen ? nullptr : s.bundles[il].file;
+            s.reads.take_as_checked(seen ? nullptr : s.bundles[il].file);
             s.neurons.release();
             ok = a.pass(il, random.chance(60), mode != LLAMA_FLASH_NEURONS_OFF && random.chance(50), random);
         }
         if (random.chance(50)) {
-            s.settle_reads(false);
+            s.reads.settle(false);
             if (!s.failed()) {
-                s.neurons.pump(s);
+                s.neurons.pump();
             }
         }
         s.end_op();
         if (fail) {
-            while (!s.reads->idle()) { // reads of what is gone end before it is back
-                s.settle_reads(true);
-            }
+            s.reads.drain(); // reads of what is gone end before it is back
             a.shard_of(il).mend();
         }
-        CHECK(ok || fail, "seed %llu, step %d: %s", (unsigned long long) seed, step, s.error.message);
+        CHECK(ok || fail, "seed %llu, step %d: %s", (unsigned long long) seed, step, s.reads.error().message);
         if (s.failed()) {
             llama_flash_error err;
             CHECK(s.take_error(&err) == LLAMA_FLASH_E_READ, "%s", err.message);
@@ -347,7 +345,7 @@ void a_window_lets_go_of_what_its_tokens_did_not_use() {
         llama_flash_session & s = *a.s;
         for (uint32_t token = 0; token < 10; token++) { // token t uses neurons t and t + 1
             s.begin_op("test");
-            CHECK(a.demand(0, { token, token + 1 }, 1), "%s", s.error.message);
+            CHECK(a.demand(0, { token, token + 1 }, 1), "%s", s.reads.error().message);
             s.neurons.release();
             s.end_op();
             for (uint32_t i = 0; i <= token + 1; i++) {
@@ -372,7 +370,7 @@ void what_an_evaluation_held_makes_room_for_its_last_part() {
     CHECK(3 * half + 1 < N_FF, "%u slots", s.neurons.n_slots());
     for (uint32_t k = 0; k < 3; k++) { // held is more than there are slots
         s.begin_op("test");
-        CHECK(a.demand(0, range(k * half, half), 1), "%s", s.error.message);
+        CHECK(a.demand(0, range(k * half, half), 1), "%s", s.reads.error().message);
         s.end_op();
         for (uint32_t i = 0; i < half; i++) {
             CHECK(a.check(0, k * half + i), "neuron %u", k * half + i);
@@ -386,13 +384,13 @@ void pinned_layers_are_passed_over_by_what_reads_ahead() {
         store                 a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_OFF, UINT32_MAX, share, 1);
         llama_flash_session & s = *a.s;
         random_source         random(1);
-        const uint64_t        begin = s.stats.panel_reads;
+        const uint64_t        begin = s.notes.stats.panel_reads;
         for (int pass = 0; pass < 3; pass++) {
             for (uint32_t il = 0; il < N_LAYERS; il++) {
                 s.begin_op("test");
-                const uint64_t before = s.stats.panel_reads;
-                CHECK(a.pass(il, true, false, random), "%s", s.error.message);
-                CHECK(s.stats.panel_reads - before <= 2 * N_LAYERS * (N_FF / FFN_RUN_ROWS + 1), "runs of nothing");
+                const uint64_t before = s.notes.stats.panel_reads;
+                CHECK(a.pass(il, true, false, random), "%s", s.reads.error().message);
+                CHECK(s.notes.stats.panel_reads - before <= 2 * N_LAYERS * (N_FF / FFN_RUN_ROWS + 1), "runs of nothing");
                 s.end_op();
             }
         }
@@ -400,7 +398,7 @@ void pinned_layers_are_passed_over_by_what_reads_ahead() {
         for (const auto & b : s.bundles) {
             streamed += (b.n_ff - b.n_pinned + FFN_RUN_ROWS - 1) / FFN_RUN_ROWS;
         }
-        CHECK(s.stats.panel_reads - begin == 3 * streamed, "share %.2f: %llu runs were read for %llu", share, (unsigned long long) (s.stats.panel_reads - begin),
+        CHECK(s.notes.stats.panel_reads - begin == 3 * streamed, "share %.2f: %llu runs were read for %llu", share, (unsigned long long) (s.notes.stats.panel_reads - begin),
               (unsigned long long) (3 * streamed));
     }
 }
@@ -427,7 +425,7 @@ llama_flash_resize resize(llama_flash_session & s, uint64_t bytes, bool urgent =
 
 void settle(llama_flash_session & s, uint64_t bytes) {
     for (int k = 0; !resize(s, bytes).done; k++) {
-        CHECK(k < 100000 && !s.failed(), "the resize does not end: %s", s.error.message);
+        CHECK(k < 100000 && !s.failed(), "the resize does not end: %s", s.reads.error().message);
     }
 }
 
@@ -448,7 +446,7 @@ void what_was_pinned_can_be_computed_while_it_is_given_back() {
                 CHECK(how.n_expert == 0 || pinned == 0 || pinned == N_FF, "step %d: %u records of experts are pinned", steps, pinned);
                 s.begin_op("test");
                 const std::vector<uint32_t> list = every(N_FF / 16, 5, N_FF);
-                CHECK(a.demand(il, list, 1), "step %d: %s", steps, s.error.message);
+                CHECK(a.demand(il, list, 1), "step %d: %s", steps, s.reads.error().message);
                 for (uint32_t i : list) {
                     CHECK(a.check(il, i), "neuron %u", i);
                 }
@@ -493,7 +491,7 @@ void an_urgent_resize_stays_urgent() {
     for (uint32_t token = 0; token < 4; token++) { // more than there are slots: what is hot lies anywhere
         for (uint32_t il = 0; il < N_LAYERS; il++) {
             s.begin_op("test");
-            CHECK(a.demand(il, every(3, token % 3, N_FF), 1), "%s", s.error.message);
+            CHECK(a.demand(il, every(3, token % 3, N_FF), 1), "%s", s.reads.error().message);
             s.neurons.release();
             s.end_op();
         }
@@ -503,7 +501,7 @@ void an_urgent_resize_stays_urgent() {
         was.push_back(s.neurons.find(s.bundles[n / N_FF], n % N_FF));
     }
     const uint64_t bytes = s.memory.total - s.memory.slots / 2;
-    s.fail_op(LLAMA_FLASH_E_INTERNAL, "test", "nothing moves before the error is taken");
+    s.reads.fail_op(LLAMA_FLASH_E_INTERNAL, "test", "nothing moves before the error is taken");
     resize(s, bytes, true);
     CHECK(!resize(s, bytes, false).done, "it has moved");
     CHECK(s.take_error(nullptr) == LLAMA_FLASH_E_INTERNAL, "another error");
@@ -525,22 +523,22 @@ void reads_that_nobody_asked_for_fail_quietly() {
         const std::vector<uint32_t> list = every(20, 100, 500);
         s.begin_op("test");
         a.shard_of(1).cut(5000);
-        s.op.checked = s.bundles[1].file; // the change comes after the check
-        s.neurons.expect(s, s.bundles[1], list.data(), list.size());
+        s.reads.take_as_checked(s.bundles[1].file); // the change comes after the check
+        s.neurons.expect(s.bundles[1], list.data(), list.size());
         if (asked) {
             CHECK(!a.demand(1, list, 1, true), "neurons that are not there");
         }
-        while (!s.reads->idle()) {
-            s.settle_reads(true);
-        }
+        s.reads.drain();
         s.end_op();
         a.shard_of(1).mend();
-        CHECK(s.failed() == asked, "an error that is nobody's: %s", s.error.message);
-        CHECK(s.stats.errors > 0, "nothing failed");
+        CHECK(s.failed() == asked, "an error that is nobody's: %s", s.reads.error().message);
+        llama_flash_stats stats = {};
+        s.reads.tell(stats);
+        CHECK(stats.errors > 0, "nothing failed");
         llama_flash_error err;
         CHECK(s.take_error(&err) == (asked ? LLAMA_FLASH_E_READ : LLAMA_FLASH_OK), "%s", err.message);
         s.begin_op("test");
-        CHECK(a.demand(1, list, 1), "%s", s.error.message);
+        CHECK(a.demand(1, list, 1), "%s", s.reads.error().message);
         for (uint32_t i : list) {
             CHECK(a.check(1, i), "neuron %u", i);
         }
@@ -555,11 +553,11 @@ void a_demand_finds_slots_when_they_became_fewer() {
     llama_flash_session & s = *a.s;
     const std::vector<uint32_t> ahead = every(1, 0, s.neurons.n_slots() / 4);
     s.begin_op("test");
-    s.neurons.expect(s, s.bundles[1], ahead.data(), ahead.size());
+    s.neurons.expect(s.bundles[1], ahead.data(), ahead.size());
     while (s.neurons.n_slots() > ahead.size() + 8) {
-        CHECK(s.neurons.remove_slot(s, false), "a slot that is read into");
+        CHECK(s.neurons.remove_slot(false), "a slot that is read into");
     }
-    CHECK(a.demand(0, every(1, 0, s.neurons.n_slots() / 2), 1), "%s", s.error.message);
+    CHECK(a.demand(0, every(1, 0, s.neurons.n_slots() / 2), 1), "%s", s.reads.error().message);
     s.neurons.release();
     s.end_op();
     a.check_all();
