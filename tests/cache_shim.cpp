@@ -1,6 +1,6 @@
 // C interface to slot_cache and ring, for test_cache_properties.py.
-#include "cache.h"
-#include "ring.h"
+#include "memory/cache.h"
+#include "memory/ring.h"
 
 #include <vector>
 

@@ -23,6 +23,7 @@ def compile_cpp(output: Path, *arguments: str | Path) -> Path:
 
 
 def sources(*names: str) -> list[Path]:
+    """Of plugin/src, by their paths there without the ending."""
     return [PLUGIN / "src" / f"{name}.cpp" for name in names]
 
 
@@ -41,7 +42,7 @@ def built_plugin() -> list[str]:
     commands = build / "compile_commands.json"
     if not commands.exists():
         return []
-    ours = [c for c in json.loads(commands.read_text()) if Path(c["file"]).parent == PLUGIN / "src"]
+    ours = [c for c in json.loads(commands.read_text()) if PLUGIN / "src" in Path(c["file"]).parents]
     objects = [str(Path(c["directory"], c["output"])) for c in ours]
     if not objects or not all(Path(o).exists() for o in objects):
         return []

@@ -32,7 +32,7 @@ def runs(operations: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
 def shim(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source = Path(__file__).with_name("cache_shim.cpp")
     path = tmp_path_factory.mktemp("shim") / "cache_shim.so"
-    library = ctypes.CDLL(str(compile_cpp(path, "-shared", "-fPIC", source, *sources("cache", "ring"))))
+    library = ctypes.CDLL(str(compile_cpp(path, "-shared", "-fPIC", source, *sources("memory/cache", "memory/ring"))))
     i32, u32, u64, size = ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t
     handle, boolean = ctypes.c_void_p, ctypes.c_bool
     for name, result, *arguments in (

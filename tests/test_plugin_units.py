@@ -20,8 +20,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     uring = uring_flags(folder)
     defines, libraries = uring[:1], uring[1:]
     objects = []
-    readers = ("reader", "reader_uring", "reader_pread")
-    for source in sources("cache", "checksum", "layout", "mapping", "ring", "load", "status", "probe", *readers):
+    memory = ("memory/cache", "memory/layout", "memory/mapping", "memory/ring")
+    io = ("io/checksum", "io/load", "io/probe", "io/reader", "io/reader_uring", "io/reader_pread")
+    for source in sources("base/status", *memory, *io):
         objects.append(str(compile_cpp(folder / f"{source.stem}.o", "-c", source, *defines)))
     return [*objects, *libraries]
 

@@ -35,7 +35,7 @@ def make_trace(ops: list[tuple[int, list[int], int]], *, neurons: bool = False, 
     )
     clock = dict.fromkeys(range(len(tensors)), 0)
     session, tokens = 0, []
-    for tensor, _, n in ops:  # as mul_mat.cpp counts
+    for tensor, _, n in ops:  # as ops/experts.cpp counts
         clock[tensor] = session = max(clock[tensor] + n, session)
         tokens.append(session)
     sizes = [len(records) for _, records, _ in ops]

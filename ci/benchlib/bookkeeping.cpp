@@ -3,7 +3,7 @@
 //   bookkeeping LAYERS EXPERTS USED TENSORS SHARE TOKENS
 //
 // Each token uses USED of a layer's EXPERTS in each of its TENSORS, the popular ones more often; slots hold a SHARE (percent) of all.
-#include "cache.h"
+#include "memory/cache.h"
 
 #include <cstdint>
 #include <cstdio>

@@ -61,7 +61,7 @@ def count_all() -> dict[str, Count] | str:
         return "valgrind is not installed" if compiler else "there is no C++ compiler"
     with tempfile.TemporaryDirectory(prefix="llama-flash-callgrind-") as folder:
         program = Path(folder) / "bookkeeping"
-        sources = [str(_SOURCE), str(_PLUGIN / "cache.cpp")]
+        sources = [str(_SOURCE), str(_PLUGIN / "memory/cache.cpp")]
         subprocess.run([compiler, "-O2", "-g", "-std=c++17", f"-I{_PLUGIN}", *sources, "-o", str(program)], check=True)
         return {name: _count(program, shape) for name, shape in SHAPES.items()}
 

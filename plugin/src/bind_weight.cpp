@@ -2,7 +2,7 @@
 #include "llama_flash.h"
 
 #include "session.h"
-#include "status.h"
+#include "base/status.h"
 
 #include <cerrno>
 #include <cstring>

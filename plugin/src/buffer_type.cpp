@@ -1,8 +1,8 @@
 #include "buffer_type.h"
 
 #include "engine_guard.h"
-#include "mul_mat.h"
-#include "rows.h"
+#include "ops/mul_mat.h"
+#include "store/rows.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"

@@ -6,7 +6,7 @@
 #include "engine_guard.h"
 
 #include "llama_flash.h"
-#include "status.h"
+#include "base/status.h"
 
 #include "ggml-impl.h"
 #include "ggml-threading.h"

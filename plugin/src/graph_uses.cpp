@@ -2,8 +2,8 @@
 #include "llama_flash.h"
 
 #include "engine_guard.h"
-#include "router.h"
-#include "status.h"
+#include "kernels/router.h"
+#include "base/status.h"
 
 #include "ggml-impl.h"
 

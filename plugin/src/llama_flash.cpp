@@ -3,7 +3,7 @@
 
 #include "buffer_type.h"
 #include "session.h"
-#include "status.h"
+#include "base/status.h"
 
 #include "llama-ext.h"
 

@@ -6,7 +6,7 @@
 // what a mode keeps resident stay.
 #include "session.h"
 
-#include "status.h"
+#include "base/status.h"
 
 #include <algorithm>
 #include <cstring>

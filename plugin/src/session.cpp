@@ -1,6 +1,6 @@
 #include "session.h"
 
-#include "status.h"
+#include "base/status.h"
 
 #include <algorithm>
 #include <cerrno>

@@ -1,6 +1,6 @@
 // Checksums: of whole records and of pieces the same; another one after any change; and what is done about a file's states.
 #include "check.h"
-#include "checksum.h"
+#include "io/checksum.h"
 
 #include <algorithm>
 #include <cstring>

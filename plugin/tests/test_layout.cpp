@@ -1,7 +1,7 @@
 // The division of memory, of random needs: nothing is given twice, and the bytes alone say what a session has.
+#include "base/sector.h"
 #include "check.h"
-#include "layout.h"
-#include "sector.h"
+#include "memory/layout.h"
 
 #include <algorithm>
 #include <cstdio>

@@ -1,6 +1,6 @@
 // weight_loader with each engine on a real file: any range to any address, and what cannot be read is said.
 #include "check.h"
-#include "load.h"
+#include "io/load.h"
 #include "temporary_file.h"
 
 #include <algorithm>

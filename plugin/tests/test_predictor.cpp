@@ -1,6 +1,6 @@
 // Low-rank predictors against their definition: out * (in * x) + bias > 0, for any of the tokens, whatever the number of threads.
 #include "check.h"
-#include "predictor.h"
+#include "kernels/predictor.h"
 
 #include <cmath>
 #include <vector>

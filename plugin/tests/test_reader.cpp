@@ -1,6 +1,6 @@
 // reader with each engine on a real file: what arrives is what pread gives, nothing around it is touched, errors are said.
 #include "check.h"
-#include "reader.h"
+#include "io/reader.h"
 #include "temporary_file.h"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 //
 // This program's own pread stands before libc's; the pread engine is the one that calls it.
 #include "check.h"
-#include "reader.h"
+#include "io/reader.h"
 
 #include <atomic>
 #include <cerrno>

@@ -1,6 +1,6 @@
 // ring against a reference: entries alive never share a byte, leave in order, and room that must be there is given.
 #include "check.h"
-#include "ring.h"
+#include "memory/ring.h"
 
 #include <cstring>
 #include <deque>

@@ -1,6 +1,6 @@
 // slot_cache against a reference that keeps plain lists: random uses, takes, holds, reads and drops.
-#include "cache.h"
 #include "check.h"
+#include "memory/cache.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,6 @@
 // Single rows of every type: values as ggml converts them, dot products, weighted sums, and columns shared out once each.
 #include "check.h"
-#include "sparse.h"
+#include "kernels/sparse.h"
 
 #include <algorithm>
 #include <cmath>

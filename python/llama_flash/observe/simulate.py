@@ -3,10 +3,11 @@
 The unit is what the cache's own is: a record, one expert's slice of one tensor, or a neuron. Records of one size class
 share its slots. A prompt (an op of more than 16 tokens) uses what is there and fills empty slots, but evicts nothing.
 
-`lfu` is the plugin's policy (plugin/src/cache.cpp), with all that its ops decide about it (mul_mat.cpp): the reads
-ahead of a layer's other tensors, what an op holds, the order of records in a bucket. Its hits are those that the plugin
-counts, one by one. The others take an op's records one after the other and hold nothing, so that they are a little
-better off than they would be. The optimum may stream: a record is used without a slot, as the plugin's ring allows.
+`lfu` is the plugin's policy (plugin/src/memory/cache.cpp), with all that its ops decide about it (ops/experts.cpp): the
+reads ahead of a layer's other tensors, what an op holds, the order of records in a bucket. Its hits are those that the
+plugin counts, one by one. The others take an op's records one after the other and hold nothing, so that they are a
+little better off than they would be. The optimum may stream: a record is used without a slot, as the plugin's ring
+allows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["POLICIES", "Result", "accesses", "as_counted", "optimum", "simulate"
 Hits = npt.NDArray[np.bool_]
 Slots = Mapping[int, int]  # by size class
 
-EXPERTS_HALF_LIFE = 34.0  # tokens; as in plugin/src/cache.h
+EXPERTS_HALF_LIFE = 34.0  # tokens; as in plugin/src/memory/cache.h
 NEURONS_HALF_LIFE = 4.0
 LEARNT = 1 / 3  # of the decoded tokens: what policies may learn from, and what is not counted
 
@@ -360,7 +361,7 @@ def next_use(record: Ints) -> Ints:
 
 
 class _AgeingCache:
-    """plugin/src/cache.h for one session; a slot's number does not matter, so records stand for slots.
+    """plugin/src/memory/cache.h for one session; a slot's number does not matter, so records stand for slots.
 
     Within a class, what goes is the least (bucket, time of entering it): buckets that fall into the lowest one keep
     that order.

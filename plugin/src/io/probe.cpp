@@ -1,0 +1,131 @@
+// What the device gives to reads like those of decoding: same reader, same engines, any chunk size and depth.
+#include "llama_flash.h"
+
+#include "memory/mapping.h"
+#include "io/reader.h"
+#include "base/status.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <fcntl.h>
+#include <random>
+#include <unistd.h>
+#include <vector>
+
+namespace {
+
+constexpr uint64_t MOST_MEMORY = 32u << 20; // of all destinations: what arrives is not looked at, so reads may share one
+constexpr uint32_t MOST_DEPTH  = 4096;
+
+using steady = std::chrono::steady_clock;
+
+struct descriptor {
+    int fd;
+    ~descriptor() {
+        if (fd >= 0) {
+            close(fd);
+        }
+    }
+};
+
+uint64_t ns_since(steady::time_point start) {
+    return (uint64_t) std::chrono::duration_cast<std::chrono::nanoseconds>(steady::now() - start).count();
+}
+
+int32_t fail_read(llama_flash_error * err, const char * path, int32_t error, uint64_t offset, uint64_t size) {
+    flash_fail(err, LLAMA_FLASH_E_READ, "cannot read %s: %s", path, why_failed(error).c_str());
+    if (err) {
+        err->sys_errno = error;
+        err->offset    = offset;
+        err->size      = size;
+        strncpy(err->file, path, sizeof(err->file) - 1);
+    }
+    return LLAMA_FLASH_E_READ;
+}
+
+int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_flash_params params, llama_flash_probe & out, llama_flash_error * err) {
+    params.io_depth   = params.io_depth ? params.io_depth : 32;
+    params.read_bytes = chunk;
+    if (chunk == 0 || chunk % FLASH_SECTOR != 0 || chunk > 1u << 30 || params.io_depth > MOST_DEPTH) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "probe_reads: a chunk of %u bytes (expected a multiple of %u up to 1 GiB), or %u reads in flight (at most %u)",
+                          chunk, (uint32_t) FLASH_SECTOR, params.io_depth, MOST_DEPTH);
+    }
+    descriptor opened = { open(path, O_RDONLY | O_CLOEXEC) };
+    if (opened.fd < 0) {
+        return fail_read(err, path, errno, 0, chunk);
+    }
+    auto file = flash_file::reopen(opened.fd, err);
+    if (!file) {
+        return LLAMA_FLASH_E_READ;
+    }
+    const uint64_t n_chunks = file->size / chunk;
+    if (n_chunks == 0) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "probe_reads: %s has %llu bytes, fewer than one chunk of %u", path, (unsigned long long) file->size, chunk);
+    }
+    const uint32_t depth    = params.io_depth;
+    const uint64_t n_places = std::min<uint64_t>(depth, std::max<uint64_t>(1, MOST_MEMORY / chunk));
+
+    // as slots and rings are: a large read into small pages would be split by what a request may list
+    const mapping memory = mapping::allocate(n_places * chunk);
+    if (!memory.data) {
+        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "probe_reads: no memory for %llu chunks%s", (unsigned long long) n_places,
+                          limits_of(ENOMEM).c_str());
+    }
+    memset(memory.data, 0, n_places * chunk); // page faults are not the device's
+    auto reads = reader::create(params, err); // destroyed before the memory it reads to
+    if (!reads) {
+        return LLAMA_FLASH_E_INVALID;
+    }
+    std::mt19937_64                 random(chunk ^ ((uint64_t) depth << 32));
+    std::vector<steady::time_point> begun(depth);
+    std::vector<uint64_t>           latencies;
+
+    uint32_t under_way = 0;
+    auto     ask       = [&](uint32_t tag) {
+        begun[tag] = steady::now();
+        reads->read(*file, random() % n_chunks * chunk, chunk, memory.data + tag % n_places * chunk, tag);
+        out.in_flight = std::max(out.in_flight, ++under_way);
+    };
+    const auto     start    = steady::now();
+    const uint64_t duration = (uint64_t) duration_ms * 1000000;
+    for (uint32_t tag = 0; tag < depth; tag++) {
+        ask(tag);
+    }
+    reader::done done;
+    while (reads->next(done, true)) {
+        under_way--;
+        if (done.error != 0) {
+            return fail_read(err, path, done.error, done.error_offset, chunk);
+        }
+        out.bytes += chunk;
+        latencies.push_back(ns_since(begun[done.tag]));
+        if (ns_since(start) < duration) {
+            ask(done.tag);
+        }
+    }
+    out.ns        = ns_since(start);
+    out.reads     = latencies.size();
+    out.direct    = file->direct;
+    out.io_engine = reads->engine_kind();
+    for (uint64_t ns : latencies) {
+        out.latency_ns += ns;
+    }
+    out.latency_ns /= out.reads;
+    auto p99 = latencies.begin() + (ptrdiff_t) ((out.reads - 1) * 99 / 100);
+    std::nth_element(latencies.begin(), p99, latencies.end());
+    out.latency_p99_ns = *p99;
+    return LLAMA_FLASH_OK;
+}
+
+} // namespace
+
+int32_t llama_flash_probe_reads(const char * path, uint32_t chunk, uint32_t duration_ms, const llama_flash_params * params, llama_flash_probe * out,
+                                llama_flash_error * err) {
+    if (!path || !out) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "probe_reads: no path or no result");
+    }
+    *out = {};
+    return guarded(err, [&] { return probe(path, chunk, duration_ms, params ? *params : llama_flash_params{}, *out, err); });
+}

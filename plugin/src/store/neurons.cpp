@@ -1,0 +1,692 @@
+#include "store/neurons.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+void neuron_store::configure(uint32_t n_neurons, uint32_t n_slots, size_t bytes, uint8_t * slot_memory, uint8_t * ring_memory, size_t bytes_of_ring) {
+    cache.configure({ n_slots }, n_neurons, slot_cache::NEURONS_HALF_LIFE);
+    neuron_ring.configure(ring_memory, bytes_of_ring, 4096);
+    ring_bytes = bytes_of_ring;
+    slots      = slot_memory;
+    slot_bytes = bytes;
+    slot_of.assign(n_neurons, slot_cache::NONE);
+    last_use.assign(n_neurons, 0);
+    pending.assign(n_slots, 0);
+    asked_for.assign(n_slots, 0);
+    uses.clear();
+}
+
+// uses
+
+void neuron_store::use(const flash_bundle & b, uint32_t n_tokens) {
+    constexpr uint64_t PAPERS_WINDOW = 5; // what "newly active" is counted against
+    notes.stats.neurons_active += b.active.size();
+    for (uint32_t i : b.active) {
+        const uint32_t n = b.first + i;
+        if (notes.trace.on()) {
+            notes.trace.note({ b.tokens, notes.first_bundle + b.index, i, n_tokens, 1 });
+        }
+        notes.count_reuse(b.tokens - n_tokens, last_use[n]);
+        if (last_use[n] == 0 || b.tokens - n_tokens - (last_use[n] - 1) >= PAPERS_WINDOW) {
+            notes.stats.neurons_newly_active++;
+        }
+        last_use[n] = b.tokens + 1;
+        if (i < b.n_pinned) {
+            continue;
+        }
+        cache.use(n, b.tokens, n_tokens, 1);
+        if (window != NO_WINDOW) {
+            uses.push_back({ n, b.tokens + 1 });
+        }
+    }
+}
+
+// drops what none of the last `window` tokens before this one used
+void neuron_store::expire(uint64_t now) {
+    while (!uses.empty() && uses.front().token + window <= now) {
+        const use_note note = uses.front();
+        uses.pop_front();
+        if (last_use[note.neuron] <= note.token && slot_of[note.neuron] >= 0 && pending[(size_t) slot_of[note.neuron]] == 0) {
+            drop(note.neuron);
+            notes.stats.evictions++;
+        }
+    }
+}
+
+void neuron_store::drop(uint32_t neuron) {
+    cache.drop(slot_of[neuron]);
+    slot_of[neuron] = slot_cache::NONE;
+}
+
+// demand
+
+bool neuron_store::take(uint32_t neuron, bool evict) {
+    int32_t       evicted;
+    const int32_t slot = cache.take(0, neuron, evict, &evicted);
+    if (slot == slot_cache::NONE) {
+        return false;
+    }
+    if (evicted != slot_cache::NONE) {
+        slot_of[(size_t) evicted] = slot_cache::NONE;
+        notes.stats.evictions++;
+    }
+    slot_of[neuron] = slot;
+    asked_for[(size_t) slot] = 0;
+    cache.set_reading(slot, true);
+    n_coming++;
+    return true;
+}
+
+// a stream of the neuron has come, or will not
+void neuron_store::note_here(int32_t slot) {
+    if (--pending[(size_t) slot] == 0) {
+        cache.set_reading(slot, false);
+        n_coming--;
+    }
+}
+
+// The neuron will not come.
+void neuron_store::give_up(const flash_bundle & b, const item & i) {
+    const uint32_t neuron = b.first + i.neuron;
+    if (slot_of[neuron] == i.slot && pending[(size_t) i.slot] > 0) { // once, if several of its streams fail
+        pending[(size_t) i.slot] = 1;
+        note_here(i.slot);
+        drop(neuron);
+    }
+}
+
+void neuron_store::demand(const flash_bundle & b, const uint32_t * list, size_t n, bool count) {
+    cancel_ahead();
+    if (streaming()) {
+        stream_end();
+    }
+    if (window != NO_WINDOW) {
+        expire(b.tokens);
+    }
+    size_t missing = 0;
+    for (size_t k = 0; k < n; k++) { // hold what is there before anything is evicted
+        const uint32_t neuron = b.first + list[k];
+        if (list[k] < b.n_pinned) {
+            continue;
+        }
+        if (slot_of[neuron] >= 0) {
+            cache.hold(slot_of[neuron]);
+            asked_for[(size_t) slot_of[neuron]] = 1;
+        } else {
+            missing++;
+        }
+    }
+    if (count) {
+        notes.stats.hits += n - missing;
+        notes.stats.misses += missing;
+    }
+    if (missing == 0 || !queue.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+        return;
+    }
+    wanted.clear();
+    for (size_t k = 0; k < n; k++) {
+        if (list[k] >= b.n_pinned && slot_of[b.first + list[k]] < 0) {
+            bool taken = take(b.first + list[k]);
+            if (!taken) {
+                hold_only(b, list, n);
+                taken = take(b.first + list[k]);
+            }
+            if (!taken) { // what is read ahead holds more than it left free then: there were more slots
+                let_land();
+                hold_only(b, list, n);
+                taken = take(b.first + list[k]);
+            }
+            if (!taken) { // what is coming leaves room for a chunk
+                queue.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "no slot for a neuron");
+                break;
+            }
+            wanted.push_back({ list[k], slot_of[b.first + list[k]] });
+        }
+    }
+    plan(b, false);
+}
+
+// Of all that is there, only the listed neurons stay held: those that the evaluation's other parts used make room.
+void neuron_store::hold_only(const flash_bundle & b, const uint32_t * list, size_t n) {
+    cache.end_op();
+    for (size_t k = 0; k < n; k++) {
+        if (list[k] >= b.n_pinned && slot_of[b.first + list[k]] >= 0) {
+            cache.hold(slot_of[b.first + list[k]]);
+        }
+    }
+}
+
+void neuron_store::expect(const flash_bundle & b, const uint32_t * list, size_t n) {
+    wanted.clear();
+    for (size_t k = 0; k < n && !b.split; k++) {
+        const uint32_t neuron = b.first + list[k];
+        if (list[k] < b.n_pinned || slot_of[neuron] >= 0) {
+            continue;
+        }
+        if (may_come() == 0 || !take(neuron)) {
+            break;
+        }
+        wanted.push_back({ list[k], slot_of[neuron] });
+        if (window != NO_WINDOW) {
+            uses.push_back({ neuron, b.tokens + 2 });
+        }
+    }
+    notes.stats.neurons_expected += wanted.size();
+    plan(b, true);
+    pump();
+}
+
+bool neuron_store::warm(const flash_bundle & b, const uint32_t * list, size_t n) {
+    bool room = true;
+    wanted.clear();
+    for (size_t k = 0; k < n && room; k++) {
+        const uint32_t neuron = b.first + list[k];
+        if (list[k] < b.n_pinned || slot_of[neuron] >= 0) {
+            continue;
+        }
+        if (cache.score(neuron) < 0.0) {
+            cache.use(neuron, b.tokens, 1, 1); // used in another life
+        }
+        room = take(neuron, false);
+        if (room) {
+            wanted.push_back({ list[k], slot_of[neuron] });
+            if (window != NO_WINDOW) {
+                uses.push_back({ neuron, b.tokens + 2 });
+            }
+        }
+    }
+    plan(b, true);
+    pump();
+    return room;
+}
+
+// reads
+
+uint32_t neuron_store::new_read(const flash_bundle & b, const bundle_stream * stream) {
+    if (free_reads.empty()) {
+        free_reads.push_back((uint32_t) reads.size());
+        reads.emplace_back();
+    }
+    const uint32_t index = free_reads.back();
+    free_reads.pop_back();
+    read & r = reads[index];
+    r.bundle = &b;
+    r.stream = stream;
+    r.entry  = ring::NONE;
+    r.jobs   = 0;
+    r.failed = false;
+    r.state  = file_state::same;
+    r.items.clear();
+    return index;
+}
+
+void neuron_store::free_read(uint32_t index) {
+    if (reads[index].entry != ring::NONE) {
+        neuron_ring.give(reads[index].entry);
+    }
+    free_reads.push_back(index);
+}
+
+// Makes reads of `wanted` (ascending): neighbours in the file, and those with little between them, together.
+void neuron_store::plan(const flash_bundle & b, bool ahead) {
+    for (const auto & stream : b.streams) {
+        size_t k = 0;
+        while (k < wanted.size()) {
+            const uint32_t index = new_read(b, &stream);
+            read &         r     = reads[index];
+            const uint64_t begin = wanted[k].neuron * stream.stride;
+            uint64_t       end   = begin;
+            while (k < wanted.size()) {
+                const uint64_t next = wanted[k].neuron * stream.stride;
+                if (next > end + merge_gap || next + stream.bytes > begin + std::max(LONGEST, stream.bytes)) {
+                    break;
+                }
+                pending[(size_t) wanted[k].slot]++;
+                r.items.push_back(wanted[k++]);
+                end = next + stream.bytes;
+            }
+            r.ahead = ahead;
+            (ahead ? planned_ahead : planned).push_back(index);
+        }
+    }
+}
+
+// Reads that were only expected and have not begun: a demand comes first, and may be for other neurons.
+void neuron_store::cancel_ahead() {
+    for (uint32_t index : planned_ahead) {
+        for (const item & i : reads[index].items) {
+            give_up(*reads[index].bundle, i);
+        }
+        free_read(index);
+    }
+    planned_ahead.clear();
+}
+
+bool neuron_store::start(uint32_t index) {
+    read &               r      = reads[index];
+    const bundle_stream & stream = *r.stream;
+    const uint64_t       begin  = r.bundle->offset + stream.base + r.items.front().neuron * stream.stride;
+    const uint64_t       end    = r.bundle->offset + stream.base + r.items.back().neuron * stream.stride + stream.bytes;
+    const uint64_t       floor  = flash_sector_floor(begin);
+
+    r.entry = neuron_ring.take(flash_sector_ceil(end) - floor, index);
+    if (r.entry == ring::NONE) {
+        return false;
+    }
+    r.data = neuron_ring.address(r.entry) + (begin - floor);
+    r.jobs = 1;
+    n_started++;
+    queue.read(*this, index, *r.bundle->file, begin, end - begin, r.data);
+    queue.used(r.items.size() * stream.bytes);
+    return true;
+}
+
+void neuron_store::pump() {
+    for (auto * queue : { &planned, &planned_ahead }) {
+        while (!queue->empty() && start(queue->front())) {
+            queue->pop_front();
+        }
+    }
+    queue.submit();
+}
+
+bool neuron_store::nobody_asked(const read & r) const {
+    return r.stream && r.ahead && std::none_of(r.items.begin(), r.items.end(), [&](const item & i) {
+        return slot_of[r.bundle->first + i.neuron] == i.slot && asked_for[(size_t) i.slot];
+    });
+}
+
+void neuron_store::ended(uint32_t index, const reader::done & done_read, file_state state) {
+    read & r = reads[index];
+    if (done_read.error != 0 && nobody_asked(r)) {
+        queue.miss();
+    } else if (done_read.error != 0) {
+        queue.fail_read(*done_read.file, r.bundle->name, done_read.error, done_read.error_offset, r.bundle->record_bytes);
+    }
+    r.failed = r.failed || done_read.error != 0;
+    r.state  = std::max(r.state, state);
+    if (--r.jobs > 0 || !r.stream) {
+        return; // a run waits in `runs`
+    }
+    if (!r.failed) {
+        done.push_back(index);
+        return;
+    }
+    n_started--;
+    for (const item & i : r.items) {
+        give_up(*r.bundle, i);
+    }
+    free_read(index);
+}
+
+void neuron_store::home_reads::ended(uint32_t, const reader::done & done, file_state) {
+    if (done.error != 0) {
+        queue.fail_read(*done.file, "ffn_bundle", done.error, done.error_offset, 0);
+    }
+}
+
+// the sectors at both ends hold bytes of neighbours: the same as are there
+void neuron_store::read_home(const flash_bundle & b, uint32_t first, uint32_t n) {
+    const uint64_t begin = first * b.record_bytes;
+    queue.read(pinned, b.index, *b.file, b.offset + begin, n * b.record_bytes, const_cast<uint8_t *>(b.home) + begin);
+}
+
+// landing
+
+bool neuron_store::begin_landing() {
+    landing.clear();
+    landing_reads.swap(done);
+    for (uint32_t index : landing_reads) {
+        for (uint32_t i = 0; i < reads[index].items.size(); i++) {
+            const item & it = reads[index].items[i];
+            if (slot_of[reads[index].bundle->first + it.neuron] == it.slot) {
+                landing.push_back({ index, i, false });
+            }
+        }
+    }
+    next_item.store(0, std::memory_order_relaxed);
+    return !landing_reads.empty();
+}
+
+uint8_t * neuron_store::copy(const read & r, uint32_t k) const {
+    const item & i   = r.items[k];
+    uint8_t *    dst = slots + (size_t) i.slot * slot_bytes;
+    memcpy(dst + r.stream->slot_offset, r.data + (i.neuron - r.items.front().neuron) * r.stream->stride, r.stream->bytes);
+    return dst;
+}
+
+void neuron_store::end_landing() {
+    for (const landing_item & l : landing) {
+        const read & r = reads[l.read];
+        const item & i = r.items[l.item];
+        if (slot_of[r.bundle->first + i.neuron] != i.slot) {
+            continue; // another of its streams was not sound
+        }
+        if (l.sound) {
+            note_here(i.slot);
+            continue;
+        }
+        if (r.ahead && !asked_for[(size_t) i.slot]) {
+            queue.miss();
+        } else {
+            fail_neuron(*r.bundle, i.neuron, *r.stream);
+        }
+        give_up(*r.bundle, i);
+    }
+    for (uint32_t index : landing_reads) {
+        n_started--;
+        free_read(index);
+    }
+    landing.clear();
+    landing_reads.clear();
+}
+
+// checksums
+
+void neuron_store::forget_checksums(const std::vector<flash_bundle> & bundles) {
+    size_t n = 0;
+    first_checksum.clear();
+    for (const auto & b : bundles) {
+        first_checksum.push_back(n);
+        n += b.n_neurons * b.streams.size();
+    }
+    checksums.assign(n, 0);
+}
+
+bool neuron_store::is_sound(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream, const uint8_t * data, file_state state) {
+    uint32_t &       known = checksum_of(b, neuron, stream);
+    const byte_check check = check_for(state, known);
+    return check == byte_check::none || (check != byte_check::refuse && check_bytes(check, known, checksum(data, stream.bytes)));
+}
+
+void neuron_store::fail_neuron(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream) {
+    queue.fail_bytes(*b.file, b.name, b.offset + stream.base + neuron * stream.stride, stream.bytes, checksum_of(b, neuron, stream));
+}
+
+void neuron_store::check_run(uint32_t first, uint32_t last) {
+    const read &         r = reads[runs.front()];
+    const flash_bundle & b = *r.bundle;
+    for (const auto & stream : b.streams) {
+        const size_t p = (size_t) (std::find_if(std::begin(b.parts), std::end(b.parts),
+                                                [&](const bundle_part & q) { return q.cached && q.slot_offset == stream.slot_offset; }) -
+                                   std::begin(b.parts));
+        for (uint32_t k = first; k < last; k++) {
+            if (!is_sound(b, r.whole.first + k, stream, r.whole.data[p] + k * r.whole.stride[p], r.state)) {
+                unsound.store((int64_t) k * (int64_t) FFN_PARTS + (&stream - b.streams.data()), std::memory_order_relaxed);
+                return;
+            }
+        }
+    }
+}
+
+bool neuron_store::is_run_sound() {
+    const int64_t found = unsound.exchange(-1, std::memory_order_relaxed);
+    if (found < 0) {
+        return true;
+    }
+    const read & r = reads[runs.front()];
+    fail_neuron(*r.bundle, r.whole.first + (uint32_t) (found / (int64_t) FFN_PARTS), r.bundle->streams[(size_t) found % FFN_PARTS]);
+    return false;
+}
+
+// streaming
+
+bool neuron_store::start_run() {
+    const flash_bundle & b     = *stream_bundle;
+    const uint32_t       end   = stream_list ? ((*stream_list)[stream_expert] + 1) * b.n_ff : b.n_neurons;
+    const uint32_t       count = std::min(stream_rows, end - stream_first);
+
+    struct extent {
+        uint64_t begin;
+        uint64_t end;
+        size_t   part;
+    };
+    extent extents[FFN_PARTS];
+    size_t n     = 0;
+    size_t bytes = 0;
+    for (size_t p = 0; p < FFN_PARTS; p++) {
+        if (!b.split && n == 1) {
+            break; // whole records
+        }
+        if (!b.parts[p].present || (b.split && b.parts[p].cached == stream_resident)) {
+            continue;
+        }
+        const uint64_t base   = b.offset + (b.split ? b.n_ff * b.parts[p].offset : 0);
+        const uint64_t stride = b.split ? b.parts[p].row_bytes : b.record_bytes;
+        extents[n]            = { base + stream_first * stride, base + (stream_first + count) * stride, p };
+        bytes += flash_sector_ceil(extents[n].end) - flash_sector_floor(extents[n].begin);
+        n++;
+    }
+    const uint32_t index = new_read(b, nullptr);
+    read &         r     = reads[index];
+    r.entry              = neuron_ring.take(bytes, index);
+    if (r.entry == ring::NONE) {
+        free_read(index);
+        return false;
+    }
+    r.whole          = {};
+    r.whole.first    = stream_first;
+    r.whole.count    = count;
+    r.jobs           = (uint32_t) n;
+    uint8_t * memory = neuron_ring.address(r.entry);
+    for (size_t k = 0; k < n; k++) {
+        const extent & e    = extents[k];
+        uint8_t *      data = memory + (e.begin - flash_sector_floor(e.begin));
+        for (size_t p = 0; p < FFN_PARTS; p++) {
+            if (b.parts[p].present && (!b.split || p == e.part)) {
+                r.whole.data[p]   = b.split ? data : data + b.parts[p].offset;
+                r.whole.stride[p] = b.split ? b.parts[p].row_bytes : b.record_bytes;
+            }
+        }
+        queue.read(*this, index, *b.file, e.begin, e.end - e.begin, data);
+        queue.used(e.end - e.begin);
+        memory += flash_sector_ceil(e.end) - flash_sector_floor(e.begin);
+    }
+    runs.push_back(index);
+    notes.stats.panel_reads++;
+
+    stream_first += count;
+    if (stream_first == end && stream_list && ++stream_expert < stream_list->size()) {
+        stream_first = (*stream_list)[stream_expert] * b.n_ff;
+    } else if (stream_first == end) {
+        stream_bundle = nullptr;
+        if (stream_ahead) {
+            stream_after(b);
+        }
+    }
+    return true;
+}
+
+// the next run to plan is the first of the layers after b that is not pinned
+void neuron_store::stream_after(const flash_bundle & b) {
+    stream_bundle = nullptr;
+    for (uint32_t i = b.index + 1; i < bundles.size() && !stream_bundle; i++) {
+        if (bundles[i].n_expert == 0 && bundles[i].n_pinned < bundles[i].n_neurons) { // nobody knows which experts
+            stream_bundle = &bundles[i];
+            stream_first  = stream_bundle->n_pinned;
+        }
+    }
+}
+
+// neurons that were asked for are in the ring's way
+void neuron_store::let_land() {
+    while (under_way() && !queue.failed()) {
+        pump();
+        if (begin_landing()) {
+            land([](const flash_bundle &, uint32_t, const uint8_t *, const bundle_stream *) {});
+            end_landing();
+        } else {
+            queue.wait();
+        }
+    }
+}
+
+void neuron_store::stream_begin(const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident) {
+    cancel_ahead();
+    if (!runs.empty()) {
+        const read & r     = reads[runs.front()];
+        const bool   next  = r.bundle == &b && r.whole.first == first;
+        const bool   later = first == b.n_neurons && r.bundle->index > b.index; // nothing of b is read
+        if (!(next || later) || stream_rows != rows || under_way()) {
+            stream_end();
+        }
+    }
+    let_land(); // neurons that were asked for are in the ring's way
+    stream_ahead    = ahead;
+    stream_rows     = rows;
+    stream_resident = resident;
+    stream_list     = nullptr;
+    if (runs.empty()) {
+        stream_bundle = first < b.n_neurons ? &b : nullptr;
+        stream_first  = first;
+        if (!stream_bundle && ahead) {
+            stream_after(b);
+        }
+    } else if (!stream_bundle && ahead && reads[runs.back()].bundle == &b) {
+        stream_after(b);
+    }
+    if (stream_bundle && !queue.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+        return;
+    }
+    while (stream_bundle && !queue.failed() && start_run()) {
+    }
+    queue.submit();
+}
+
+void neuron_store::stream_experts(const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows) {
+    cancel_ahead();
+    stream_end();
+    let_land();
+    stream_ahead    = false;
+    stream_rows     = rows;
+    stream_resident = false;
+    stream_list     = &experts;
+    stream_expert   = 0;
+    if (queue.check_file(*b.file, b.name, b.offset, b.tensor_bytes())) {
+        stream_bundle = &b;
+        stream_first  = experts[0] * b.n_ff;
+    }
+    while (stream_bundle && !queue.failed() && start_run()) {
+    }
+    queue.submit();
+}
+
+const neuron_store::run * neuron_store::stream_next() {
+    for (;;) {
+        while (stream_bundle && !queue.failed() && start_run()) {
+        }
+        queue.submit();
+        if (queue.failed() || runs.empty()) {
+            return nullptr;
+        }
+        if (reads[runs.front()].jobs == 0) {
+            return reads[runs.front()].failed ? nullptr : &reads[runs.front()].whole;
+        }
+        queue.wait();
+    }
+}
+
+void neuron_store::stream_give() {
+    free_read(runs.front());
+    runs.pop_front();
+}
+
+void neuron_store::stream_end() {
+    stream_bundle = nullptr;
+    while (!runs.empty()) {
+        while (reads[runs.front()].jobs > 0 && queue.settle(true)) {
+        }
+        stream_give();
+    }
+}
+
+void neuron_store::keep(const flash_bundle & b, const run & r, const uint32_t * uses_of, uint32_t most, uint32_t n_tokens, uint64_t now) {
+    uint32_t least = 1; // uses that earn a slot
+    if (most < r.count) {
+        std::vector<uint32_t> counts(uses_of, uses_of + r.count);
+        std::nth_element(counts.begin(), counts.begin() + (ptrdiff_t) most, counts.end(), std::greater<uint32_t>());
+        least = counts[most] + 1;
+    }
+    for (uint32_t k = 0; k < r.count; k++) {
+        const uint32_t neuron = b.first + r.first + k;
+        if (uses_of[k] < least || slot_of[neuron] >= 0) {
+            continue;
+        }
+        cache.use(neuron, now, n_tokens, uses_of[k]);
+        int32_t       evicted;
+        const int32_t slot = cache.take(0, neuron, false, &evicted);
+        if (slot == slot_cache::NONE) {
+            break;
+        }
+        slot_of[neuron] = slot;
+        for (size_t p = 0; p < FFN_PARTS; p++) {
+            if (b.parts[p].cached) {
+                memcpy(slots + (size_t) slot * slot_bytes + b.parts[p].slot_offset, r.data[p] + k * r.stride[p], b.parts[p].row_bytes);
+            }
+        }
+        last_use[neuron] = now + 1;
+        if (window != NO_WINDOW) {
+            uses.push_back({ neuron, now + 1 });
+        }
+    }
+    cache.end_op();
+}
+
+void neuron_store::abandon() {
+    cancel_ahead();
+    while (!queue.idle()) {
+        queue.settle(true);
+    }
+    stream_end();
+    const std::vector<uint32_t> waiting(planned.begin(), planned.end());
+    planned.clear();
+    done.insert(done.end(), waiting.begin(), waiting.end());
+    for (uint32_t index : done) {
+        for (const item & i : reads[index].items) {
+            give_up(*reads[index].bundle, i);
+        }
+        n_started -= reads[index].entry != ring::NONE;
+        free_read(index);
+    }
+    done.clear();
+}
+
+void neuron_store::settle() {
+    cancel_ahead();
+    let_land();
+}
+
+void neuron_store::add_slots(uint32_t n) {
+    while (cache.n_slots(0) < n) {
+        cache.add(0);
+    }
+    pending.resize(std::max<size_t>(pending.size(), n), 0);
+    asked_for.resize(pending.size(), 0);
+}
+
+bool neuron_store::remove_slot(bool move) {
+    const slot_cache::retired r = cache.retire(0, move);
+    if (!r.done) {
+        return false;
+    }
+    if (r.evicted != slot_cache::NONE) {
+        slot_of[(size_t) r.evicted] = slot_cache::NONE;
+        notes.stats.evictions++;
+    }
+    if (r.moved != slot_cache::NONE) {
+        slot_of[cache.record_in(r.moved)] = r.moved;
+        memcpy(slots + (size_t) r.moved * slot_bytes, slots + (size_t) r.slot * slot_bytes, slot_bytes);
+    }
+    return true;
+}
+
+void neuron_store::forget_all() {
+    abandon();
+    for (uint32_t neuron = 0; neuron < slot_of.size(); neuron++) {
+        if (slot_of[neuron] >= 0) {
+            drop(neuron);
+        }
+    }
+    uses.clear();
+}

@@ -1,0 +1,273 @@
+// Neurons of bundles in slots, and the reads that bring them there. Thread 0's, under the session's lock, but for land().
+//
+// A missing neuron gets a slot at once; neighbours in the file are read together into a ring and copied from there. Which neurons
+// stay is the cache's business (cache.h); with a window, a neuron that none of the last `window` tokens used gives up its slot.
+#pragma once
+
+#include "store/bundle.h"
+#include "memory/cache.h"
+#include "base/instruments.h"
+#include "io/read_queue.h"
+#include "memory/ring.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+class neuron_store : public read_owner {
+  public:
+    static constexpr size_t   LONGEST    = 256u << 10; // bytes of a read of single neurons
+    static constexpr uint32_t NO_WINDOW  = UINT32_MAX;
+
+    // bundles: the session's, by layer
+    neuron_store(read_queue & queue_, instruments & notes_, const std::vector<flash_bundle> & bundles_) :
+        queue(queue_), notes(notes_), bundles(bundles_), pinned(queue_) {}
+
+    // slots of slot_bytes each; ring_bytes of ring at ring_memory; neither is owned
+    void configure(uint32_t n_neurons, uint32_t n_slots, size_t slot_bytes, uint8_t * slots, uint8_t * ring_memory, size_t ring_bytes);
+
+    // A new evaluation of the bundle by n_tokens tokens, the last of which is number b.tokens: notes the use of its active set.
+    void use(const flash_bundle & b, uint32_t n_tokens);
+
+    // Sees to it that the listed neurons (ascending; at most n_slots()) are in slots or on their way, and holds them there.
+    // count: this is the evaluation's first demand for them.
+    void demand(const flash_bundle & b, const uint32_t * list, size_t n, bool count);
+
+    // Reads the listed neurons if slots can be had; not held. For an evaluation that is expected soon.
+    void expect(const flash_bundle & b, const uint32_t * list, size_t n);
+
+    // The same, at most may_come() neurons and warm_bytes() of sectors, into empty slots only; false: there is none left.
+    bool   warm(const flash_bundle & b, const uint32_t * list, size_t n);
+    size_t warm_bytes() const { return ring_bytes / 2; }
+
+    // Neurons that may still be read before anybody asks: the demand that follows must find slots.
+    uint32_t may_come() const { return n_slots() / 4 - std::min(n_slots() / 4, n_coming); }
+
+    // Neurons in slots, by their numbers among the session's, with their scores.
+    template <typename F> void each(F f) const {
+        for (uint32_t neuron = 0; neuron < slot_of.size(); neuron++) {
+            if (slot_of[neuron] >= 0) {
+                f(neuron, cache.score(neuron));
+            }
+        }
+    }
+
+    llama_flash_place place_of(const flash_bundle & b, uint32_t neuron) const {
+        if (neuron < b.n_pinned) {
+            return LLAMA_FLASH_PINNED;
+        }
+        const int32_t slot = slot_of[b.first + neuron];
+        return slot < 0 ? LLAMA_FLASH_IN_FILE : pending[(size_t) slot] > 0 ? LLAMA_FLASH_COMING : LLAMA_FLASH_IN_SLOT;
+    }
+
+    // number of the last token that used a neuron of the session's + 1, 0: none
+    uint64_t used_by(uint32_t neuron) const { return last_use[neuron]; }
+
+    // Checksums, by neuron and stream. What each was read as when it was read first; 0: it was not.
+    void       forget_checksums(const std::vector<flash_bundle> & bundles);
+    uint32_t & checksum_of(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream) {
+        return checksums[first_checksum[b.index] + neuron * b.streams.size() + (size_t) (&stream - b.streams.data())];
+    }
+
+    // Lets go of what demand() held.
+    void release() { cache.end_op(); }
+
+    // Starts planned reads as far as the ring has room.
+    void pump();
+
+    // The neuron's cached bytes; nullptr while it is not there.
+    const uint8_t * find(const flash_bundle & b, uint32_t neuron) const {
+        if (neuron < b.n_pinned) {
+            return b.home + neuron * b.record_bytes + b.streams[0].base;
+        }
+        const int32_t slot = slot_of[b.first + neuron];
+        return slot >= 0 && pending[(size_t) slot] == 0 ? slots + (size_t) slot * slot_bytes : nullptr;
+    }
+
+    // reads that have ended wait here until their neurons are copied
+
+    // after an error the read's neurons lose their slots; if nobody has demanded them yet, nobody misses them
+    void ended(uint32_t index, const reader::done & done, file_state state) override;
+
+    // Reads records [first, first + n) of b to their place at its home.
+    void read_home(const flash_bundle & b, uint32_t first, uint32_t n);
+
+    // Any thread: takes neurons of arrived reads one by one and copies them; calls f(bundle, neuron, slot data, stream) for each.
+    template <typename F> void land(F f) {
+        for (;;) {
+            const int64_t i = next_item.fetch_add(1, std::memory_order_relaxed);
+            if (i >= (int64_t) landing.size()) {
+                return;
+            }
+            landing_item & item = landing[(size_t) i];
+            const read &   r    = reads[item.read];
+            uint8_t *      dst  = copy(r, item.item);
+            item.sound          = is_sound(*r.bundle, r.items[item.item].neuron, *r.stream, dst + r.stream->slot_offset, r.state);
+            if (item.sound) {
+                f(*r.bundle, r.items[item.item].neuron, dst, r.stream);
+            }
+        }
+    }
+
+    bool begin_landing();                        // thread 0: gathers what has arrived; false: nothing
+    // Thread 0: after all threads are through land(). Neurons whose bytes are not what they were lose their slots; if anybody
+    // has asked for them the session has failed.
+    void end_landing();
+    bool under_way() const { return n_started > 0 || !planned.empty(); } // demanded or expected, and not yet landed
+
+    // whole runs of records, for evaluations that use all neurons: in order, through the same ring
+
+    struct run {
+        uint32_t        first;             // neurons [first, first + count)
+        uint32_t        count;
+        const uint8_t * data[FFN_PARTS];   // of neuron `first`; nullptr: not read
+        size_t          stride[FFN_PARTS]; // from one neuron to the next
+    };
+
+    // The next runs to be asked for begin with neuron `first` of b, `rows` at a time, to its end; then, if `ahead`, those of
+    // the bundle after it. resident: to fill the parts that are not cached, else for those that are.
+    void stream_begin(const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident = false);
+    // The same for some experts (ascending; the list stays until the last run is given back); no run goes beyond one's end.
+    void stream_experts(const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows);
+    // Waits for the next run; nullptr: the session has failed. To be given back with stream_give() once computed.
+    const run * stream_next();
+    void        stream_give();
+    // Any thread: checks rows [first, last) of the run that stream_next() has given, for is_run_sound().
+    void        check_run(uint32_t first, uint32_t last);
+    bool        is_run_sound(); // thread 0, after all have checked; false: the session has failed
+    file_state  run_state() const { return reads[runs.front()].state; }
+    // Ends reading ahead; waits for what is under way.
+    void        stream_end();
+
+    bool streaming() const { return !runs.empty(); }
+
+    // Slots for `count` neurons from number `first` of a bundle on, if all neurons get the same share of them.
+    uint32_t share_of(uint32_t first, uint32_t count) const {
+        return (uint32_t) ((uint64_t) n_slots() * (first + count) / slot_of.size() - (uint64_t) n_slots() * first / slot_of.size());
+    }
+
+    // Copies the run's most used neurons into empty slots, `most` of them; uses: by row of the run, of n_tokens tokens the last of
+    // which is number `now`.
+    void keep(const flash_bundle & b, const run & r, const uint32_t * uses, uint32_t most, uint32_t n_tokens, uint64_t now);
+
+    uint32_t n_empty() const { return cache.n_slots(0) - cache.used(); }
+
+    // After a failed op: waits for what is under way, and forgets what has not landed.
+    void abandon();
+
+    // Forgets every neuron; no op is in progress.
+    void forget_all();
+
+    uint32_t n_slots() const { return cache.n_slots(0); }
+
+    // A moving limit. No op is in progress; the slots' memory has room for n.
+    void add_slots(uint32_t n);
+    bool remove_slot(bool move); // the last one, see slot_cache::retire; false: a read into it is under way
+    void settle();      // waits for reads of neurons and copies what has come
+
+    uint32_t used() const { return cache.used(); }
+    size_t   touched() const { return neuron_ring.touched(); }
+
+    uint32_t window    = NO_WINDOW;
+    uint32_t merge_gap = 0; // bytes not wanted that a read may cover to reach the next neuron
+
+  private:
+    struct item {
+        uint32_t neuron;
+        int32_t  slot;
+    };
+
+    struct read {
+        const flash_bundle *  bundle;
+        const bundle_stream * stream; // nullptr: a run
+        run                   whole;
+        uint8_t *             data;   // where the first item's bytes, or the run's, begin
+        int32_t               entry;  // in the ring
+        uint32_t              jobs;   // the reader has not yet ended
+        bool                  ahead;  // nobody has demanded it yet
+        bool                  failed;
+        file_state            state;  // of the file, when it had arrived
+        std::vector<item>     items;
+    };
+
+    struct landing_item {
+        uint32_t read;
+        uint32_t item;
+        bool     sound; // its bytes are what they were
+    };
+
+    // records that go to their home, not to slots
+    struct home_reads : read_owner {
+        explicit home_reads(read_queue & queue_) : queue(queue_) {}
+        void ended(uint32_t bundle, const reader::done & done, file_state state) override;
+        read_queue & queue;
+    };
+
+    struct use_note {
+        uint32_t neuron;
+        uint64_t token;
+    };
+
+    bool      nobody_asked(const read & r) const;
+    uint32_t  new_read(const flash_bundle & b, const bundle_stream * stream);
+    void      free_read(uint32_t index);
+    bool      start(uint32_t index);
+    void      plan(const flash_bundle & b, bool ahead);
+    void      cancel_ahead();
+    void      expire(uint64_t now);
+    bool      take(uint32_t neuron, bool evict = true);
+    void      drop(uint32_t neuron);
+    void      hold_only(const flash_bundle & b, const uint32_t * list, size_t n);
+    void      note_here(int32_t slot);
+    void      give_up(const flash_bundle & b, const item & i);
+    uint8_t * copy(const read & r, uint32_t item) const;
+    bool      start_run();
+    void      stream_after(const flash_bundle & b);
+    void      let_land();
+    bool      is_sound(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream, const uint8_t * data, file_state state);
+    void      fail_neuron(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream);
+
+    read_queue &                      queue;
+    instruments &                     notes;
+    const std::vector<flash_bundle> & bundles;
+    home_reads                        pinned;
+
+    slot_cache            cache;
+    ring                  neuron_ring;
+    size_t                ring_bytes = 0;
+    uint8_t *             slots      = nullptr;
+    size_t                slot_bytes = 0;
+    std::vector<int32_t>  slot_of;    // by neuron of all bundles
+    std::vector<uint8_t>  pending;    // by slot: streams still to come
+    std::vector<uint8_t>  asked_for;  // by slot: its neuron has been demanded since its read began
+    std::vector<uint64_t> last_use;   // by neuron: token number + 1, 0: never
+    std::deque<use_note>  uses;       // with a window: oldest first
+
+    std::vector<item>     wanted;     // missing neurons that have just got slots
+    std::deque<read>      reads;      // pool; addresses stay
+    std::vector<uint32_t> free_reads;
+    std::deque<uint32_t>  planned;    // demanded, not yet started
+    std::deque<uint32_t>  planned_ahead;
+    std::vector<uint32_t> done;       // arrived, to be landed
+    std::vector<uint32_t> landing_reads;
+    std::vector<landing_item> landing;
+    std::atomic<int64_t>  next_item{ 0 };
+    std::vector<uint32_t> checksums;       // threads write those of different neurons
+    std::vector<size_t>   first_checksum;  // by bundle
+    std::atomic<int64_t>  unsound{ -1 };   // of the run: row times FFN_PARTS, plus the stream
+    uint32_t              n_started = 0; // reads of neurons in the ring
+    uint32_t              n_coming  = 0; // slots whose neuron is not there yet
+
+    // streaming
+    const flash_bundle *  stream_bundle = nullptr; // of the next run to plan
+    uint32_t              stream_first  = 0;
+    uint32_t              stream_rows   = 0;
+    bool                  stream_ahead  = false;
+    bool                  stream_resident = false;
+    const std::vector<uint32_t> * stream_list = nullptr; // experts; nullptr: all of the bundle
+    size_t                stream_expert   = 0;       // of the list
+    std::deque<uint32_t>  runs;       // started and not yet given back, in order
+};
