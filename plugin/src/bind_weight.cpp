@@ -1,8 +1,8 @@
 // Flash tensors without a model: a session that can say what it needs before anything is loaded.
 #include "llama_flash.h"
 
-#include "session.h"
 #include "base/status.h"
+#include "session.h"
 
 #include <cerrno>
 #include <cstring>
@@ -37,7 +37,7 @@ static int32_t bind_weight(llama_flash_session & session, const char * name, con
     t.nb[1]       = ggml_row_size(t.type, t.ne[0]);
     t.nb[2]       = t.nb[1] * (size_t) t.ne[1];
     t.nb[3]       = t.nb[2] * (size_t) t.ne[2];
-    t.data        = (void *) ((uintptr_t) &addresses + session.tensors.size() + session.part_by_address.size());
+    t.data        = (void *) ((uintptr_t) &addresses + session.table.tensors.size() + session.part_by_address.size());
     strncpy(t.name, name, sizeof(t.name) - 1);
     session.bind(&t, fd, offset); // what it finds wrong, bind_end says
     close(fd);

@@ -1,8 +1,8 @@
 #include "buffer_type.h"
 
 #include "engine_guard.h"
-#include "ops/mul_mat.h"
-#include "store/rows.h"
+#include "memory/mapping.h"
+#include "session.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
@@ -137,22 +137,22 @@ class tensor_traits : public ggml::cpu::tensor_traits {
         ffn_part       part;
         flash_bundle *        b = s->find_part(op->src[0]->data, part);
         if (b && op->op == op_of(*b) && ggml_are_same_shape(op->src[0], &b->part(part).weight)) {
-            flash_ffn(*s, *b, part, params, op);
+            s->ffn_ops.run(*b, part, params, op);
             return true;
         }
         flash_tensor * t = s->find(op->src[0]->data);
         if (!t || !ggml_are_same_shape(op->src[0], &t->weight)) {
             if (params->ith == 0) {
-                flash_fail_unbound(*s, op->src[0]);
+                s->fail_unbound(op->src[0]);
             }
             return true;
         }
         if (op->op == GGML_OP_GET_ROWS) {
-            flash_get_rows(*s, *t, params, op);
+            s->row_ops.run(*t, params, op);
         } else if (op->op == GGML_OP_MUL_MAT_ID) {
-            flash_mul_mat_id(*s, *t, params, op);
+            s->expert_ops.run(*t, params, op);
         } else {
-            flash_mul_mat(*s, *t, params, op);
+            s->panel_ops.run(*t, params, op);
         }
         return true;
     }

@@ -1,9 +1,11 @@
 // The C interface: argument checks, and no exception beyond this file.
 #include "llama_flash.h"
 
-#include "buffer_type.h"
-#include "session.h"
 #include "base/status.h"
+#include "buffer_type.h"
+#include "observe/residency.h"
+#include "session.h"
+#include "store/warm.h"
 
 #include "llama-ext.h"
 
@@ -121,7 +123,7 @@ int32_t llama_flash_session_resize(llama_flash_session * session, uint64_t bytes
 uint64_t llama_flash_session_hot(const llama_flash_session * session, uint64_t * ids, uint64_t capacity) {
     uint64_t n = 0;
     with_session(session, "hot", nullptr, [&] {
-        n = session->hot(ids, ids ? capacity : 0);
+        n = hot_records(session->experts, session->neurons, ids, ids ? capacity : 0);
         return LLAMA_FLASH_OK;
     });
     return n;
@@ -138,14 +140,14 @@ int32_t llama_flash_session_warm(llama_flash_session * session, const uint64_t *
 uint64_t llama_flash_session_tensors(const llama_flash_session * session, llama_flash_tensor * out, uint64_t capacity) {
     uint64_t n = 0;
     with_session(session, "tensors", nullptr, [&] {
-        n = session->describe_tensors(out, out ? capacity : 0);
+        n = describe_tensors(*session, out, out ? capacity : 0);
         return LLAMA_FLASH_OK;
     });
     return n;
 }
 
 int32_t llama_flash_session_residency(const llama_flash_session * session, uint8_t * place, uint32_t * age, uint64_t n_records, llama_flash_error * err) {
-    return with_session(session, "residency", err, [&] { return session->residency(place, age, n_records, err); });
+    return with_session(session, "residency", err, [&] { return residency(*session, place, age, n_records, err); });
 }
 
 int32_t llama_flash_session_reuse(const llama_flash_session * session, uint64_t * counts, llama_flash_error * err) {
@@ -194,7 +196,7 @@ int32_t llama_flash_session_trace_tensor(const llama_flash_session * session, ui
     }
     *out = {};
     return with_session(session, "trace_tensor", nullptr,
-                        [&] { return session->trace_tensor(index, *out) ? LLAMA_FLASH_OK : LLAMA_FLASH_E_INVALID; });
+                        [&] { return trace_tensor(*session, index, *out) ? LLAMA_FLASH_OK : LLAMA_FLASH_E_INVALID; });
 }
 
 bool llama_flash_abort(void * data) {
@@ -212,12 +214,7 @@ int32_t llama_flash_session_stats(const llama_flash_session * session, llama_fla
     }
     *out = {};
     return with_session(session, "stats", nullptr, [&] {
-        *out = session->notes.stats;
-        session->reads.tell(*out);
-        out->slots_used     = session->cache.used();
-        out->resident_bytes = session->memory.pinned + session->expert_ring.touched() + session->panel_ring.touched() + session->memory.bookkeeping;
-        out->neuron_slots_used = session->neurons.used();
-        out->resident_bytes += session->slots_touched() + session->memory.resident + session->neurons.touched();
+        *out = session->statistics();
         return LLAMA_FLASH_OK;
     });
 }

@@ -180,8 +180,7 @@ class store {
     bool demand(uint32_t il, const std::vector<uint32_t> & list, uint32_t n_tokens, bool unseen = false) {
         flash_bundle & b = s->bundles[il];
         b.active         = list;
-        b.tokens         = std::max(b.tokens + n_tokens, s->tokens);
-        s->tokens        = b.tokens;
+        s->clock.advance(b.tokens, n_tokens);
         s->reads.take_as_checked(unseen ? b.file : nullptr); // a change that comes between the check and the reads
         s->neurons.use(b, n_tokens);
         s->neurons.demand(b, list.data(), list.size(), true);
@@ -470,6 +469,28 @@ void what_is_pinned_stays_where_it_fits() {
     CHECK(s.memory.n_neurons_pinned == 0 && s.neurons.n_slots() > 0, "%llu are pinned", (unsigned long long) s.memory.n_neurons_pinned);
 }
 
+// of a context with a larger n_ubatch, also after the memory has moved
+void a_larger_work_space_stays_counted() {
+    store                 a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 0.5, 1);
+    llama_flash_session & s      = *a.s;
+    auto                  tables = [&] { return s.memory.bookkeeping - s.memory.n_neuron_slots * SLOT_ENTRY; };
+    const uint64_t        total  = s.memory.total;
+    const uint64_t        before = tables();
+    const uint64_t        least  = resize(s, total).least;
+    s.ffn_ops.work.reserve(s.bundles, 512);
+    s.note_ubatch(512);
+    const uint64_t grown = tables() - before;
+    CHECK(grown > 0 && resize(s, total).least == least + grown, "the work space is not counted");
+    for (uint64_t bytes : { total - total / 8, total }) {
+        settle(s, bytes);
+        const llama_flash_memory & m = s.memory;
+        CHECK(tables() == before + grown, "%llu bytes of tables", (unsigned long long) tables());
+        CHECK(m.slots + m.pinned + m.stream + m.bookkeeping + m.resident <= m.total, "more than %llu bytes", (unsigned long long) m.total);
+    }
+    a.give(0.5); // anew
+    CHECK(tables() == before + grown, "%llu bytes of tables", (unsigned long long) tables());
+}
+
 void a_resize_that_met_an_error_goes_on() {
     store                 a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_OFF, UINT32_MAX, 0.1, 1);
     llama_flash_session & s    = *a.s;
@@ -506,7 +527,7 @@ void an_urgent_resize_stays_urgent() {
     CHECK(!resize(s, bytes, false).done, "it has moved");
     CHECK(s.take_error(nullptr) == LLAMA_FLASH_E_INTERNAL, "another error");
     settle(s, bytes);
-    const uint8_t * const end    = s.neuron_slots.data + s.neurons.n_slots() * slot_bytes_of(s.bundles);
+    const uint8_t * const end    = s.neurons.slot_memory() + s.neurons.n_slots() * s.needs.neuron_slot;
     uint32_t              stayed = 0;
     for (uint32_t n = 0; n < was.size(); n++) {
         const uint8_t * is = s.neurons.find(s.bundles[n / N_FF], n % N_FF);
@@ -568,6 +589,7 @@ void a_demand_finds_slots_when_they_became_fewer() {
 int main() {
     what_was_pinned_can_be_computed_while_it_is_given_back();
     what_is_pinned_stays_where_it_fits();
+    a_larger_work_space_stays_counted();
     a_resize_that_met_an_error_goes_on();
     an_urgent_resize_stays_urgent();
     reads_that_nobody_asked_for_fail_quietly();

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstring>
 #include <fcntl.h>
+#include <memory>
 #include <random>
 #include <unistd.h>
 #include <vector>
@@ -45,6 +46,25 @@ int32_t fail_read(llama_flash_error * err, const char * path, int32_t error, uin
     return LLAMA_FLASH_E_READ;
 }
 
+std::unique_ptr<flash_file> open_for_reads(const char * path, uint32_t chunk, llama_flash_error * err) {
+    descriptor opened = { open(path, O_RDONLY | O_CLOEXEC) };
+    if (opened.fd < 0) {
+        fail_read(err, path, errno, 0, chunk);
+        return nullptr;
+    }
+    return flash_file::reopen(opened.fd, err);
+}
+
+void note_latencies(std::vector<uint64_t> & latencies, llama_flash_probe & out) {
+    for (uint64_t ns : latencies) {
+        out.latency_ns += ns;
+    }
+    out.latency_ns /= out.reads;
+    auto p99 = latencies.begin() + (ptrdiff_t) ((out.reads - 1) * 99 / 100);
+    std::nth_element(latencies.begin(), p99, latencies.end());
+    out.latency_p99_ns = *p99;
+}
+
 int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_flash_params params, llama_flash_probe & out, llama_flash_error * err) {
     params.io_depth   = params.io_depth ? params.io_depth : 32;
     params.read_bytes = chunk;
@@ -52,11 +72,7 @@ int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_fla
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "probe_reads: a chunk of %u bytes (expected a multiple of %u up to 1 GiB), or %u reads in flight (at most %u)",
                           chunk, (uint32_t) FLASH_SECTOR, params.io_depth, MOST_DEPTH);
     }
-    descriptor opened = { open(path, O_RDONLY | O_CLOEXEC) };
-    if (opened.fd < 0) {
-        return fail_read(err, path, errno, 0, chunk);
-    }
-    auto file = flash_file::reopen(opened.fd, err);
+    auto file = open_for_reads(path, chunk, err);
     if (!file) {
         return LLAMA_FLASH_E_READ;
     }
@@ -109,13 +125,7 @@ int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_fla
     out.reads     = latencies.size();
     out.direct    = file->direct;
     out.io_engine = reads->engine_kind();
-    for (uint64_t ns : latencies) {
-        out.latency_ns += ns;
-    }
-    out.latency_ns /= out.reads;
-    auto p99 = latencies.begin() + (ptrdiff_t) ((out.reads - 1) * 99 / 100);
-    std::nth_element(latencies.begin(), p99, latencies.end());
-    out.latency_p99_ns = *p99;
+    note_latencies(latencies, out);
     return LLAMA_FLASH_OK;
 }
 

@@ -41,3 +41,8 @@ void stock_get_rows(const ggml_compute_params * params, const ggml_tensor & op, 
 
 // MUL_MAT_ID with the experts that have an address in table[n_expert]. Entered by all threads.
 void stock_mul_mat_id(const stock_kernel & kernel, const ggml_compute_params * params, const ggml_tensor * op, const void * const * table);
+
+// the i0-th of the experts that token i1 of a MUL_MAT_ID passes through
+inline int32_t expert_at(const ggml_tensor * ids, int64_t i0, int64_t i1) {
+    return *(const int32_t *) ((const char *) ids->data + i1 * ids->nb[1] + i0 * ids->nb[0]);
+}

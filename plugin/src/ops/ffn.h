@@ -1,8 +1,9 @@
 // MUL_MAT with a part of a neuron bundle, MUL_MAT_ID with one of experts: gate, up or down of a feed-forward block. See docs/explanation/neurons.md.
 #pragma once
 
-#include "store/bundle.h"
+#include "ops/gate.h"
 #include "store/neurons.h"
+#include "store/records.h"
 
 #include <atomic>
 #include <cstddef>
@@ -11,10 +12,6 @@
 
 struct ggml_compute_params;
 struct ggml_tensor;
-struct llama_flash_session;
-
-// Neurons of a run that are computed together: a multiple of every kernel's interleave.
-constexpr uint32_t FFN_RUN_ROWS = 256;
 
 // A column of an op: one token's, or, with experts, that of a token and one of its experts.
 struct ffn_column {
@@ -26,6 +23,9 @@ struct ffn_column {
 struct ffn_work {
     void   reserve(const std::vector<flash_bundle> & bundles, uint32_t n_ubatch);
     size_t bytes(const std::vector<flash_bundle> & bundles, uint32_t n_ubatch) const;
+
+    // Leader: sorts the op's columns. false: the op is not one that can be computed here.
+    bool sort_columns(const flash_bundle & b, ffn_part part, const ggml_tensor * op);
 
     // the op's columns by the expert (a dense block counts as one) that they go to
     uint32_t                n_tokens = 0;
@@ -62,5 +62,20 @@ struct ffn_work {
     std::vector<uint64_t>     digests;         // by thread
 };
 
-// Entered by all threads of the pool.
-void flash_ffn(llama_flash_session & s, flash_bundle & b, ffn_part part, const ggml_compute_params * params, ggml_tensor * op);
+struct ffn_op {
+    // Entered by all threads of the pool. On failure the session has an error, op's data is undefined.
+    void run(flash_bundle & b, ffn_part part, const ggml_compute_params * params, ggml_tensor * op);
+
+    bool failed() const { return reads.failed(); }
+
+    op_gate &                         gate;
+    read_queue &                      reads;
+    instruments &                     notes;
+    token_clock &                     clock;
+    neuron_store &                    neurons;
+    const std::vector<flash_bundle> & bundles;
+    const llama_flash_neuron_params & neuron_params;
+
+    ffn_work work{};
+    bool     stop = false; // the op has failed
+};

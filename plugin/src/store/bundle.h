@@ -1,10 +1,10 @@
 // One layer's neuron bundles: where each part of each neuron lies in the file, and in a slot (docs/reference/format.md). Plain data.
 #pragma once
 
-#include "llama_flash.h"
-#include "kernels/predictor.h"
 #include "io/reader.h"
+#include "kernels/predictor.h"
 #include "kernels/shadow.h"
+#include "llama_flash.h"
 
 #include "ggml.h"
 
@@ -15,6 +15,9 @@
 
 enum class ffn_part : uint8_t { gate, up, down };
 constexpr size_t FFN_PARTS = 3;
+
+// Neurons of a run that are computed together: a multiple of every kernel's interleave.
+constexpr uint32_t FFN_RUN_ROWS = 256;
 
 struct bundle_part {
     bool         present = false;
@@ -65,7 +68,7 @@ struct flash_bundle {
     // records [0, n_pinned) lie whole, one after the other, at `home`
     uint32_t        n_pinned = 0;
     const uint8_t * home     = nullptr;
-    int32_t         home_memory = -1; // in session::neuron_homes
+    int32_t         home_memory = -1; // in neuron_store's homes
 
     // evaluation in progress (ffn.cpp)
     uint32_t              done   = 0;      // parts computed, a bit each

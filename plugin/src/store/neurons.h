@@ -1,14 +1,16 @@
 // Neurons of bundles in slots, and the reads that bring them there. Thread 0's, under the session's lock, but for land().
 //
 // A missing neuron gets a slot at once; neighbours in the file are read together into a ring and copied from there. Which neurons
-// stay is the cache's business (cache.h); with a window, a neuron that none of the last `window` tokens used gives up its slot.
+// stay is the cache's business (memory/cache.h); with a window, a neuron that none of the last `window` tokens used gives up its slot.
 #pragma once
 
-#include "store/bundle.h"
-#include "memory/cache.h"
 #include "base/instruments.h"
 #include "io/read_queue.h"
+#include "memory/cache.h"
+#include "memory/layout.h"
+#include "memory/mapping.h"
 #include "memory/ring.h"
+#include "store/bundle.h"
 
 #include <algorithm>
 #include <atomic>
@@ -22,12 +24,30 @@ class neuron_store : public read_owner {
     static constexpr size_t   LONGEST    = 256u << 10; // bytes of a read of single neurons
     static constexpr uint32_t NO_WINDOW  = UINT32_MAX;
 
-    // bundles: the session's, by layer
-    neuron_store(read_queue & queue_, instruments & notes_, const std::vector<flash_bundle> & bundles_) :
-        queue(queue_), notes(notes_), bundles(bundles_), pinned(queue_) {}
+    // bundles: the session's, by layer; the store says where their parts and records are kept
+    neuron_store(read_queue & queue_, instruments & notes_, const memory_needs & needs_, std::vector<flash_bundle> & bundles_) :
+        queue(queue_), notes(notes_), needs(needs_), bundles(bundles_), pinned(queue_) {}
 
-    // slots of slot_bytes each; ring_bytes of ring at ring_memory; neither is owned
-    void configure(uint32_t n_neurons, uint32_t n_slots, size_t slot_bytes, uint8_t * slots, uint8_t * ring_memory, size_t ring_bytes);
+    // memory (neuron_homes.cpp), between two ops
+
+    // What the mode (enum llama_flash_neuron_mode) reads of a record, and where it goes in a slot. What was read is forgotten.
+    void lay_out(uint32_t mode);
+
+    // bundles, tables, runs and slots of the needs
+    void note_needs(memory_needs & n, uint32_t mode) const;
+
+    // As the layout has it, from empty. What the kernel refused `bytes` for; nullptr: nothing.
+    const char * make(const memory_layout & to, const llama_flash_neuron_params & params, uint64_t & bytes);
+    bool         read_kept();  // pinned records, and the parts that the mode keeps; false: failed
+    void         forget_all(); // waits for what is under way
+
+    void note_layout(memory_layout & l) const;
+    void fit(memory_layout & to) const;                                       // to what there are addresses for
+    bool give_back_one(const memory_layout & to, bool move, bool & stuck);    // as expert_store's: a run of pinned records, or a slot
+    bool add_slots(const memory_layout & to);                                 // some, where there are fewer
+    flash_bundle * to_pin(const memory_layout & to);                          // one that has fewer pinned records; nullptr: none
+    bool pin_run(flash_bundle & b);                                           // one more; false: the kernel refused, or failed
+    void give_back_pages();
 
     // A new evaluation of the bundle by n_tokens tokens, the last of which is number b.tokens: notes the use of its active set.
     void use(const flash_bundle & b, uint32_t n_tokens);
@@ -67,7 +87,6 @@ class neuron_store : public read_owner {
     uint64_t used_by(uint32_t neuron) const { return last_use[neuron]; }
 
     // Checksums, by neuron and stream. What each was read as when it was read first; 0: it was not.
-    void       forget_checksums(const std::vector<flash_bundle> & bundles);
     uint32_t & checksum_of(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream) {
         return checksums[first_checksum[b.index] + neuron * b.streams.size() + (size_t) (&stream - b.streams.data())];
     }
@@ -91,9 +110,6 @@ class neuron_store : public read_owner {
 
     // after an error the read's neurons lose their slots; if nobody has demanded them yet, nobody misses them
     void ended(uint32_t index, const reader::done & done, file_state state) override;
-
-    // Reads records [first, first + n) of b to their place at its home.
-    void read_home(const flash_bundle & b, uint32_t first, uint32_t n);
 
     // Any thread: takes neurons of arrived reads one by one and copies them; calls f(bundle, neuron, slot data, stream) for each.
     template <typename F> void land(F f) {
@@ -158,21 +174,22 @@ class neuron_store : public read_owner {
     // After a failed op: waits for what is under way, and forgets what has not landed.
     void abandon();
 
-    // Forgets every neuron; no op is in progress.
-    void forget_all();
+    // Forgets every neuron that is in a slot; no op is in progress.
+    void forget_kept();
 
     uint32_t n_slots() const { return cache.n_slots(0); }
+
+    const uint8_t * slot_memory() const { return slots; }
 
     // A moving limit. No op is in progress; the slots' memory has room for n.
     void add_slots(uint32_t n);
     bool remove_slot(bool move); // the last one, see slot_cache::retire; false: a read into it is under way
-    void settle();      // waits for reads of neurons and copies what has come
+    void settle();               // waits for reads of neurons and copies what has come
 
     uint32_t used() const { return cache.used(); }
     size_t   touched() const { return neuron_ring.touched(); }
 
-    uint32_t window    = NO_WINDOW;
-    uint32_t merge_gap = 0; // bytes not wanted that a read may cover to reach the next neuron
+    uint64_t bytes_used() const { return (uint64_t) needs.neuron_slot * used(); } // of slots
 
   private:
     struct item {
@@ -211,6 +228,13 @@ class neuron_store : public read_owner {
         uint64_t token;
     };
 
+    void      configure(uint32_t n_neurons, uint32_t n_slots, size_t bytes);
+    bool      make_home(flash_bundle & b, uint64_t least);
+    void      read_home(const flash_bundle & b, uint32_t first, uint32_t n);
+    bool      fill_resident(const flash_bundle & b);
+    bool      check_pinned(const flash_bundle & b, uint32_t first, uint32_t n);
+    bool      check_file(const flash_bundle & b) { return queue.check_file(*b.file, b.name, b.offset, b.tensor_bytes()); }
+    void      forget_checksums();
     bool      nobody_asked(const read & r) const;
     uint32_t  new_read(const flash_bundle & b, const bundle_stream * stream);
     void      free_read(uint32_t index);
@@ -225,16 +249,23 @@ class neuron_store : public read_owner {
     void      give_up(const flash_bundle & b, const item & i);
     uint8_t * copy(const read & r, uint32_t item) const;
     bool      start_run();
+    void      go_on(const flash_bundle & b, uint32_t end, uint32_t count);
     void      stream_after(const flash_bundle & b);
     void      let_land();
     bool      is_sound(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream, const uint8_t * data, file_state state);
     void      fail_neuron(const flash_bundle & b, uint32_t neuron, const bundle_stream & stream);
 
-    read_queue &                      queue;
-    instruments &                     notes;
-    const std::vector<flash_bundle> & bundles;
-    home_reads                        pinned;
+    read_queue &                queue;
+    instruments &               notes;
+    const memory_needs &        needs;
+    std::vector<flash_bundle> & bundles;
+    home_reads                  pinned;
+    uint32_t                    window    = NO_WINDOW;
+    uint32_t                    merge_gap = 0; // bytes not wanted that a read may cover to reach the next neuron
 
+    mapping               slots_mapped;
+    mapping               ring_mapped;
+    std::vector<mapping>  homes; // resident parts and pinned records
     slot_cache            cache;
     ring                  neuron_ring;
     size_t                ring_bytes = 0;

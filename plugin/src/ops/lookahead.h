@@ -1,0 +1,51 @@
+// Experts of the next layer, read before its router has spoken: what they will be is guessed from this layer's input (kernels/router.h).
+#pragma once
+
+#include "kernels/router.h"
+#include "store/experts.h"
+
+#include <cstdint>
+#include <vector>
+
+struct ggml_compute_params;
+struct ggml_tensor;
+
+class lookahead {
+  public:
+    lookahead(record_table & table_, read_queue & reads_, instruments & notes_, expert_store & experts_) :
+        table(table_), reads(reads_), notes(notes_), experts(experts_) {}
+
+    void forget(); // what was learnt of the graph
+
+    // Thread 0, an op on t begins: if it is the first of its layer and has a single token, the next layer's experts can be scored.
+    // most: experts that may be read ahead.
+    void begin(const flash_tensor & t, const ggml_tensor * op, uint32_t most);
+
+    // All threads: scores them, if that is still to be done. Thread 0 gets true then, after all threads are through.
+    bool score(const ggml_compute_params * params);
+
+    // Thread 0: starts reads of the experts that the next layer will probably use, once: when nothing that the op waits for is in their way.
+    void fetch();
+
+  private:
+    void find_next(const flash_tensor & t, const ggml_tensor * op);
+    void rank(uint32_t n);
+    void hold(const std::vector<uint32_t> & tensors, uint32_t n);
+    bool uses_them(const flash_tensor & t) const { return t.n_records == scores.size() && t.order != 0; }
+
+    record_table & table;
+    read_queue &   reads;
+    instruments &  notes;
+    expert_store & experts;
+
+    uint32_t              most   = 0;     // experts that may be read
+    std::vector<router>   routers;        // by group, found on the first pass
+    std::vector<int32_t>  next;           // by group: the one that is used after it; -1: not yet known, or the last
+    int32_t               last   = -1;    // group of the op before
+    int32_t               group  = -1;    // whose experts are scored; -1: none
+    uint32_t              n_used = 0;     // experts of a token
+    bool                  scored = false;
+    std::vector<float>    input;
+    std::vector<float>    scores;         // by expert
+    std::vector<uint32_t> best;           // experts, the likeliest first
+};
