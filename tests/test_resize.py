@@ -166,9 +166,8 @@ def test_a_size_is_divided_one_way(form: str, files: dict[str, Path]) -> None:
         least, most = bounds(llm)
         for share in (0.1, 0.35, 0.5, 0.8):
             size = least + int(share * (most - least))
-            planned = _bindings.llama_flash_memory()
-            llm.flash._call("llama_flash_session_divide", size, planned)
-            llm.flash._call("llama_flash_session_set_memory", size)
+            planned = llm.flash.native.divide(size)
+            llm.flash.native.set_memory(size)
             expected = parts(given(llm))
             assert parts(planned) == expected
             for other in (0.6, 1.3):

@@ -39,15 +39,13 @@ def reads(session: Any) -> int:
 
 def test_memory_is_divided_as_told_before(model_file: ModelFile) -> None:
     with open_flash(model_file("qwen3moe", "Q4_0"), what="all") as llm:
-        divide = llm.flash._lib.llama_flash_session_divide
-        told, error = _bindings.llama_flash_memory(), _bindings.llama_flash_error()
+        native = llm.flash.native
         for share in (LEAST, 0.05, QUARTER, 0.9, 2.0):
             given = give_memory(llm, share)
-            assert divide(llm.flash._handle, given, told, error) == 0
-            assert bytes(told) == bytes(_memory(llm))
-        few = llm.flash._requirements().min_memory - 1
-        assert divide(llm.flash._handle, few, told, error) == _bindings.llama_flash_code.LLAMA_FLASH_E_MEMORY
-        assert f"{few} bytes".encode() in error.message and bytes(told) == bytes(len(bytes(told)))
+            assert bytes(native.divide(given)) == bytes(_memory(llm))
+        few = native.requirements().min_memory - 1
+        with pytest.raises(FlashError, match=f"{few} bytes"):
+            native.divide(few)
 
 
 def test_memory_for_everything_reads_each_weight_once(model_file: ModelFile) -> None:
