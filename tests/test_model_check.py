@@ -279,6 +279,18 @@ def faults(cases: Iterator[Case]) -> list[str]:
     return [f"{Path(case.base).name}, seed {case.seed}: {said}" for case in cases for said in case.faults]
 
 
+@pytest.mark.full
+@pytest.mark.weighs
+def test_heads_that_are_wider_together_than_any_weight_are_refused_before_their_cache_is_made(
+    bases: list[Path], tmp_path: Path
+) -> None:
+    head = Head.of(bases[FORMS.index("deepseek2")]).retyped("blk.0.attn_q_a.weight", 42)  # whose graph cannot be built
+    head = head.put("deepseek2.attention.head_count_kv", Value(U32, 65535))
+    found = judge(head.save(tmp_path / "m.gguf"))
+    assert "does not hold" in found["flash"] and found["flash"] == found["check"]
+    assert found["seconds"] < MOST_SECONDS and found["growth"] < MOST_GROWTH
+
+
 @pytest.mark.weighs
 def test_mutated_heads_are_loaded_or_refused(bases: list[Path], tmp_path: Path) -> None:
     assert not faults(run(bases, range(1_000), tmp_path))

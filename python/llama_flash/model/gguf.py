@@ -168,13 +168,16 @@ def check_is_model(meta: GgufMeta) -> None:
 
 
 def claims_wide_heads(meta: GgufMeta) -> bool:
-    """Whether heads are said to be wider than any weight of a layer: a KV cache of that width can be enormous.
+    """Whether heads, one or all of a token, are said to be wider than any weight of a layer.
 
-    Some architectures do not look at the key; where it counts, the engine allocates the cache before it finds that the
-    weights do not fit.
+    A KV cache of that width can be enormous. Some architectures do not look at the keys; where they count, the engine
+    allocates the cache before it finds that the weights do not fit.
     """
     widest = max((n for tensor in meta.tensors.values() if tensor.layer is not None for n in tensor.shape), default=0)
-    return any(meta.number(key) > widest for key in _WIDTHS)
+    n_head = max(1, meta.number("attention.head_count"))
+    together = meta.number("attention.head_count_kv", n_head)
+    default = meta.number("embedding_length") // n_head
+    return any(max(1, together) * meta.number(key, default) > widest for key in _WIDTHS)
 
 
 def _shards(file: Path, values: dict[str, Value]) -> list[Path]:
