@@ -1,7 +1,7 @@
 # Everything there is to do, from a clean clone: `make` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test test-full lint sanitize bench reproduce demo bindings reference patch-apply patch-rebase patch-export clean
+.PHONY: help build wheel test test-full lint format sanitize bench reproduce demo bindings reference patch-apply patch-rebase patch-export clean
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -30,10 +30,15 @@ integrations: build
 	@$(BIN)/python -c "import langchain_community, llama_index.llms.llama_cpp" 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet "llama_cpp_python[integrations]"
 
-lint: build  ## ruff and mypy
+lint: build  ## ruff and mypy on Python, clang-format and clang-tidy on the plugin
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(BIN)/python $(ENGINE)/lint.py
+
+format: build  ## all code as ruff and clang-format write it
+	$(BIN)/ruff format .
+	@$(BIN)/python $(ENGINE)/lint.py --write
 
 sanitize: build  ## engine and plugin under ASan, UBSan and TSan (ARGS="--kind address", and pytest's)
 	@$(BIN)/python $(ENGINE)/sanitize.py $(ARGS)

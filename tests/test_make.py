@@ -88,6 +88,13 @@ def test_lint_ends_well() -> None:
 
 
 @pytest.mark.full
+def test_format_leaves_formatted_code_as_it_is(clone: Path) -> None:
+    before = tracked(clone)
+    made(clone, "format")
+    assert tracked(clone) == before
+
+
+@pytest.mark.full
 def test_the_whole_matrix_is_collected() -> None:
     """Not run: it would start itself."""
     made(ROOT, "integrations")

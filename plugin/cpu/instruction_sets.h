@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+// clang-format off: a table, one set on a line
+
 enum cpuid_register { EAX, EBX, ECX, EDX };
 
 constexpr uint64_t NO_STATE = 0, YMM = 0x6, ZMM = 0xe6, TILES = 0x60006; // bits of XCR0
@@ -42,6 +44,8 @@ constexpr uint64_t NO_STATE = 0, YMM = 0x6, ZMM = 0xe6, TILES = 0x60006; // bits
     X("AMX-TILE",           __AMX_TILE__,           0x7,        0, EDX, 24, TILES)    \
     X("AMX-INT8",           __AMX_INT8__,           0x7,        0, EDX, 25, TILES)    \
     X("AMX-BF16",           __AMX_BF16__,           0x7,        0, EDX, 22, TILES)
+
+// clang-format on
 
 // in the order above; filled in needs.cpp
 extern const bool llama_flash_cpu_needs[];
