@@ -30,7 +30,7 @@ class Source:
 
     @property
     def stamp(self) -> Path:
-        return STAMPS / self.path.name
+        return STAMPS / "-".join(self.path.relative_to(PLUGIN).parts)
 
 
 def files() -> list[Path]:

@@ -59,15 +59,15 @@ struct llama_flash_session;
 
 enum llama_flash_code {
     LLAMA_FLASH_OK         = 0,
-    LLAMA_FLASH_E_INVALID  = 1,  // an argument or a call out of order
-    LLAMA_FLASH_E_MEMORY   = 2,  // the memory given is too small, or the kernel refused it
-    LLAMA_FLASH_E_READ     = 3,  // a read failed, came up short, or the file changed since it was loaded
-    LLAMA_FLASH_E_FORMAT   = 4,  // the file contradicts itself
+    LLAMA_FLASH_E_INVALID  = 1, // an argument or a call out of order
+    LLAMA_FLASH_E_MEMORY   = 2, // the memory given is too small, or the kernel refused it
+    LLAMA_FLASH_E_READ     = 3, // a read failed, came up short, or the file changed since it was loaded
+    LLAMA_FLASH_E_FORMAT   = 4, // the file contradicts itself
     LLAMA_FLASH_E_INTERNAL = 5,
 };
 
 enum llama_flash_io_engine {
-    LLAMA_FLASH_IO_AUTO  = 0,  // io_uring where built in and allowed, else the pread pool
+    LLAMA_FLASH_IO_AUTO  = 0, // io_uring where built in and allowed, else the pread pool
     LLAMA_FLASH_IO_URING = 1,
     LLAMA_FLASH_IO_PREAD = 2,
 };
@@ -83,7 +83,7 @@ struct llama_flash_params {
 
 // the function between up (gate) and down, see docs/reference/format.md
 enum llama_flash_activation {
-    LLAMA_FLASH_RELU    = 0,  // gated: relu(gate) * up
+    LLAMA_FLASH_RELU    = 0, // gated: relu(gate) * up
     LLAMA_FLASH_RELU2   = 1,
     LLAMA_FLASH_FATRELU = 2,
     LLAMA_FLASH_DRELU   = 3,
@@ -91,56 +91,56 @@ enum llama_flash_activation {
 
 // how a token's active neurons are found
 enum llama_flash_neuron_mode {
-    LLAMA_FLASH_NEURONS_LOWRANK = 0,  // by the predictors; layers without one as in OFF
-    LLAMA_FLASH_NEURONS_EXACT   = 1,  // gate (without gate: up) resident and computed in full
-    LLAMA_FLASH_NEURONS_OFF     = 2,  // not at all: whole layers are read; of experts those that are used
+    LLAMA_FLASH_NEURONS_LOWRANK = 0, // by the predictors; layers without one as in OFF
+    LLAMA_FLASH_NEURONS_EXACT   = 1, // gate (without gate: up) resident and computed in full
+    LLAMA_FLASH_NEURONS_OFF     = 2, // not at all: whole layers are read; of experts those that are used
 };
 
 struct llama_flash_bundle_part {
-    int32_t  type;    // enum ggml_type; -1: the bundle has no such part
+    int32_t  type; // enum ggml_type; -1: the bundle has no such part
     uint32_t reserved;
-    uint64_t offset;  // of the part in a record, bytes
+    uint64_t offset; // of the part in a record, bytes
 };
 
 // One layer's neuron bundles (docs/reference/format.md), dense or of experts. What it points to is copied
 struct llama_flash_bundle {
-    int32_t  layer;         // N of blk.N.ffn_bundle.weight or blk.N.ffn_bundle_exps.weight
-    uint32_t n_ff;          // neurons, of one expert
-    uint32_t n_embd;        // elements of a part
-    uint32_t activation;    // enum llama_flash_activation
-    float    threshold;     // of FATRELU
-    uint32_t split;         // layout: 0 bundled, 1 split
-    uint32_t n_expert;      // 0: a dense block; experts have neither biases nor a predictor, and are not split
-    uint32_t n_expert_used; // most experts of a token
-    uint64_t record_bytes;
+    int32_t                        layer;         // N of blk.N.ffn_bundle.weight or blk.N.ffn_bundle_exps.weight
+    uint32_t                       n_ff;          // neurons, of one expert
+    uint32_t                       n_embd;        // elements of a part
+    uint32_t                       activation;    // enum llama_flash_activation
+    float                          threshold;     // of FATRELU
+    uint32_t                       split;         // layout: 0 bundled, 1 split
+    uint32_t                       n_expert;      // 0: a dense block; experts have neither biases nor a predictor, and are not split
+    uint32_t                       n_expert_used; // most experts of a token
+    uint64_t                       record_bytes;
     struct llama_flash_bundle_part gate;
     struct llama_flash_bundle_part up;
     struct llama_flash_bundle_part down;
-    const float * up_bias;    // [n_ff] or NULL
-    const float * gate_bias;  // [n_ff] or NULL
-    uint32_t      predictor_rank;      // 0: no predictor
-    int32_t       predictor_in_type;   // enum ggml_type
-    int32_t       predictor_out_type;
-    uint32_t      reserved;
-    const void *  predictor_in;        // [rank] rows of n_embd
-    const void *  predictor_out;       // [n_ff] rows of rank
-    const float * predictor_bias;      // [n_ff]
+    const float *                  up_bias;           // [n_ff] or NULL
+    const float *                  gate_bias;         // [n_ff] or NULL
+    uint32_t                       predictor_rank;    // 0: no predictor
+    int32_t                        predictor_in_type; // enum ggml_type
+    int32_t                        predictor_out_type;
+    uint32_t                       reserved;
+    const void *                   predictor_in;   // [rank] rows of n_embd
+    const void *                   predictor_out;  // [n_ff] rows of rank
+    const float *                  predictor_bias; // [n_ff]
 };
 
 struct llama_flash_neuron_params {
-    uint32_t mode;       // enum llama_flash_neuron_mode
-    uint32_t window;     // previous tokens whose neurons stay; UINT32_MAX: as many as have room
-    uint32_t n_ubatch;   // most tokens computed at once
-    uint32_t merge_gap;  // bytes not wanted that a read may cover to reach the next neuron
-    uint32_t lookahead;  // 1: read ahead what the next layer's predictor expects (LOWRANK)
+    uint32_t mode;      // enum llama_flash_neuron_mode
+    uint32_t window;    // previous tokens whose neurons stay; UINT32_MAX: as many as have room
+    uint32_t n_ubatch;  // most tokens computed at once
+    uint32_t merge_gap; // bytes not wanted that a read may cover to reach the next neuron
+    uint32_t lookahead; // 1: read ahead what the next layer's predictor expects (LOWRANK)
     uint32_t reserved;
 };
 
 struct llama_flash_error {
-    int32_t  code;         // enum llama_flash_code
-    int32_t  sys_errno;    // errno of the failed call, 0 if none
-    uint64_t offset;       // byte offset in the file
-    uint64_t size;         // bytes asked for
+    int32_t  code;      // enum llama_flash_code
+    int32_t  sys_errno; // errno of the failed call, 0 if none
+    uint64_t offset;    // byte offset in the file
+    uint64_t size;      // bytes asked for
     char     file[512];
     char     tensor[128];
     char     message[512]; // one line: what happened, where, what to do
@@ -150,12 +150,12 @@ struct llama_flash_error {
 struct llama_flash_requirements {
     uint32_t n_expert_tensors;
     uint32_t n_panel_tensors;
-    uint64_t expert_bytes;    // all experts of all layers
-    uint64_t panel_bytes;     // all panels
-    uint64_t n_experts;       // expert records (one expert's slice of one tensor)
-    uint64_t n_panels;        // panel records (a run of rows of one matrix)
-    uint64_t largest_record;  // bytes of the largest record
-    uint64_t n_bundles;       // layers with neuron bundles
+    uint64_t expert_bytes;   // all experts of all layers
+    uint64_t panel_bytes;    // all panels
+    uint64_t n_experts;      // expert records (one expert's slice of one tensor)
+    uint64_t n_panels;       // panel records (a run of rows of one matrix)
+    uint64_t largest_record; // bytes of the largest record
+    uint64_t n_bundles;      // layers with neuron bundles
     uint64_t n_neurons;
     uint64_t neuron_bytes;    // all of their records
     uint64_t neuron_resident; // bytes that the mode keeps resident (EXACT)
@@ -166,14 +166,14 @@ struct llama_flash_requirements {
 
 // how memory is divided
 struct llama_flash_memory {
-    uint64_t total;         // as given
-    uint64_t slots;         // cache of experts and neurons
-    uint64_t pinned;        // panels that never leave
-    uint64_t stream;        // ring through which panels and prompts stream
-    uint64_t bookkeeping;   // tables, request pool, the neurons' work space
-    uint64_t resident;      // gate or up matrices that EXACT keeps
-    uint64_t n_slots;       // of experts
-    uint64_t n_pinned;      // panels
+    uint64_t total;       // as given
+    uint64_t slots;       // cache of experts and neurons
+    uint64_t pinned;      // panels that never leave
+    uint64_t stream;      // ring through which panels and prompts stream
+    uint64_t bookkeeping; // tables, request pool, the neurons' work space
+    uint64_t resident;    // gate or up matrices that EXACT keeps
+    uint64_t n_slots;     // of experts
+    uint64_t n_pinned;    // panels
     uint64_t n_neuron_slots;
     uint64_t n_neurons_pinned;
 };
@@ -187,32 +187,32 @@ struct llama_flash_resize {
 };
 
 struct llama_flash_stats {
-    uint64_t bytes_read;      // from flash, as asked of the device (whole sectors)
-    uint64_t bytes_used;      // of these, bytes of records
-    uint64_t reads;           // read requests completed
-    uint64_t hits;            // experts and neurons found in slots
-    uint64_t misses;          // experts and neurons that had to be read
-    uint64_t panel_hits;      // pinned panels used
-    uint64_t panel_reads;     // panels streamed
-    uint64_t rows_read;       // rows of embedding tables
+    uint64_t bytes_read;  // from flash, as asked of the device (whole sectors)
+    uint64_t bytes_used;  // of these, bytes of records
+    uint64_t reads;       // read requests completed
+    uint64_t hits;        // experts and neurons found in slots
+    uint64_t misses;      // experts and neurons that had to be read
+    uint64_t panel_hits;  // pinned panels used
+    uint64_t panel_reads; // panels streamed
+    uint64_t rows_read;   // rows of embedding tables
     uint64_t evictions;
-    uint64_t wait_ns;         // compute threads idle for a read
-    uint64_t repack_ns;       // bringing records into the kernels' layout
-    uint64_t op_ns;           // inside flash ops, all of the above included
-    uint64_t ops;             // flash ops computed
-    uint64_t neurons_active;        // sum over tokens and layers of what was computed
-    uint64_t neurons_newly_active;  // of these, not active for any of the 5 tokens before
-    uint64_t neurons_expected;      // read ahead
-    uint64_t experts_expected;      // records read ahead of a router
-    uint64_t layers_repeated;       // passes made again because the graph's activations were not the expected ones
-    uint64_t predict_ns;      // finding active sets
-    uint64_t manage_ns;       // memory management: slots, copies into them
-    uint64_t retries;         // short reads and EINTR that were continued
+    uint64_t wait_ns;              // compute threads idle for a read
+    uint64_t repack_ns;            // bringing records into the kernels' layout
+    uint64_t op_ns;                // inside flash ops, all of the above included
+    uint64_t ops;                  // flash ops computed
+    uint64_t neurons_active;       // sum over tokens and layers of what was computed
+    uint64_t neurons_newly_active; // of these, not active for any of the 5 tokens before
+    uint64_t neurons_expected;     // read ahead
+    uint64_t experts_expected;     // records read ahead of a router
+    uint64_t layers_repeated;      // passes made again because the graph's activations were not the expected ones
+    uint64_t predict_ns;           // finding active sets
+    uint64_t manage_ns;            // memory management: slots, copies into them
+    uint64_t retries;              // short reads and EINTR that were continued
     uint64_t errors;
-    uint64_t resident_bytes;  // slots, pins and ring touched so far
-    uint64_t slots_used;      // of experts
+    uint64_t resident_bytes; // slots, pins and ring touched so far
+    uint64_t slots_used;     // of experts
     uint64_t neuron_slots_used;
-    uint32_t io_engine;       // the engine in use
+    uint32_t io_engine; // the engine in use
     uint32_t reserved;
 };
 
@@ -225,31 +225,31 @@ enum llama_flash_kind {
 // records of one tensor, or of one layer's bundle, numbered as llama_flash_session_residency has them
 struct llama_flash_tensor {
     char     name[128];
-    int32_t  layer;         // N of blk.N., -1: of no layer
-    uint32_t kind;          // enum llama_flash_kind
+    int32_t  layer; // N of blk.N., -1: of no layer
+    uint32_t kind;  // enum llama_flash_kind
     uint64_t first_record;
     uint64_t n_records;
-    uint64_t record_bytes;  // of the largest
+    uint64_t record_bytes; // of the largest
 };
 
 // where a record is
 enum llama_flash_place {
-    LLAMA_FLASH_IN_FILE = 0,  // and nowhere else
-    LLAMA_FLASH_COMING  = 1,  // a read is under way
-    LLAMA_FLASH_PASSING = 2,  // in the ring
+    LLAMA_FLASH_IN_FILE = 0, // and nowhere else
+    LLAMA_FLASH_COMING  = 1, // a read is under way
+    LLAMA_FLASH_PASSING = 2, // in the ring
     LLAMA_FLASH_IN_SLOT = 3,
     LLAMA_FLASH_PINNED  = 4,
 };
 
 // buffers that llama.cpp itself has allocated for a context and its model, flash tensors excluded
 struct llama_flash_context_memory {
-    uint64_t model;    // resident weights
-    uint64_t context;  // KV cache and recurrent state
-    uint64_t compute;  // graph buffers
+    uint64_t model;   // resident weights
+    uint64_t context; // KV cache and recurrent state
+    uint64_t compute; // graph buffers
 };
 
 LLAMA_FLASH_API uint32_t     llama_flash_api_version(void);
-LLAMA_FLASH_API const char * llama_flash_build_info(void);  // version, engines built in
+LLAMA_FLASH_API const char * llama_flash_build_info(void); // version, engines built in
 
 // Adds the CPU_FLASH buffer type to the CPU backend. Call before any model is loaded and while nothing computes.
 LLAMA_FLASH_API int32_t llama_flash_register(void);
@@ -259,7 +259,7 @@ LLAMA_FLASH_API void * llama_flash_buffer_type(void);
 
 // params may be NULL (defaults). Returns NULL and fills *err on failure (an engine that is not available, say).
 LLAMA_FLASH_API struct llama_flash_session * llama_flash_session_new(const struct llama_flash_params * params, struct llama_flash_error * err);
-LLAMA_FLASH_API void llama_flash_session_free(struct llama_flash_session * session);
+LLAMA_FLASH_API void                         llama_flash_session_free(struct llama_flash_session * session);
 
 LLAMA_FLASH_API int32_t llama_flash_session_bind_begin(struct llama_flash_session * session, struct llama_flash_error * err);
 LLAMA_FLASH_API int32_t llama_flash_session_bind_end(struct llama_flash_session * session, struct llama_flash_error * err);
@@ -327,7 +327,7 @@ LLAMA_FLASH_API uint64_t llama_flash_session_trace_take(struct llama_flash_sessi
                                                         uint64_t * lost);
 
 // Tensor number `index` of traces; LLAMA_FLASH_E_INVALID: there are no more.
-LLAMA_FLASH_API int32_t llama_flash_session_trace_tensor(const struct llama_flash_session * session, uint32_t index, struct llama_flash_trace_tensor * out);
+LLAMA_FLASH_API int32_t  llama_flash_session_trace_tensor(const struct llama_flash_session * session, uint32_t index, struct llama_flash_trace_tensor * out);
 // Tensors and bundles on flash, by the numbers of their records, which follow one another without a gap. Returns how many there are,
 // fills the first `capacity`. They stay the same from bind_end on; before, there are none.
 LLAMA_FLASH_API uint64_t llama_flash_session_tensors(const struct llama_flash_session * session, struct llama_flash_tensor * out, uint64_t capacity);
@@ -357,14 +357,14 @@ LLAMA_FLASH_API int32_t llama_flash_get_context_memory(const struct llama_contex
 
 // what a device gives, by llama_flash_probe_reads
 struct llama_flash_probe {
-    uint64_t bytes;           // that arrived
-    uint64_t reads;           // of a chunk each
-    uint64_t ns;              // from the first submission to the last arrival
-    uint64_t latency_ns;      // of a read, mean: from its submission to its arrival
-    uint64_t latency_p99_ns;  // 99 of 100 reads took no longer
-    uint32_t in_flight;       // most reads under way at once
-    uint32_t direct;          // 1: past the page cache; 0: the file system cannot
-    uint32_t io_engine;       // enum llama_flash_io_engine: the one in use
+    uint64_t bytes;          // that arrived
+    uint64_t reads;          // of a chunk each
+    uint64_t ns;             // from the first submission to the last arrival
+    uint64_t latency_ns;     // of a read, mean: from its submission to its arrival
+    uint64_t latency_p99_ns; // 99 of 100 reads took no longer
+    uint32_t in_flight;      // most reads under way at once
+    uint32_t direct;         // 1: past the page cache; 0: the file system cannot
+    uint32_t io_engine;      // enum llama_flash_io_engine: the one in use
     uint32_t reserved;
 };
 
@@ -377,10 +377,10 @@ LLAMA_FLASH_API int32_t llama_flash_probe_reads(const char * path, uint32_t chun
 
 // How a graph uses a weight: bits of llama_flash_weight_use.uses
 enum llama_flash_use {
-    LLAMA_FLASH_USE_MUL_MAT    = 1, // a matrix, first source of a MUL_MAT with float32
-    LLAMA_FLASH_USE_MUL_MAT_ID = 2, // matrices of experts, first source of a MUL_MAT_ID with float32
-    LLAMA_FLASH_USE_GET_ROWS   = 4, // a table whose rows are picked by number
-    LLAMA_FLASH_USE_OTHER      = 8, // anything else; views of it, too
+    LLAMA_FLASH_USE_MUL_MAT    = 1,  // a matrix, first source of a MUL_MAT with float32
+    LLAMA_FLASH_USE_MUL_MAT_ID = 2,  // matrices of experts, first source of a MUL_MAT_ID with float32
+    LLAMA_FLASH_USE_GET_ROWS   = 4,  // a table whose rows are picked by number
+    LLAMA_FLASH_USE_OTHER      = 8,  // anything else; views of it, too
     LLAMA_FLASH_USE_ROUTES     = 16, // what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
 };
 
@@ -415,7 +415,7 @@ LLAMA_FLASH_API int32_t llama_flash_session_bind_weight(struct llama_flash_sessi
 // llama_model_load_from_file and llama_init_from_model of the engine, with or without flash tensors: where the engine would end the
 // process with an assert, they return NULL. reason: gets the lines of the engine's log that say why they failed, the last of `size`
 // bytes, "" if they did not; may be NULL. What the engine logs goes to its log callback, too.
-LLAMA_FLASH_API struct llama_model * llama_flash_load_model(const char * path, const struct llama_model_params * params, char * reason, size_t size);
+LLAMA_FLASH_API struct llama_model *   llama_flash_load_model(const char * path, const struct llama_model_params * params, char * reason, size_t size);
 LLAMA_FLASH_API struct llama_context * llama_flash_new_context(struct llama_model * model, const struct llama_context_params * params, char * reason,
                                                                size_t size);
 

@@ -88,7 +88,7 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
         rows.add(t.weight.nb[1]);
         t.row_checksums.assign((size_t) t.weight.ne[1], 0);
     }
-    t.kernel       = stock_kernel_for(tensor, t.is_experts);
+    t.kernel                 = stock_kernel_for(tensor, t.is_experts);
     by_address[tensor->data] = table.tensors.size();
     table.tensors.push_back(std::move(t));
     return true;

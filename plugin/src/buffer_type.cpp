@@ -135,7 +135,7 @@ class tensor_traits : public ggml::cpu::tensor_traits {
             return true;   // llama_flash_abort stops the graph
         }
         ffn_part       part;
-        flash_bundle *        b = s->find_part(op->src[0]->data, part);
+        flash_bundle * b = s->find_part(op->src[0]->data, part);
         if (b && op->op == op_of(*b) && ggml_are_same_shape(op->src[0], &b->part(part).weight)) {
             s->ffn_ops.run(*b, part, params, op);
             return true;

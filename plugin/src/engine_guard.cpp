@@ -5,8 +5,8 @@
 // where it catches its own. The engine's C files are compiled so that exceptions pass through them (ci/engine/CMakeLists.txt).
 #include "engine_guard.h"
 
-#include "llama_flash.h"
 #include "base/status.h"
+#include "llama_flash.h"
 
 #include "ggml-impl.h"
 #include "ggml-threading.h"
@@ -28,7 +28,7 @@ constexpr size_t MOST_TEXT = 16 << 10; // of what the engine says; what comes la
 
 // what the engine says on the thread that loads
 struct listener {
-    std::string errors; // lines
+    std::string errors;           // lines
     bool        is_error = false; // the last line, which the next may go on with
 
     void hear(ggml_log_level level, const char * text) {
@@ -49,7 +49,7 @@ thread_local listener * current = nullptr;
 // the engine's log has one callback for the process: ours stands before whoever's it was, while models are loaded
 struct {
     std::mutex        mutex;
-    int               users = 0;
+    int               users       = 0;
     ggml_log_callback before      = nullptr;
     void *            before_data = nullptr;
 } tap;
@@ -124,7 +124,7 @@ void on_abort(const char * message) {
 }
 
 template <typename F> auto guard(char * reason, size_t size, F f) -> decltype(f()) {
-    listener heard;
+    listener      heard;
     decltype(f()) made = nullptr;
     try {
         listening now(heard);

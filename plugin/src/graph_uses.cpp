@@ -1,9 +1,9 @@
 // How graphs use weights: asked of the engine's own graph, of a model that need not be in memory.
 #include "llama_flash.h"
 
+#include "base/status.h"
 #include "engine_guard.h"
 #include "kernels/router.h"
-#include "base/status.h"
 
 #include "ggml-impl.h"
 
@@ -42,7 +42,7 @@ int32_t llama_flash_graph_uses(llama_context * ctx, uint32_t n_tokens, uint32_t 
     return guarded(err, [&] {
         // some architectures assert that they are given tokens, or that they encode
         ggml_cgraph * built = flash_guarded_graph(ctx, n_tokens, graph == LLAMA_FLASH_GRAPH_ENCODER, graph == LLAMA_FLASH_GRAPH_EMBEDDINGS);
-        *n = 0;
+        *n                  = 0;
         if (!built) {
             return (int32_t) LLAMA_FLASH_OK;
         }

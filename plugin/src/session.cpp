@@ -119,6 +119,6 @@ llama_flash_stats llama_flash_session::statistics() const {
     s.slots_used        = experts.used();
     s.neuron_slots_used = neurons.used();
     s.resident_bytes    = memory.pinned + memory.resident + memory.bookkeeping + experts.stream().touched() + panels.stream().touched() +
-                       neurons.touched() + neurons.bytes_used() + experts.bytes_used(memory);
+                          neurons.touched() + neurons.bytes_used() + experts.bytes_used(memory);
     return s;
 }

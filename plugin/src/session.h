@@ -57,8 +57,8 @@ struct llama_flash_session final : op_gate {
     // life
 
     static llama_flash_session * create(const llama_flash_params & params, llama_flash_error * err);
-    void ref() { refs++; }
-    void unref(); // deletes with the last reference; in a forked child it closes files and leaves the rest as it is
+    void                         ref() { refs++; }
+    void                         unref(); // deletes with the last reference; in a forked child it closes files and leaves the rest as it is
 
     bool forked() const; // this process is a child of the one that made the session; costs no system call
     bool failed() const { return reads.failed(); }
@@ -114,21 +114,21 @@ struct llama_flash_session final : op_gate {
     // state
 
     std::atomic<uint32_t>     refs{ 1 };
-    uint64_t                  process = 0; // forks between this program's begin and the process that made the session
-    llama_flash_params        params  = {};
-    bool                      bound   = false;
+    uint64_t                  process       = 0; // forks between this program's begin and the process that made the session
+    llama_flash_params        params        = {};
+    bool                      bound         = false;
     llama_flash_neuron_params neuron_params = {};
-    memory_needs              needs;         // from end_binding on
-    llama_flash_memory        memory = {};   // what there is; its total: where it leads
-    standing_parts            standing;      // of `memory`
+    memory_needs              needs;       // from end_binding on
+    llama_flash_memory        memory = {}; // what there is; its total: where it leads
+    standing_parts            standing;    // of `memory`
 
-    std::unique_ptr<weight_loader>                                   loader; // until end_binding
-    std::vector<std::unique_ptr<flash_file>>                         files;
-    std::unordered_map<const void *, size_t>                         by_address;
-    std::unordered_map<const void *, std::pair<uint32_t, ffn_part>>  part_by_address;
-    std::unordered_map<std::string, bool>                            row_names; // tables whose rows are picked by number; true: only that
-    record_table                                                     table;
-    std::vector<flash_bundle>                                        bundles;   // by layer
+    std::unique_ptr<weight_loader>                                  loader; // until end_binding
+    std::vector<std::unique_ptr<flash_file>>                        files;
+    std::unordered_map<const void *, size_t>                        by_address;
+    std::unordered_map<const void *, std::pair<uint32_t, ffn_part>> part_by_address;
+    std::unordered_map<std::string, bool>                           row_names; // tables whose rows are picked by number; true: only that
+    record_table                                                    table;
+    std::vector<flash_bundle>                                       bundles; // by layer
 
     instruments  notes;
     read_queue   reads; // closed before the memory that it writes to goes
@@ -158,14 +158,14 @@ struct llama_flash_session final : op_gate {
     ~llama_flash_session() { reads.close(); }
 
     const flash_file * file_of(int fd);
-    bool     find_named_part(const ggml_tensor * tensor, uint32_t & bundle, size_t & part) const;
-    bool     bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset);
-    int32_t  check_bundles(llama_flash_error * err) const;
-    void     note_needs(uint32_t n_ubatch);
-    void     drop_all();
-    memory_layout layout_now() const;
-    void     note_memory();
-    void     resize_step(int64_t until_ns);
+    bool               find_named_part(const ggml_tensor * tensor, uint32_t & bundle, size_t & part) const;
+    bool               bind_part(const ggml_tensor * tensor, const flash_file * file, uint64_t offset);
+    int32_t            check_bundles(llama_flash_error * err) const;
+    void               note_needs(uint32_t n_ubatch);
+    void               drop_all();
+    memory_layout      layout_now() const;
+    void               note_memory();
+    void               resize_step(int64_t until_ns);
 
     mutable std::mutex mutex;
 

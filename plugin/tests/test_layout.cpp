@@ -97,8 +97,8 @@ void nothing_is_given_twice(const memory_needs & n, random_source & random) {
 }
 
 void all_has_its_place_from_the_maximum_on(const memory_needs & n, random_source & random) {
-    const uint64_t           bytes = n.maximum() + random.below(2) * random.below(1 << 30);
-    const llama_flash_memory m     = describe(n, divide(n, bytes));
+    const uint64_t           bytes  = n.maximum() + random.below(2) * random.below(1 << 30);
+    const llama_flash_memory m      = describe(n, divide(n, bytes));
     uint64_t                 panels = 0;
     uint64_t                 slots  = 0;
     for (const auto & p : n.panels) {

@@ -18,7 +18,8 @@ constexpr uint8_t  GUARD      = 0xa5;
 void any_range_to_any_address(weight_loader & loader, const flash_file & file, int fd) {
     random_source random(1);
     for (uint32_t i = 0; i < 60; i++) {
-        const uint64_t most   = i % 3 == 0 ? 20u << 20 : i % 3 == 1 ? 2u << 20 : 5000;
+        const uint64_t most   = i % 3 == 0 ? 20u << 20 : i % 3 == 1 ? 2u << 20
+                                                                    : 5000;
         const uint64_t offset = random.chance(30) ? flash_sector_floor(random.below(FILE_BYTES)) : random.below(FILE_BYTES);
         const uint64_t bytes  = std::min(1 + random.below(most), FILE_BYTES - offset);
         const size_t   before = 64 + random.below(64);

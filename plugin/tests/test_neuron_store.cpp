@@ -101,7 +101,7 @@ class store {
                 w.ne[0]         = p == 2 ? N_FF / w.ne[2] : N_EMBD;
                 w.ne[1]         = p == 2 ? N_EMBD : N_FF / w.ne[2];
                 w.ne[3]         = 1;
-                w.nb[0]           = sizeof(float);
+                w.nb[0]         = sizeof(float);
                 for (int d = 1; d < 4; d++) {
                     w.nb[d] = w.nb[d - 1] * (size_t) w.ne[d - 1];
                 }
@@ -139,7 +139,7 @@ class store {
               (unsigned long long) (m.slots + m.pinned + m.stream + m.bookkeeping + m.resident), (unsigned long long) bytes);
     }
 
-    shard & shard_of(uint32_t il) { return *shards[il + 1 == N_LAYERS]; }
+    shard &  shard_of(uint32_t il) { return *shards[il + 1 == N_LAYERS]; }
     uint64_t offset_of(uint32_t il) const { return 4096 + 32 * (il + 1) + il * N_FF * (how.gated ? 3 : 2) * N_EMBD * sizeof(float); }
 
     const uint8_t * in_file(uint32_t il, ffn_part p, uint32_t i) {
@@ -278,8 +278,8 @@ std::vector<uint32_t> some(random_source & random, size_t most) {
 void random_operations(layout how, uint32_t io_engine, uint32_t mode, uint32_t window, double share, uint64_t seed) {
     random_source         random(seed);
     store                 a(how, io_engine, mode, window, share, seed);
-    llama_flash_session & s = *a.s;
-    const size_t          most = std::min<size_t>(N_FF, std::max<size_t>(1, s.neurons.n_slots() / 2));
+    llama_flash_session & s          = *a.s;
+    const size_t          most       = std::min<size_t>(N_FF, std::max<size_t>(1, s.neurons.n_slots() / 2));
     uint32_t              n_failures = 0;
     uint32_t              n_cuts     = 0;
     for (int step = 0; step < 150; step++) {
@@ -357,8 +357,8 @@ void a_window_lets_go_of_what_its_tokens_did_not_use() {
 
 void what_an_evaluation_held_makes_room_for_its_last_part() {
     store                 a({ false, false }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 0.2, 1);
-    llama_flash_session & s    = *a.s;
-    const uint32_t        half = s.neurons.n_slots() / 2;
+    llama_flash_session & s     = *a.s;
+    const uint32_t        half  = s.neurons.n_slots() / 2;
     auto                  range = [](uint32_t first, uint32_t n) {
         std::vector<uint32_t> list(n);
         for (uint32_t k = 0; k < n; k++) {
@@ -403,7 +403,7 @@ void pinned_layers_are_passed_over_by_what_reads_ahead() {
 }
 
 void everything_is_pinned_where_it_fits() {
-    store         a({ false, true }, LLAMA_FLASH_IO_AUTO, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 3.0, 1);
+    store a({ false, true }, LLAMA_FLASH_IO_AUTO, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 3.0, 1);
     CHECK(a.check_all() == N_LAYERS * N_FF && a.s->neurons.n_slots() == 0, "%u slots", a.s->neurons.n_slots());
 }
 
@@ -570,8 +570,8 @@ void reads_that_nobody_asked_for_fail_quietly() {
 
 // more neurons on their way than the demand leaves slots for: the slots became fewer
 void a_demand_finds_slots_when_they_became_fewer() {
-    store                 a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 0.2, 1);
-    llama_flash_session & s = *a.s;
+    store                       a({ false, true }, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 0.2, 1);
+    llama_flash_session &       s     = *a.s;
     const std::vector<uint32_t> ahead = every(1, 0, s.neurons.n_slots() / 4);
     s.begin_op("test");
     s.neurons.expect(s.bundles[1], ahead.data(), ahead.size());

@@ -32,9 +32,9 @@ std::vector<uint8_t> converted(const row_kernel & kernel, const std::vector<floa
 void selects_by_its_definition(ggml_type type, uint32_t rank, uint32_t n_ff, int64_t n_tokens, uint64_t seed) {
     constexpr int64_t        N_EMBD = 96;
     random_source            random(seed);
-    const std::vector<float> a    = random_floats(random, (size_t) (rank * N_EMBD));
-    const std::vector<float> c    = random_floats(random, (size_t) n_ff * rank);
-    const std::vector<float> x    = random_floats(random, (size_t) (n_tokens * N_EMBD));
+    const std::vector<float> a = random_floats(random, (size_t) (rank * N_EMBD));
+    const std::vector<float> c = random_floats(random, (size_t) n_ff * rank);
+    const std::vector<float> x = random_floats(random, (size_t) (n_tokens * N_EMBD));
 
     predictor p;
     p.rank     = rank;

@@ -153,7 +153,7 @@ void reads_beyond_the_end_fail_alone(llama_flash_io_engine engine) {
     const request requests[] = {
         { 0, 10000, true },
         { FILE_BYTES - 5000, 5000, true },
-        { FILE_BYTES - 5000, 5001, false },             // one byte too many
+        { FILE_BYTES - 5000, 5001, false }, // one byte too many
         { FILE_BYTES - 3, 50000, false },
         { FILE_BYTES, 1, false },                       // in the last sector, of which a part exists
         { flash_sector_ceil(FILE_BYTES), 4096, false }, // no byte of it exists

@@ -15,10 +15,17 @@
 
 namespace {
 
-enum disturbance { NONE, INTERRUPTED, BUSY, CANCELED, SHORT, SHORT_WITHIN_SECTOR, END, FAILED };
+enum disturbance { NONE,
+                   INTERRUPTED,
+                   BUSY,
+                   CANCELED,
+                   SHORT,
+                   SHORT_WITHIN_SECTOR,
+                   END,
+                   FAILED };
 
 std::atomic<int>      what{ NONE };
-std::atomic<uint32_t> left{ 0 };      // reads still to be disturbed
+std::atomic<uint32_t> left{ 0 }; // reads still to be disturbed
 std::atomic<uint32_t> disturbed{ 0 };
 
 } // namespace
@@ -64,7 +71,7 @@ extern "C" ssize_t pread(int fd, void * buf, size_t bytes, off_t offset) {
 }
 
 int main() {
-    constexpr uint64_t N = 300000;
+    constexpr uint64_t   N = 300000;
     std::vector<uint8_t> contents(N);
     random_source        random(1);
     for (auto & byte : contents) {

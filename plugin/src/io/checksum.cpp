@@ -31,10 +31,10 @@ static uint32_t update(uint32_t crc, uint64_t word) {
 }
 
 uint32_t checksum_piece(const uint8_t * data, size_t bytes, uint32_t number) {
-    uint32_t       crc[3] = { ~number, 0x9e3779b9u, 0x7f4a7c15u };
-    uint64_t       word[3];
-    const size_t   n     = bytes / sizeof(word);
-    const uint8_t * at   = data;
+    uint32_t        crc[3] = { ~number, 0x9e3779b9u, 0x7f4a7c15u };
+    uint64_t        word[3];
+    const size_t    n  = bytes / sizeof(word);
+    const uint8_t * at = data;
     for (size_t i = 0; i < n; i++, at += sizeof(word)) {
         memcpy(word, at, sizeof(word));
         crc[0] = update(crc[0], word[0]);

@@ -26,9 +26,9 @@ bool weight_loader::read(const flash_file & file, uint64_t offset, uint64_t size
         uint64_t end;
     };
     piece          pieces[PIECES];
-    const uint64_t end  = offset + size;
-    uint64_t       next = offset;
-    auto           data = [&](uint32_t place) { return memory.data + place * PIECE + pieces[place].begin % FLASH_SECTOR; };
+    const uint64_t end   = offset + size;
+    uint64_t       next  = offset;
+    auto           data  = [&](uint32_t place) { return memory.data + place * PIECE + pieces[place].begin % FLASH_SECTOR; };
     auto           start = [&](uint32_t place) {
         pieces[place] = { next, std::min(end, (next / PIECE + 1) * PIECE) };
         reads->read(file, next, pieces[place].end - next, data(place), place);

@@ -2,8 +2,8 @@
 // engine's loader reads one piece after the other, into memory that it asks for anew each time.)
 #pragma once
 
-#include "memory/mapping.h"
 #include "io/reader.h"
+#include "memory/mapping.h"
 
 #include <cstddef>
 #include <cstdint>

@@ -1,9 +1,9 @@
 // What the device gives to reads like those of decoding: same reader, same engines, any chunk size and depth.
 #include "llama_flash.h"
 
-#include "memory/mapping.h"
-#include "io/reader.h"
 #include "base/status.h"
+#include "io/reader.h"
+#include "memory/mapping.h"
 
 #include <algorithm>
 #include <cerrno>

@@ -5,8 +5,8 @@
 #pragma once
 
 #include "base/clock.h"
-#include "llama_flash.h"
 #include "io/reader.h"
+#include "llama_flash.h"
 
 #include <atomic>
 #include <cstdint>

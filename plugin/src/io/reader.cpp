@@ -58,9 +58,9 @@ std::unique_ptr<flash_file> flash_file::reopen(int fd, llama_flash_error * err) 
         }
         return nullptr;
     }
-    file->size     = (uint64_t) st.st_size;
-    file->device   = (uint64_t) st.st_dev;
-    file->inode    = (uint64_t) st.st_ino;
+    file->size   = (uint64_t) st.st_size;
+    file->device = (uint64_t) st.st_dev;
+    file->inode  = (uint64_t) st.st_ino;
     file->status_now(file->opened);
     file->opened.name = file->path;
     file->seen        = file->opened;

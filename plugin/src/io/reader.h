@@ -6,9 +6,9 @@
 // Not thread safe: the session serialises its callers. The reader knows neither ggml nor which record a job is for.
 #pragma once
 
+#include "base/sector.h"
 #include "io/checksum.h"
 #include "llama_flash.h"
-#include "base/sector.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -34,7 +34,7 @@ class flash_file {
     void close();
 
     int         fd     = -1;
-    uint64_t    size   = 0;     // bytes
+    uint64_t    size   = 0; // bytes
     uint64_t    device = 0;
     uint64_t    inode  = 0;
     bool        direct = false; // O_DIRECT in force
@@ -77,7 +77,7 @@ struct read_piece {
     int64_t      result; // bytes read or -errno, set by the engine
     uint32_t     tries;  // times in a row that it ended without a byte, for no fault of the device
     read_job *   job;
-    read_piece * next;   // the engine's and the reader's lists
+    read_piece * next; // the engine's and the reader's lists
 };
 
 struct read_job {
@@ -155,9 +155,9 @@ class reader {
     bool         settle(read_piece * piece); // true if its job has ended with it
 
     std::unique_ptr<io_engine> engine;
-    uint32_t                   depth      = 0;
-    uint32_t                   piece_size = 0;
-    uint32_t                   in_flight  = 0;
+    uint32_t                   depth           = 0;
+    uint32_t                   piece_size      = 0;
+    uint32_t                   in_flight       = 0;
     uint64_t                   bytes_in_flight = 0;
 
     read_piece * queue_head = nullptr;

@@ -12,7 +12,7 @@ struct predictor {
     row_kernel           out;      // [n_ff] rows of rank
     std::vector<uint8_t> in_rows;
     std::vector<uint8_t> out_rows;
-    std::vector<float>   bias;     // [n_ff]
+    std::vector<float>   bias; // [n_ff]
 
     // projected[t * rank + r] for rows r = ith, ith + nth, ...; x: tokens of n_embd, converted for `in`
     void project(const uint8_t * x, size_t x_bytes, int64_t n_tokens, int ith, int nth, float * projected) const;

@@ -16,7 +16,7 @@
 static ggml_backend_buffer_t stand_in(ggml_backend_buffer_type_t buft) {
     static std::mutex           mutex;
     std::lock_guard<std::mutex> lock(mutex);
-    static auto & buffers = *new std::vector<std::pair<ggml_backend_buffer_type_t, ggml_backend_buffer_t>>(); // stays, as they do
+    static auto &               buffers = *new std::vector<std::pair<ggml_backend_buffer_type_t, ggml_backend_buffer_t>>(); // stays, as they do
     for (auto & entry : buffers) {
         if (entry.first == buft) {
             return entry.second;

@@ -10,11 +10,11 @@
 
 // Dot products of rows of one type and length. The activation is first converted to the type's dot type.
 struct row_kernel {
-    ggml_type       type      = GGML_TYPE_F32;
-    int64_t         n         = 0; // elements of a row
-    size_t          row_bytes = 0;
-    size_t          x_bytes   = 0; // of a converted activation
-    ggml_vec_dot_t  vec_dot   = nullptr;
+    ggml_type         type       = GGML_TYPE_F32;
+    int64_t           n          = 0; // elements of a row
+    size_t            row_bytes  = 0;
+    size_t            x_bytes    = 0; // of a converted activation
+    ggml_vec_dot_t    vec_dot    = nullptr;
     ggml_from_float_t from_float = nullptr; // nullptr: the dot type is float
 
     row_kernel() = default;

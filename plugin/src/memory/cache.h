@@ -15,7 +15,7 @@
 
 class slot_cache {
   public:
-    static constexpr int32_t NONE      = -1;
+    static constexpr int32_t NONE = -1;
     // tokens; chosen on recorded traces, see docs/measurements/2026-11-21-eviction.md
     static constexpr double  EXPERTS_HALF_LIFE = 34.0;
     static constexpr double  NEURONS_HALF_LIFE = 4.0;
@@ -75,7 +75,7 @@ class slot_cache {
     struct slot {
         uint32_t record;
         uint32_t size_class;
-        int32_t  newer;  // in its bucket; in the empty list: the next empty slot
+        int32_t  newer; // in its bucket; in the empty list: the next empty slot
         int32_t  older;
         int32_t  at;     // in `holding`, if held
         int64_t  bucket; // counted from the beginning of time; below `lowest`: in the lowest bucket
@@ -92,14 +92,14 @@ class slot_cache {
     };
 
     struct size_class_state {
-        uint32_t count   = 0;
-        uint32_t n_empty = 0;
-        int32_t  empty   = NONE;  // head of the empty list
-        int32_t  last_empty = NONE; // its end, if it has a head
-        int64_t  lowest  = 0;     // number of the lowest bucket there is
-        std::vector<int32_t> members; // by address: the first `count` are in use, the rest is retired
-        list     buckets[BUCKETS];
-        uint64_t occupied[BUCKETS / 64] = {};
+        uint32_t             count      = 0;
+        uint32_t             n_empty    = 0;
+        int32_t              empty      = NONE; // head of the empty list
+        int32_t              last_empty = NONE; // its end, if it has a head
+        int64_t              lowest     = 0;    // number of the lowest bucket there is
+        std::vector<int32_t> members;           // by address: the first `count` are in use, the rest is retired
+        list                 buckets[BUCKETS];
+        uint64_t             occupied[BUCKETS / 64] = {};
     };
 
     list     join(const list & older, const list & newer);
@@ -114,9 +114,9 @@ class slot_cache {
 
     std::vector<slot>             slots;
     std::vector<size_class_state> classes;
-    std::vector<double>           scores;  // by record: log2 of the score, plus the token number in half-lives
-    std::vector<int32_t>          holding; // held slots, or NONE
+    std::vector<double>           scores;      // by record: log2 of the score, plus the token number in half-lives
+    std::vector<int32_t>          holding;     // held slots, or NONE
     int32_t                       carried = 0; // of these, held since an earlier op
-    uint32_t                      n_used = 0;
-    double                        ageing = 1.0 / EXPERTS_HALF_LIFE; // octaves per token
+    uint32_t                      n_used  = 0;
+    double                        ageing  = 1.0 / EXPERTS_HALF_LIFE; // octaves per token
 };

@@ -1,7 +1,7 @@
 #include "memory/layout.h"
 
-#include "memory/mapping.h"
 #include "base/sector.h"
+#include "memory/mapping.h"
 
 #include <algorithm>
 

@@ -59,23 +59,23 @@ struct bundle_needs {
 
 // All that the division depends on, in bytes.
 struct memory_needs {
-    uint64_t tables         = 0; // of tensors and records
-    uint64_t rows           = 0; // room for rows of tables
-    uint64_t largest_expert = 0; // in whole sectors
-    uint64_t largest_panel  = 0;
-    uint64_t expert_bytes   = 0; // all of them
-    uint64_t panel_bytes    = 0;
+    uint64_t                 tables         = 0; // of tensors and records
+    uint64_t                 rows           = 0; // room for rows of tables
+    uint64_t                 largest_expert = 0; // in whole sectors
+    uint64_t                 largest_panel  = 0;
+    uint64_t                 expert_bytes   = 0; // all of them
+    uint64_t                 panel_bytes    = 0;
     std::vector<panel_needs> panels; // by tensor
     std::vector<class_needs> classes;
 
     std::vector<bundle_needs> bundles;
-    uint64_t neuron_tables = 0;     // without what slots take
-    uint64_t work          = 0;     // space to evaluate n_ubatch tokens
-    uint32_t n_ubatch      = 0;
-    uint32_t run           = 0;     // neurons of a bundle are streamed and pinned so many at a time
-    uint64_t longest_run   = 0;     // or longest read of neurons, in whole sectors
-    uint64_t neuron_slot   = 0;     // bytes of one
-    bool     in_slots      = false; // the mode computes neurons in slots
+    uint64_t                  neuron_tables = 0; // without what slots take
+    uint64_t                  work          = 0; // space to evaluate n_ubatch tokens
+    uint32_t                  n_ubatch      = 0;
+    uint32_t                  run           = 0;     // neurons of a bundle are streamed and pinned so many at a time
+    uint64_t                  longest_run   = 0;     // or longest read of neurons, in whole sectors
+    uint64_t                  neuron_slot   = 0;     // bytes of one
+    bool                      in_slots      = false; // the mode computes neurons in slots
 
     uint64_t n_neurons() const;
     uint64_t neuron_bytes() const;

@@ -1,12 +1,12 @@
 #include "memory/ring.h"
 
 void ring::configure(uint8_t * memory_, size_t bytes, uint32_t max_entries) {
-    memory    = memory_;
-    size      = bytes;
-    head      = 0;
+    memory     = memory_;
+    size       = bytes;
+    head       = 0;
     high_water = 0;
-    first     = 0;
-    n_entries = 0;
+    first      = 0;
+    n_entries  = 0;
     entries.assign(max_entries, entry{ 0, 0, 0, false });
 }
 

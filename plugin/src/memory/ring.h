@@ -40,11 +40,11 @@ class ring {
         bool     given;
     };
 
-    uint8_t *          memory = nullptr;
-    size_t             size   = 0;
-    size_t             head   = 0; // next byte to take
+    uint8_t *          memory     = nullptr;
+    size_t             size       = 0;
+    size_t             head       = 0; // next byte to take
     size_t             high_water = 0;
-    std::vector<entry> entries;    // circular
+    std::vector<entry> entries; // circular
     uint32_t           first     = 0;
     uint32_t           n_entries = 0;
 };

@@ -53,7 +53,8 @@ static llama_flash_place place_of(const flash_record & r) {
     if (r.state == record_state::reading) {
         return LLAMA_FLASH_COMING;
     }
-    return r.place == record_place::slot ? LLAMA_FLASH_IN_SLOT : r.place == record_place::pinned ? LLAMA_FLASH_PINNED : LLAMA_FLASH_PASSING;
+    return r.place == record_place::slot ? LLAMA_FLASH_IN_SLOT : r.place == record_place::pinned ? LLAMA_FLASH_PINNED
+                                                                                                 : LLAMA_FLASH_PASSING;
 }
 
 // used: number of the last token that used a record + 1, 0: none; now: of the last token
@@ -93,7 +94,7 @@ int32_t residency(const llama_flash_session & s, uint8_t * place, uint32_t * age
 // experts and panels as they were bound, then bundles by layer
 bool trace_tensor(const llama_flash_session & s, uint32_t index, llama_flash_trace_tensor & out) {
     const auto & tensors = s.table.tensors;
-    out = {};
+    out                  = {};
     if (index < tensors.size()) {
         const flash_tensor & t = tensors[index];
         snprintf(out.name, sizeof(out.name), "%s", t.name.c_str());

@@ -13,7 +13,7 @@ void early_rows::begin(const record_table & table, const flash_tensor & t, const
     next_stamp                 = stamp + 1;
     input                      = op->src[1];
     ids                        = op->src[2];
-    usable = other.same_input && other.weight.type == t.weight.type && ggml_are_same_shape(&other.weight, &t.weight) && ggml_is_contiguous(op);
+    usable                     = other.same_input && other.weight.type == t.weight.type && ggml_are_same_shape(&other.weight, &t.weight) && ggml_is_contiguous(op);
     if (usable) {
         out.resize((size_t) ggml_nelements(op));
         first      = *op;

@@ -44,12 +44,12 @@ class early_rows {
     uint32_t      second() const { return tensor; } // its tensor
 
   private:
-    uint32_t              tensor     = 0; // the second op's
-    uint64_t              next_stamp = 0; // and its number in the session's ops
+    uint32_t              tensor     = 0;       // the second op's
+    uint64_t              next_stamp = 0;       // and its number in the session's ops
     const ggml_tensor *   input      = nullptr; // what the first op has for src[1] and src[2]
     const ggml_tensor *   ids        = nullptr;
     bool                  usable     = false;
     ggml_tensor           first      = {}; // the first op, but that it writes to `out`
     std::vector<float>    out;
-    std::vector<uint64_t> done;            // by expert: number of the op that it was computed for
+    std::vector<uint64_t> done; // by expert: number of the op that it was computed for
 };

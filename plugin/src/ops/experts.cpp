@@ -7,7 +7,7 @@
 constexpr size_t PROMPT_WAVE = 8;
 
 void expert_op::reserve(uint32_t most) {
-    const uint32_t n = table.n_expert_max;
+    const uint32_t n      = table.n_expert_max;
     size_t         widest = 0; // records of one layer
     for (const auto & group : table.groups) {
         size_t records = 0;

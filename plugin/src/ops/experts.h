@@ -14,9 +14,8 @@
 class expert_op {
   public:
     expert_op(op_gate & gate_, read_queue & reads_, instruments & notes_, record_table & table_, const memory_needs & needs_, token_clock & clock_,
-              expert_store & experts_, panel_store & panels_) :
-        gate(gate_), reads(reads_), notes(notes_), table(table_), needs(needs_), clock(clock_), experts(experts_), panels(panels_),
-        wave(gate_, reads_, notes_, table_), look(table_, reads_, notes_, experts_) {}
+              expert_store & experts_, panel_store & panels_) : gate(gate_), reads(reads_), notes(notes_), table(table_), needs(needs_), clock(clock_), experts(experts_), panels(panels_),
+                                                                wave(gate_, reads_, notes_, table_), look(table_, reads_, notes_, experts_) {}
 
     // Room for what an op shares, so that nothing is allocated while decoding. most: experts of the next layer that may be read ahead.
     void reserve(uint32_t most);
@@ -67,13 +66,13 @@ class expert_op {
     lookahead  look;
     uint32_t   most_ahead = 0;
 
-    std::vector<const void *> addresses; // [experts], of this wave
+    std::vector<const void *> addresses;         // [experts], of this wave
     bool                      now_early = false; // the wave is for the layer's second op
-    std::vector<uint32_t>     waiting;   // records that are still to be computed
-    std::vector<uint32_t>     plan;      // experts to stream, in order
+    std::vector<uint32_t>     waiting;           // records that are still to be computed
+    std::vector<uint32_t>     plan;              // experts to stream, in order
     size_t                    planned = 0;
-    std::vector<uint64_t>     seen;      // by expert: number of the op that last asked for it
-    std::vector<uint32_t>     count;     // by expert: tokens of the op that use it
-    std::vector<uint32_t>     counts;    // of the distinct ones
+    std::vector<uint64_t>     seen;   // by expert: number of the op that last asked for it
+    std::vector<uint32_t>     count;  // by expert: tokens of the op that use it
+    std::vector<uint32_t>     counts; // of the distinct ones
     std::vector<uint32_t>     distinct;
 };

@@ -34,32 +34,32 @@ struct ffn_work {
     std::vector<uint32_t>   first_column;     // [experts of the layer + 1]: in `columns`
     std::vector<ffn_column> columns;          // ascending, expert by expert
 
-    std::vector<std::vector<uint32_t>> picked; // by thread: neurons of its range
-    std::vector<float>    projected;           // [tokens][rank]
-    std::vector<uint32_t> list;                // of the op, ascending
-    std::vector<uint32_t> left;                // of the chunk, not there yet
-    std::vector<uint32_t> there;               // of the chunk, to be computed now
-    std::vector<uint64_t> asked;               // by neuron: stamp of the op whose chunk has it
-    size_t                begin = 0;           // chunk [begin, end) of the list
-    size_t                end   = 0;
-    std::atomic<int64_t>  next{ 0 };
-    bool                  land = false;        // reads have arrived
-    bool                  same = false;        // the sums made in passing are the ones asked for
-    bool                  has_read = false;    // the op has computed on bytes that it waited for
+    std::vector<std::vector<uint32_t>> picked;    // by thread: neurons of its range
+    std::vector<float>                 projected; // [tokens][rank]
+    std::vector<uint32_t>              list;      // of the op, ascending
+    std::vector<uint32_t>              left;      // of the chunk, not there yet
+    std::vector<uint32_t>              there;     // of the chunk, to be computed now
+    std::vector<uint64_t>              asked;     // by neuron: stamp of the op whose chunk has it
+    size_t                             begin = 0; // chunk [begin, end) of the list
+    size_t                             end   = 0;
+    std::atomic<int64_t>               next{ 0 };
+    bool                               land     = false; // reads have arrived
+    bool                               same     = false; // the sums made in passing are the ones asked for
+    bool                               has_read = false; // the op has computed on bytes that it waited for
 
     // evaluations of whole layers
     const neuron_store::run * run = nullptr;
-    neuron_store::run         home;            // a run of pinned records
-    std::vector<uint8_t>      compact;         // rows of one part of the run
-    std::vector<float>        other;           // [columns][n_ff]: gate, or the part whose op has not come yet
-    std::vector<float>        sums;            // [columns][n_embd]
-    std::vector<float>        gathered;        // [columns of an expert][n_embd]: their inputs
-    std::vector<float>        rows;            // [columns of an expert][FFN_RUN_ROWS]: gate or up of the run
-    std::vector<uint32_t>     value_row;       // [columns of an expert][FFN_RUN_ROWS]: rows with a value
+    neuron_store::run         home;      // a run of pinned records
+    std::vector<uint8_t>      compact;   // rows of one part of the run
+    std::vector<float>        other;     // [columns][n_ff]: gate, or the part whose op has not come yet
+    std::vector<float>        sums;      // [columns][n_embd]
+    std::vector<float>        gathered;  // [columns of an expert][n_embd]: their inputs
+    std::vector<float>        rows;      // [columns of an expert][FFN_RUN_ROWS]: gate or up of the run
+    std::vector<uint32_t>     value_row; // [columns of an expert][FFN_RUN_ROWS]: rows with a value
     std::vector<float>        value;
-    std::vector<uint32_t>     n_values;        // [columns of an expert], as many as there is room for
-    std::vector<uint32_t>     uses;            // by row of the run: tokens that use it
-    std::vector<uint64_t>     digests;         // by thread
+    std::vector<uint32_t>     n_values; // [columns of an expert], as many as there is room for
+    std::vector<uint32_t>     uses;     // by row of the run: tokens that use it
+    std::vector<uint64_t>     digests;  // by thread
 };
 
 struct ffn_op {

@@ -64,11 +64,11 @@ template <typename F> static void pick(ffn_op & s, const flash_bundle & b, const
 // Leader: demands the next chunk of the list, as many neurons as the slots surely hold. Who computes on it starts the reads: a
 // thousand of them take the kernel milliseconds, in which the other threads have work already.
 static void next_chunk(ffn_op & s, flash_bundle & b) {
-    ffn_work &    w  = s.work;
-    const int64_t t0  = flash_now_ns();
-    const size_t most = b.n_pinned == b.n_neurons ? w.list.size() : std::max<size_t>(1, s.neurons.n_slots() / 2);
-    w.begin           = w.end;
-    w.end             = std::min(w.list.size(), w.begin + most);
+    ffn_work &    w    = s.work;
+    const int64_t t0   = flash_now_ns();
+    const size_t  most = b.n_pinned == b.n_neurons ? w.list.size() : std::max<size_t>(1, s.neurons.n_slots() / 2);
+    w.begin            = w.end;
+    w.end              = std::min(w.list.size(), w.begin + most);
     if (w.list.size() > most) {
         s.neurons.release();
     }
@@ -182,8 +182,8 @@ static void write_off(const ffn_work & w, const flash_bundle & b, ffn_part part,
 void sparse_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compute_params * params, ggml_tensor * op) {
     static thread_local std::vector<uint8_t> store;
 
-    const ggml_tensor * x      = op->src[1];
-    const bundle_part & p      = b.part(part);
+    const ggml_tensor * x = op->src[1];
+    const bundle_part & p = b.part(part);
     const row_kernel    kernel(p.type, b.n_embd);
     ffn_work &          w      = s.work;
     const bool          leader = params->ith == 0;
@@ -219,7 +219,7 @@ void sparse_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compute
         ok = for_chunk(s, b, params, part, true, [&](uint32_t i, const uint8_t * slot) {
             const uint32_t e = b.block_of(i);
             for (uint32_t k = w.first_column[e]; k < w.first_column[e + 1]; k++) {
-                const ffn_column & c = w.columns[k];
+                const ffn_column & c                 = w.columns[k];
                 token_out(op, c.out)[i - e * b.n_ff] = kernel.dot(slot + p.slot_offset, converted + c.x * kernel.x_bytes);
             }
         });

@@ -18,12 +18,12 @@ static uint64_t digest_of(uint64_t column, uint64_t i, float value) {
 
 // What a pass over the records of a layer, or of its experts that have columns, computes.
 struct layer_pass {
-    ggml_tensor *       rows[2]    = {};       // gate, up: op whose output they are (a copy of the op where the output is ours)
-    const float *       gate       = nullptr;  // [columns][n_ff], gate's and up's results: what values are made of
+    ggml_tensor *       rows[2]    = {};      // gate, up: op whose output they are (a copy of the op where the output is ours)
+    const float *       gate       = nullptr; // [columns][n_ff], gate's and up's results: what values are made of
     const float *       up         = nullptr;
-    const ggml_tensor * activation = nullptr;  // down's own source, if not made here
-    float *             sums       = nullptr;  // [columns][n_embd]
-    bool                ahead      = false;    // the next layer will be passed over too
+    const ggml_tensor * activation = nullptr; // down's own source, if not made here
+    float *             sums       = nullptr; // [columns][n_embd]
+    bool                ahead      = false;   // the next layer will be passed over too
 };
 
 // The columns of one expert, and where its neurons begin.
@@ -360,15 +360,15 @@ void whole_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compute_
     // the other part's op has not come: its output goes to ours
     ggml_tensor twin_op = *op;
     layer_pass  pass;
-    pass.sums  = s.work.sums.data();
-    pass.ahead = passes_on(s, b, n_tokens);
+    pass.sums                = s.work.sums.data();
+    pass.ahead               = passes_on(s, b, n_tokens);
     pass.rows[(size_t) part] = op;
     const float * outputs[2] = {};
     outputs[(size_t) part]   = token(op, 0);
     if (b.gated) {
         if (b.part(twin).cached) {
-            twin_op.src[0] = &b.part(twin).weight;
-            twin_op.data   = s.work.other.data();
+            twin_op.src[0]           = &b.part(twin).weight;
+            twin_op.data             = s.work.other.data();
             pass.rows[(size_t) twin] = &twin_op;
         }
         outputs[(size_t) twin] = s.work.other.data(); // by this pass, or by the resident gate's op

@@ -110,7 +110,7 @@ bool ffn_work::sort_columns(const flash_bundle & b, ffn_part part, const ggml_te
     w.columns.resize((size_t) n_used * w.n_tokens);
     for (uint32_t t = w.n_tokens; t-- > 0;) { // backwards: the counts become the begins of the experts
         for (uint32_t k = n_used; k-- > 0;) {
-            const uint32_t out = t * n_used + k;
+            const uint32_t out                                             = t * n_used + k;
             w.columns[--w.first_column[(size_t) expert_at(ids, k, t) + 1]] = { out, one_x ? t : out };
         }
     }

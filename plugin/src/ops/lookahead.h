@@ -12,8 +12,7 @@ struct ggml_tensor;
 
 class lookahead {
   public:
-    lookahead(record_table & table_, read_queue & reads_, instruments & notes_, expert_store & experts_) :
-        table(table_), reads(reads_), notes(notes_), experts(experts_) {}
+    lookahead(record_table & table_, read_queue & reads_, instruments & notes_, expert_store & experts_) : table(table_), reads(reads_), notes(notes_), experts(experts_) {}
 
     void forget(); // what was learnt of the graph
 
@@ -38,14 +37,14 @@ class lookahead {
     instruments &  notes;
     expert_store & experts;
 
-    uint32_t              most   = 0;     // experts that may be read
-    std::vector<router>   routers;        // by group, found on the first pass
-    std::vector<int32_t>  next;           // by group: the one that is used after it; -1: not yet known, or the last
-    int32_t               last   = -1;    // group of the op before
-    int32_t               group  = -1;    // whose experts are scored; -1: none
-    uint32_t              n_used = 0;     // experts of a token
+    uint32_t              most = 0;    // experts that may be read
+    std::vector<router>   routers;     // by group, found on the first pass
+    std::vector<int32_t>  next;        // by group: the one that is used after it; -1: not yet known, or the last
+    int32_t               last   = -1; // group of the op before
+    int32_t               group  = -1; // whose experts are scored; -1: none
+    uint32_t              n_used = 0;  // experts of a token
     bool                  scored = false;
     std::vector<float>    input;
-    std::vector<float>    scores;         // by expert
-    std::vector<uint32_t> best;           // experts, the likeliest first
+    std::vector<float>    scores; // by expert
+    std::vector<uint32_t> best;   // experts, the likeliest first
 };

@@ -9,8 +9,7 @@
 
 class panel_op {
   public:
-    panel_op(op_gate & gate, read_queue & reads, instruments & notes_, record_table & table_, expert_store & experts_, panel_store & panels_) :
-        stamp(gate.stamp), notes(notes_), table(table_), experts(experts_), panels(panels_), wave(gate, reads, notes_, table_) {}
+    panel_op(op_gate & gate, read_queue & reads, instruments & notes_, record_table & table_, expert_store & experts_, panel_store & panels_) : stamp(gate.stamp), notes(notes_), table(table_), experts(experts_), panels(panels_), wave(gate, reads, notes_, table_) {}
 
     // Entered by all threads of the pool. op->src[0] is the tensor. On failure the session has an error, op's data is undefined.
     void run(flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op);

@@ -7,7 +7,7 @@ void row_op::compute(const flash_tensor & t, const ggml_compute_params * params,
     ids.data        = const_cast<int32_t *>(rows.places().data());
     ids.ne[0]       = (int64_t) rows.places().size();
     ids.nb[0]       = sizeof(int32_t);
-    ids.nb[1]       = ids.nb[2] = ids.nb[3] = ids.nb[0] * (size_t) ids.ne[0];
+    ids.nb[1] = ids.nb[2] = ids.nb[3] = ids.nb[0] * (size_t) ids.ne[0];
 
     ggml_tensor dst = *op;
     dst.src[1]      = &ids;

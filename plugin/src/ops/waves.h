@@ -112,15 +112,15 @@ class waves {
     instruments &  notes;
     record_table & table;
 
-    bool                  stop = false;    // the op has failed
-    std::vector<uint32_t> streamed;        // ring records of this wave, given back after it
-    std::vector<uint32_t> arrived;         // records of this wave that need repacking
-    std::vector<int64_t>  repack_ends;     // running count of row groups in `arrived`
-    std::atomic<int64_t>  repack_next{ 0 };
-    std::vector<uint32_t> checking;        // records of this wave whose bytes are to be checked
-    std::vector<int64_t>  check_ends;      // running count of pieces in `checking`
-    std::vector<uint32_t> check_sums;      // of their pieces
-    std::atomic<int64_t>  check_next{ 0 };
+    bool                                         stop = false; // the op has failed
+    std::vector<uint32_t>                        streamed;     // ring records of this wave, given back after it
+    std::vector<uint32_t>                        arrived;      // records of this wave that need repacking
+    std::vector<int64_t>                         repack_ends;  // running count of row groups in `arrived`
+    std::atomic<int64_t>                         repack_next{ 0 };
+    std::vector<uint32_t>                        checking;   // records of this wave whose bytes are to be checked
+    std::vector<int64_t>                         check_ends; // running count of pieces in `checking`
+    std::vector<uint32_t>                        check_sums; // of their pieces
+    std::atomic<int64_t>                         check_next{ 0 };
     std::vector<std::pair<uint8_t *, uint8_t *>> fresh; // in a huge page each: what is to be read to for the first time
-    std::atomic<size_t>   fresh_next{ 0 };
+    std::atomic<size_t>                          fresh_next{ 0 };
 };

@@ -58,8 +58,8 @@ class expert_store : public record_store {
     // As the layout has it, from empty. What the kernel refused `bytes` for; nullptr: nothing.
     const char * make(const memory_layout & to, uint64_t & bytes);
 
-    void forget_all(); // no read is under way
-    void forget_kept();            // what is in slots and in the ring is on flash only
+    void forget_all();  // no read is under way
+    void forget_kept(); // what is in slots and in the ring is on flash only
     void note_layout(memory_layout & l) const;
     void fit(memory_layout & to) const; // to what there are addresses for
 

@@ -58,7 +58,7 @@ bool neuron_store::take(uint32_t neuron, bool evict) {
         slot_of[(size_t) evicted] = slot_cache::NONE;
         notes.stats.evictions++;
     }
-    slot_of[neuron] = slot;
+    slot_of[neuron]          = slot;
     asked_for[(size_t) slot] = 0;
     cache.set_reading(slot, true);
     n_coming++;
@@ -251,11 +251,11 @@ void neuron_store::cancel_ahead() {
 }
 
 bool neuron_store::start(uint32_t index) {
-    read &               r      = reads[index];
+    read &                r      = reads[index];
     const bundle_stream & stream = *r.stream;
-    const uint64_t       begin  = r.bundle->offset + stream.base + r.items.front().neuron * stream.stride;
-    const uint64_t       end    = r.bundle->offset + stream.base + r.items.back().neuron * stream.stride + stream.bytes;
-    const uint64_t       floor  = flash_sector_floor(begin);
+    const uint64_t        begin  = r.bundle->offset + stream.base + r.items.front().neuron * stream.stride;
+    const uint64_t        end    = r.bundle->offset + stream.base + r.items.back().neuron * stream.stride + stream.bytes;
+    const uint64_t        floor  = flash_sector_floor(begin);
 
     r.entry = neuron_ring.take(flash_sector_ceil(end) - floor, index);
     if (r.entry == ring::NONE) {
@@ -280,8 +280,8 @@ void neuron_store::pump() {
 
 bool neuron_store::nobody_asked(const read & r) const {
     return r.stream && r.ahead && std::none_of(r.items.begin(), r.items.end(), [&](const item & i) {
-        return slot_of[r.bundle->first + i.neuron] == i.slot && asked_for[(size_t) i.slot];
-    });
+               return slot_of[r.bundle->first + i.neuron] == i.slot && asked_for[(size_t) i.slot];
+           });
 }
 
 void neuron_store::ended(uint32_t index, const reader::done & done_read, file_state state) {

@@ -21,12 +21,11 @@
 
 class neuron_store : public read_owner {
   public:
-    static constexpr size_t   LONGEST    = 256u << 10; // bytes of a read of single neurons
-    static constexpr uint32_t NO_WINDOW  = UINT32_MAX;
+    static constexpr size_t   LONGEST   = 256u << 10; // bytes of a read of single neurons
+    static constexpr uint32_t NO_WINDOW = UINT32_MAX;
 
     // bundles: the session's, by layer; the store says where their parts and records are kept
-    neuron_store(read_queue & queue_, instruments & notes_, const memory_needs & needs_, std::vector<flash_bundle> & bundles_) :
-        queue(queue_), notes(notes_), needs(needs_), bundles(bundles_), pinned(queue_) {}
+    neuron_store(read_queue & queue_, instruments & notes_, const memory_needs & needs_, std::vector<flash_bundle> & bundles_) : queue(queue_), notes(notes_), needs(needs_), bundles(bundles_), pinned(queue_) {}
 
     // memory (neuron_homes.cpp), between two ops
 
@@ -41,13 +40,13 @@ class neuron_store : public read_owner {
     bool         read_kept();  // pinned records, and the parts that the mode keeps; false: failed
     void         forget_all(); // waits for what is under way
 
-    void note_layout(memory_layout & l) const;
-    void fit(memory_layout & to) const;                                       // to what there are addresses for
-    bool give_back_one(const memory_layout & to, bool move, bool & stuck);    // as expert_store's: a run of pinned records, or a slot
-    bool add_slots(const memory_layout & to);                                 // some, where there are fewer
-    flash_bundle * to_pin(const memory_layout & to);                          // one that has fewer pinned records; nullptr: none
-    bool pin_run(flash_bundle & b);                                           // one more; false: the kernel refused, or failed
-    void give_back_pages();
+    void           note_layout(memory_layout & l) const;
+    void           fit(memory_layout & to) const;                                    // to what there are addresses for
+    bool           give_back_one(const memory_layout & to, bool move, bool & stuck); // as expert_store's: a run of pinned records, or a slot
+    bool           add_slots(const memory_layout & to);                              // some, where there are fewer
+    flash_bundle * to_pin(const memory_layout & to);                                 // one that has fewer pinned records; nullptr: none
+    bool           pin_run(flash_bundle & b);                                        // one more; false: the kernel refused, or failed
+    void           give_back_pages();
 
     // A new evaluation of the bundle by n_tokens tokens, the last of which is number b.tokens: notes the use of its active set.
     void use(const flash_bundle & b, uint32_t n_tokens);
@@ -80,7 +79,8 @@ class neuron_store : public read_owner {
             return LLAMA_FLASH_PINNED;
         }
         const int32_t slot = slot_of[b.first + neuron];
-        return slot < 0 ? LLAMA_FLASH_IN_FILE : pending[(size_t) slot] > 0 ? LLAMA_FLASH_COMING : LLAMA_FLASH_IN_SLOT;
+        return slot < 0 ? LLAMA_FLASH_IN_FILE : pending[(size_t) slot] > 0 ? LLAMA_FLASH_COMING
+                                                                           : LLAMA_FLASH_IN_SLOT;
     }
 
     // number of the last token that used a neuron of the session's + 1, 0: none
@@ -128,7 +128,7 @@ class neuron_store : public read_owner {
         }
     }
 
-    bool begin_landing();                        // thread 0: gathers what has arrived; false: nothing
+    bool begin_landing(); // thread 0: gathers what has arrived; false: nothing
     // Thread 0: after all threads are through land(). Neurons whose bytes are not what they were lose their slots; if anybody
     // has asked for them the session has failed.
     void end_landing();
@@ -137,7 +137,7 @@ class neuron_store : public read_owner {
     // whole runs of records, for evaluations that use all neurons: in order, through the same ring
 
     struct run {
-        uint32_t        first;             // neurons [first, first + count)
+        uint32_t        first; // neurons [first, first + count)
         uint32_t        count;
         const uint8_t * data[FFN_PARTS];   // of neuron `first`; nullptr: not read
         size_t          stride[FFN_PARTS]; // from one neuron to the next
@@ -145,9 +145,9 @@ class neuron_store : public read_owner {
 
     // The next runs to be asked for begin with neuron `first` of b, `rows` at a time, to its end; then, if `ahead`, those of
     // the bundle after it. resident: to fill the parts that are not cached, else for those that are.
-    void stream_begin(const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident = false);
+    void        stream_begin(const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident = false);
     // The same for some experts (ascending; the list stays until the last run is given back); no run goes beyond one's end.
-    void stream_experts(const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows);
+    void        stream_experts(const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows);
     // Waits for the next run; nullptr: the session has failed. To be given back with stream_give() once computed.
     const run * stream_next();
     void        stream_give();
@@ -201,12 +201,12 @@ class neuron_store : public read_owner {
         const flash_bundle *  bundle;
         const bundle_stream * stream; // nullptr: a run
         run                   whole;
-        uint8_t *             data;   // where the first item's bytes, or the run's, begin
-        int32_t               entry;  // in the ring
-        uint32_t              jobs;   // the reader has not yet ended
-        bool                  ahead;  // nobody has demanded it yet
+        uint8_t *             data;  // where the first item's bytes, or the run's, begin
+        int32_t               entry; // in the ring
+        uint32_t              jobs;  // the reader has not yet ended
+        bool                  ahead; // nobody has demanded it yet
         bool                  failed;
-        file_state            state;  // of the file, when it had arrived
+        file_state            state; // of the file, when it had arrived
         std::vector<item>     items;
     };
 
@@ -219,7 +219,7 @@ class neuron_store : public read_owner {
     // records that go to their home, not to slots
     struct home_reads : read_owner {
         explicit home_reads(read_queue & queue_) : queue(queue_) {}
-        void ended(uint32_t bundle, const reader::done & done, file_state state) override;
+        void         ended(uint32_t bundle, const reader::done & done, file_state state) override;
         read_queue & queue;
     };
 
@@ -271,34 +271,34 @@ class neuron_store : public read_owner {
     size_t                ring_bytes = 0;
     uint8_t *             slots      = nullptr;
     size_t                slot_bytes = 0;
-    std::vector<int32_t>  slot_of;    // by neuron of all bundles
-    std::vector<uint8_t>  pending;    // by slot: streams still to come
-    std::vector<uint8_t>  asked_for;  // by slot: its neuron has been demanded since its read began
-    std::vector<uint64_t> last_use;   // by neuron: token number + 1, 0: never
-    std::deque<use_note>  uses;       // with a window: oldest first
+    std::vector<int32_t>  slot_of;   // by neuron of all bundles
+    std::vector<uint8_t>  pending;   // by slot: streams still to come
+    std::vector<uint8_t>  asked_for; // by slot: its neuron has been demanded since its read began
+    std::vector<uint64_t> last_use;  // by neuron: token number + 1, 0: never
+    std::deque<use_note>  uses;      // with a window: oldest first
 
-    std::vector<item>     wanted;     // missing neurons that have just got slots
-    std::deque<read>      reads;      // pool; addresses stay
-    std::vector<uint32_t> free_reads;
-    std::deque<uint32_t>  planned;    // demanded, not yet started
-    std::deque<uint32_t>  planned_ahead;
-    std::vector<uint32_t> done;       // arrived, to be landed
-    std::vector<uint32_t> landing_reads;
+    std::vector<item>         wanted; // missing neurons that have just got slots
+    std::deque<read>          reads;  // pool; addresses stay
+    std::vector<uint32_t>     free_reads;
+    std::deque<uint32_t>      planned; // demanded, not yet started
+    std::deque<uint32_t>      planned_ahead;
+    std::vector<uint32_t>     done; // arrived, to be landed
+    std::vector<uint32_t>     landing_reads;
     std::vector<landing_item> landing;
-    std::atomic<int64_t>  next_item{ 0 };
-    std::vector<uint32_t> checksums;       // threads write those of different neurons
-    std::vector<size_t>   first_checksum;  // by bundle
-    std::atomic<int64_t>  unsound{ -1 };   // of the run: row times FFN_PARTS, plus the stream
-    uint32_t              n_started = 0; // reads of neurons in the ring
-    uint32_t              n_coming  = 0; // slots whose neuron is not there yet
+    std::atomic<int64_t>      next_item{ 0 };
+    std::vector<uint32_t>     checksums;      // threads write those of different neurons
+    std::vector<size_t>       first_checksum; // by bundle
+    std::atomic<int64_t>      unsound{ -1 };  // of the run: row times FFN_PARTS, plus the stream
+    uint32_t                  n_started = 0;  // reads of neurons in the ring
+    uint32_t                  n_coming  = 0;  // slots whose neuron is not there yet
 
     // streaming
-    const flash_bundle *  stream_bundle = nullptr; // of the next run to plan
-    uint32_t              stream_first  = 0;
-    uint32_t              stream_rows   = 0;
-    bool                  stream_ahead  = false;
-    bool                  stream_resident = false;
-    const std::vector<uint32_t> * stream_list = nullptr; // experts; nullptr: all of the bundle
-    size_t                stream_expert   = 0;       // of the list
-    std::deque<uint32_t>  runs;       // started and not yet given back, in order
+    const flash_bundle *          stream_bundle   = nullptr; // of the next run to plan
+    uint32_t                      stream_first    = 0;
+    uint32_t                      stream_rows     = 0;
+    bool                          stream_ahead    = false;
+    bool                          stream_resident = false;
+    const std::vector<uint32_t> * stream_list     = nullptr; // experts; nullptr: all of the bundle
+    size_t                        stream_expert   = 0;       // of the list
+    std::deque<uint32_t>          runs;                      // started and not yet given back, in order
 };

@@ -43,8 +43,8 @@ class panel_store : public record_store {
     void move();
     void seek_from(uint32_t index);
 
-    std::vector<uint32_t> order;               // unpinned panels in order of use
+    std::vector<uint32_t> order; // unpinned panels in order of use
     bool                  order_known = false;
-    size_t                next        = 0;     // to fetch, in `order`
+    size_t                next        = 0; // to fetch, in `order`
     std::vector<mapping>  homes;
 };

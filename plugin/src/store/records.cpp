@@ -83,7 +83,7 @@ int32_t record_table::make_records(uint64_t panel_bytes, llama_flash_error * err
 void record_table::note_needs(memory_needs & n) const {
     constexpr uint64_t CLASS_TABLES  = 4096; // buckets of a class in the cache
     constexpr uint64_t SHARED_TABLES = 1u << 18;
-    n.tables = SHARED_TABLES + records.size() * (sizeof(flash_record) + SLOT_ENTRY) + class_bytes.size() * CLASS_TABLES;
+    n.tables                         = SHARED_TABLES + records.size() * (sizeof(flash_record) + SLOT_ENTRY) + class_bytes.size() * CLASS_TABLES;
     for (uint32_t bytes : class_bytes) {
         n.classes.push_back({ 0, 0, bytes });
     }

@@ -30,23 +30,26 @@ enum class record_state : uint8_t {
     ready,   // in the kernel's layout
 };
 
-enum class record_place : uint8_t { none, slot, ring, pinned };
+enum class record_place : uint8_t { none,
+                                    slot,
+                                    ring,
+                                    pinned };
 
 struct flash_record {
-    uint64_t     offset;       // in the file
-    uint8_t *    data;         // where it is or is being read to; nullptr if absent
-    uint64_t     used;         // experts: number of the last token that used it + 1, 0: none
-    uint32_t     tensor;       // index in record_table::tensors
+    uint64_t     offset; // in the file
+    uint8_t *    data;   // where it is or is being read to; nullptr if absent
+    uint64_t     used;   // experts: number of the last token that used it + 1, 0: none
+    uint32_t     tensor; // index in record_table::tensors
     uint32_t     bytes;
-    uint32_t     row;          // first row of the matrix (panels)
+    uint32_t     row; // first row of the matrix (panels)
     uint32_t     rows;
-    int32_t      index;        // slot or ring entry
-    uint32_t     checksum;     // of its bytes in the file; 0: none is kept
+    int32_t      index;    // slot or ring entry
+    uint32_t     checksum; // of its bytes in the file; 0: none is kept
     record_place place;
     record_state state;
-    byte_check   check;        // to be done before it is computed on
-    bool         fetched;      // read for an op that has not asked for it yet
-    bool         warmed;       // read by warm() or ahead of a router, and no op has asked for it yet
+    byte_check   check;   // to be done before it is computed on
+    bool         fetched; // read for an op that has not asked for it yet
+    bool         warmed;  // read by warm() or ahead of a router, and no op has asked for it yet
 
     // it can be computed on, once it is checked and repacked
     bool is_there() const { return state == record_state::ready || state == record_state::raw; }
@@ -56,33 +59,33 @@ struct flash_record {
 };
 
 struct flash_tensor {
-    std::string        name;
-    ggml_tensor        weight;       // copy of the bound tensor: type, shape, strides
-    const flash_file * file;
-    uint64_t           offset;       // of the tensor in the file
-    stock_kernel       kernel;
-    uint32_t           number;       // index in record_table::tensors
-    uint32_t           first_record;
-    uint32_t           n_records;    // experts, or panels of this matrix
-    uint32_t           n_pinned;     // panels [0, n_pinned) are pinned, side by side at `home`
-    uint32_t           size_class;   // experts: class of slots
-    uint32_t           group;        // experts: tensors of one layer that share their ids
-    uint64_t           tokens;       // number of the last token computed
-    uint64_t           order;        // when it was first used, counted over the session's ops; 0: not yet
-    uint8_t *          home;         // panels: reserved addresses, congruent with offset
-    int32_t            home_memory;  // in panel_store's homes, if there is a home
-    bool               is_experts;
-    bool               by_rows;      // rows are picked by number
-    bool               only_rows;    // and nothing else is done: it has no records
+    std::string           name;
+    ggml_tensor           weight; // copy of the bound tensor: type, shape, strides
+    const flash_file *    file;
+    uint64_t              offset; // of the tensor in the file
+    stock_kernel          kernel;
+    uint32_t              number; // index in record_table::tensors
+    uint32_t              first_record;
+    uint32_t              n_records;   // experts, or panels of this matrix
+    uint32_t              n_pinned;    // panels [0, n_pinned) are pinned, side by side at `home`
+    uint32_t              size_class;  // experts: class of slots
+    uint32_t              group;       // experts: tensors of one layer that share their ids
+    uint64_t              tokens;      // number of the last token computed
+    uint64_t              order;       // when it was first used, counted over the session's ops; 0: not yet
+    uint8_t *             home;        // panels: reserved addresses, congruent with offset
+    int32_t               home_memory; // in panel_store's homes, if there is a home
+    bool                  is_experts;
+    bool                  by_rows;       // rows are picked by number
+    bool                  only_rows;     // and nothing else is done: it has no records
     std::vector<uint32_t> row_checksums; // by row, of its first read; 0: it was not read yet
-    bool               same_input;   // experts: of its layer's first tensor, as was seen in the pass before
+    bool                  same_input;    // experts: of its layer's first tensor, as was seen in the pass before
 };
 
 struct record_table {
     std::vector<flash_tensor>          tensors;
     std::vector<flash_record>          records;
-    std::vector<std::vector<uint32_t>> groups;       // tensors by group
-    std::vector<uint32_t>              class_bytes;  // slot size by class
+    std::vector<std::vector<uint32_t>> groups;      // tensors by group
+    std::vector<uint32_t>              class_bytes; // slot size by class
     uint32_t                           n_expert_max = 0;
 
     // Of all tensors that are bound. panel_bytes: of a panel, about.
@@ -109,14 +112,13 @@ struct token_clock {
 // What experts and panels have in common: reads of records, and a ring through which they stream. Thread 0's, under the session's lock.
 class record_store : public read_owner {
   public:
-    record_store(record_table & table_, read_queue & reads_, instruments & notes_, const memory_needs & needs_) :
-        table(table_), reads(reads_), notes(notes_), needs(needs_) {}
+    record_store(record_table & table_, read_queue & reads_, instruments & notes_, const memory_needs & needs_) : table(table_), reads(reads_), notes(notes_), needs(needs_) {}
 
     flash_record &       record(uint32_t index) { return table.records[index]; }
     const flash_record & record(uint32_t index) const { return table.records[index]; }
 
-    bool check_file(const flash_record & r);                  // false (and failed): its file changed since it was bound
-    bool check_record(flash_record & r, uint32_t sum);        // does r.check; false (and failed): its bytes are not what they were
+    bool check_file(const flash_record & r);           // false (and failed): its file changed since it was bound
+    bool check_record(flash_record & r, uint32_t sum); // does r.check; false (and failed): its bytes are not what they were
 
     // room in the ring; false: it is full
     bool to_ring(uint32_t index);

@@ -54,8 +54,8 @@ class row_store : public read_owner {
     uint32_t             rows    = 0; // of a wave
     std::vector<int32_t> numbers;     // of the wave's distinct rows
     std::vector<int32_t> ids;
-    uint32_t             pending = 0; // reads under way
+    uint32_t             pending = 0;                // reads under way
     file_state           state   = file_state::same; // of their file, when they had arrived
-    std::string          table;       // whose rows they are
+    std::string          table;                      // whose rows they are
     bool                 another = false;
 };

@@ -15,8 +15,7 @@ uint64_t hot_records(const expert_store & experts, const neuron_store & neurons,
 // more room for them.
 class warming {
   public:
-    warming(expert_store & experts_, neuron_store & neurons_, read_queue & reads_, const std::vector<flash_bundle> & bundles_, uint64_t n_records_) :
-        experts(experts_), neurons(neurons_), reads(reads_), bundles(bundles_), n_records(n_records_) {}
+    warming(expert_store & experts_, neuron_store & neurons_, read_queue & reads_, const std::vector<flash_bundle> & bundles_, uint64_t n_records_) : experts(experts_), neurons(neurons_), reads(reads_), bundles(bundles_), n_records(n_records_) {}
 
     uint64_t warm(const uint64_t * ids, uint64_t n);
 
@@ -31,9 +30,9 @@ class warming {
     const std::vector<flash_bundle> & bundles;
     uint64_t                          n_records;
 
-    std::vector<uint32_t> wanted;           // neurons of one bundle
+    std::vector<uint32_t> wanted; // neurons of one bundle
     const flash_bundle *  bundle  = nullptr;
     bool                  room    = true;
-    uint64_t              bytes   = 0;      // that are read
-    uint64_t              sectors = 0;      // bytes that neurons take in the ring
+    uint64_t              bytes   = 0; // that are read
+    uint64_t              sectors = 0; // bytes that neurons take in the ring
 };
