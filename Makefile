@@ -19,8 +19,11 @@ wheel:  ## dist/: a wheel for every x86-64 CPU with AVX2, not only for this one
 # threads that wait for others do not spin: on a machine that is also used otherwise they would be in each other's way
 export OMP_WAIT_POLICY ?= passive
 
-test: build lint  ## what is checked before every change (15 minutes at most with a built engine)
-	$(BIN)/pytest -m "not full" $(ARGS)
+# two at once: half of the time is programs that start. What is left of one queue is taken from the other
+JOBS ?= 2
+
+test: build lint  ## what is checked before every change (15 minutes at most with a built engine; JOBS=2 at once)
+	$(BIN)/pytest -m "not full" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-full: build lint integrations  ## the whole matrix
 	$(BIN)/pytest $(ARGS)

@@ -85,6 +85,21 @@ def shipped(model_folder: Path, texts: tuple[Path, Path]) -> tuple[Path, Calibra
     return out, report
 
 
+@pytest.fixture(scope="module")
+def shipped_quickly(model_folder: Path, texts: tuple[Path, Path]) -> tuple[Path, CalibrationReport]:
+    """The same from half of the text, in closed form alone."""
+    plain, out = model_folder / "shipped-quick.gguf", model_folder / "shipped-quick-predictors.gguf"
+    bundle(SHIPPED, plain)
+    return out, calibrate(plain, texts[0], out, n_tokens=FEW, settings=QUICK, n_threads=1)
+
+
+@pytest.fixture(params=["shipped_quickly", pytest.param("shipped", marks=pytest.mark.full)])
+def found(request: pytest.FixtureRequest) -> tuple[Path, CalibrationReport]:
+    """Path and report of the shipped model with predictors, of either kind."""
+    made: tuple[Path, CalibrationReport] = request.getfixturevalue(request.param)
+    return made
+
+
 @pytest.mark.full
 def test_predictors_keep_the_recall_on_a_text_they_have_not_seen(
     shipped: tuple[Path, CalibrationReport], texts: tuple[Path, Path], tmp_path: Path
@@ -106,8 +121,8 @@ def test_predictors_keep_the_recall_on_a_text_they_have_not_seen(
     assert any(layer.refined for layer in report.layers), "descent helps the real model"
 
 
-def test_the_file_says_what_was_found(shipped: tuple[Path, CalibrationReport]) -> None:
-    path, report = shipped
+def test_the_file_says_what_was_found(found: tuple[Path, CalibrationReport]) -> None:
+    path, report = found
     source = open_gguf(path)
     info = read_flash(source, path)
     assert info is not None and info.predictor is not None
@@ -123,8 +138,8 @@ def test_the_file_says_what_was_found(shipped: tuple[Path, CalibrationReport]) -
     assert verify(path, SHIPPED).within(0.02), "predictors do not belong to the function"
 
 
-def test_the_engine_agrees_with_itself_with_and_without_predictors(shipped: tuple[Path, CalibrationReport]) -> None:
-    path, _ = shipped
+def test_the_engine_agrees_with_itself_with_and_without_predictors(found: tuple[Path, CalibrationReport]) -> None:
+    path, _ = found
     text = b"class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n        self._init()\n"
     logits = {}
     for predictor in ("exact", "lowrank"):
