@@ -39,5 +39,5 @@ def test_program(program: Path, parts: list[str], tmp_path: Path) -> None:
             pytest.skip("no compiled plugin in build/cmake")
         arguments += uring_flags(tmp_path)[1:]
     binary = compile_cpp(tmp_path / program.stem, program, *arguments)
-    done = subprocess.run([binary], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([binary], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
