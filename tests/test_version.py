@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import llama_flash
+from llama_flash.native import bindings
 
 ROOT = Path(__file__).resolve().parents[1]
+BUILT = ["ci/engine/CMakeLists.txt", *(f"plugin/{kind}" for kind in ("CMakeLists.txt", "**/*.h", "**/*.cpp"))]
 
 
 def text(name: str) -> str:
@@ -24,7 +26,19 @@ def whole() -> tuple[str, str]:
 
 
 def test_the_python_package_has_it() -> None:
-    assert llama_flash.__version__ == whole()[1]  # test_bindings.py compares the plugin's with this one
+    assert llama_flash.__version__ == whole()[1]
+
+
+def test_the_plugin_has_it() -> None:
+    """CMake reads it from pyproject.toml, and the compiler gets it as a definition."""
+    told = re.match(r"llama-flash (\S+), ", bindings.load().llama_flash_build_info().decode())
+    assert told and told[1] == whole()[1]
+
+
+@pytest.mark.parametrize("file", sorted(path for name in BUILT for path in ROOT.glob(name)), ids=lambda path: path.name)
+def test_no_source_of_the_plugin_says_it_again(file: Path) -> None:
+    said = re.findall(r"\d+\.\d+\.\d+", file.read_text(encoding="utf-8"))
+    assert not said, f"{file} has {said}: LLAMA_FLASH_VERSION is the version"
 
 
 def test_the_engine_s_part_is_that_of_the_pin() -> None:
