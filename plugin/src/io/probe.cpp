@@ -65,6 +65,49 @@ void note_latencies(std::vector<uint64_t> & latencies, llama_flash_probe & out) 
     out.latency_p99_ns = *p99;
 }
 
+// the reads to be made
+struct random_reads {
+    uint32_t chunk;    // bytes of each
+    uint32_t depth;    // under way at once
+    uint64_t n_chunks; // of the file
+    uint64_t n_places; // chunks that `memory` holds
+
+    uint8_t * memory;
+};
+
+// Makes them until duration_ns have passed and none is under way. false: one has failed, `done` says how.
+bool keep_reading(reader & reads, const flash_file & file, const random_reads & r, uint64_t duration_ns, llama_flash_probe & out, reader::done & done) {
+    std::mt19937_64                 random(r.chunk ^ ((uint64_t) r.depth << 32));
+    std::vector<steady::time_point> begun(r.depth);
+    std::vector<uint64_t>           latencies;
+
+    uint32_t under_way = 0;
+    auto     ask       = [&](uint32_t tag) {
+        begun[tag] = steady::now();
+        reads.read(file, random() % r.n_chunks * r.chunk, r.chunk, r.memory + tag % r.n_places * r.chunk, tag);
+        out.in_flight = std::max(out.in_flight, ++under_way);
+    };
+    const auto start = steady::now();
+    for (uint32_t tag = 0; tag < r.depth; tag++) {
+        ask(tag);
+    }
+    while (reads.next(done, true)) {
+        under_way--;
+        if (done.error != 0) {
+            return false;
+        }
+        out.bytes += r.chunk;
+        latencies.push_back(ns_since(begun[done.tag]));
+        if (ns_since(start) < duration_ns) {
+            ask(done.tag);
+        }
+    }
+    out.ns    = ns_since(start);
+    out.reads = latencies.size();
+    note_latencies(latencies, out);
+    return true;
+}
+
 int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_flash_params params, llama_flash_probe & out, llama_flash_error * err) {
     params.io_depth   = params.io_depth ? params.io_depth : 32;
     params.read_bytes = chunk;
@@ -76,56 +119,30 @@ int32_t probe(const char * path, uint32_t chunk, uint32_t duration_ms, llama_fla
     if (!file) {
         return LLAMA_FLASH_E_READ;
     }
-    const uint64_t n_chunks = file->size / chunk;
-    if (n_chunks == 0) {
+    random_reads r = { chunk, params.io_depth, file->size / chunk, 0, nullptr };
+    if (r.n_chunks == 0) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "probe_reads: %s has %llu bytes, fewer than one chunk of %u", path, (unsigned long long) file->size, chunk);
     }
-    const uint32_t depth    = params.io_depth;
-    const uint64_t n_places = std::min<uint64_t>(depth, std::max<uint64_t>(1, MOST_MEMORY / chunk));
+    r.n_places = std::min<uint64_t>(r.depth, std::max<uint64_t>(1, MOST_MEMORY / chunk));
 
     // as slots and rings are: a large read into small pages would be split by what a request may list
-    const mapping memory = mapping::allocate(n_places * chunk);
+    const mapping memory = mapping::allocate(r.n_places * chunk);
     if (!memory.data) {
-        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "probe_reads: no memory for %llu chunks%s", (unsigned long long) n_places,
+        return flash_fail(err, LLAMA_FLASH_E_MEMORY, "probe_reads: no memory for %llu chunks%s", (unsigned long long) r.n_places,
                           limits_of(ENOMEM).c_str());
     }
-    memset(memory.data, 0, n_places * chunk); // page faults are not the device's
+    memset(memory.data, 0, r.n_places * chunk); // page faults are not the device's
+    r.memory   = memory.data;
     auto reads = reader::create(params, err); // destroyed before the memory it reads to
     if (!reads) {
         return LLAMA_FLASH_E_INVALID;
     }
-    std::mt19937_64                 random(chunk ^ ((uint64_t) depth << 32));
-    std::vector<steady::time_point> begun(depth);
-    std::vector<uint64_t>           latencies;
-
-    uint32_t under_way = 0;
-    auto     ask       = [&](uint32_t tag) {
-        begun[tag] = steady::now();
-        reads->read(*file, random() % n_chunks * chunk, chunk, memory.data + tag % n_places * chunk, tag);
-        out.in_flight = std::max(out.in_flight, ++under_way);
-    };
-    const auto     start    = steady::now();
-    const uint64_t duration = (uint64_t) duration_ms * 1000000;
-    for (uint32_t tag = 0; tag < depth; tag++) {
-        ask(tag);
-    }
     reader::done done;
-    while (reads->next(done, true)) {
-        under_way--;
-        if (done.error != 0) {
-            return fail_read(err, path, done.error, done.error_offset, chunk);
-        }
-        out.bytes += chunk;
-        latencies.push_back(ns_since(begun[done.tag]));
-        if (ns_since(start) < duration) {
-            ask(done.tag);
-        }
+    if (!keep_reading(*reads, *file, r, (uint64_t) duration_ms * 1000000, out, done)) {
+        return fail_read(err, path, done.error, done.error_offset, chunk);
     }
-    out.ns        = ns_since(start);
-    out.reads     = latencies.size();
     out.direct    = file->direct;
     out.io_engine = reads->engine_kind();
-    note_latencies(latencies, out);
     return LLAMA_FLASH_OK;
 }
 
