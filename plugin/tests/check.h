@@ -1,4 +1,4 @@
-// What the test programs share: a check that says what it saw, and random numbers that are the same everywhere.
+// What the test programs share: a check that says what it saw and where, and random numbers that are the same everywhere.
 #pragma once
 
 #include <cstdint>
@@ -6,15 +6,26 @@
 #include <cstdlib>
 #include <random>
 
-// aborts with place, condition and a printf-style message
-#define CHECK(condition, ...)                                                         \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
-            fprintf(stderr, "%s:%d: not true: %s: ", __FILE__, __LINE__, #condition); \
-            fprintf(stderr, __VA_ARGS__);                                             \
-            fprintf(stderr, "\n");                                                    \
-            exit(1);                                                                  \
-        }                                                                             \
+// what a program of random steps is at, to find it again: CHECK says it
+struct trial {
+    unsigned long long seed = 0;
+    int                step = -1; // -1: in none
+};
+
+inline trial now_trying;
+
+// exits with line, condition and a printf-style message
+#define CHECK(condition, ...)                                                             \
+    do {                                                                                  \
+        if (!(condition)) {                                                               \
+            fprintf(stderr, "%s:%d: not true: %s: ", __FILE__, __LINE__, #condition);     \
+            fprintf(stderr, __VA_ARGS__);                                                 \
+            if (now_trying.step >= 0) {                                                   \
+                fprintf(stderr, ", seed %llu step %d", now_trying.seed, now_trying.step); \
+            }                                                                             \
+            fprintf(stderr, "\n");                                                        \
+            exit(1);                                                                      \
+        }                                                                                 \
     } while (0)
 
 class random_source {

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <sys/syscall.h>
@@ -70,8 +71,59 @@ extern "C" ssize_t pread(int fd, void * buf, size_t bytes, off_t offset) {
     return syscall(SYS_pread64, fd, buf, bytes, offset);
 }
 
+namespace {
+
+constexpr uint64_t N = 300000; // bytes of the file
+
+std::unique_ptr<reader> pool(uint32_t depth, uint32_t threads, uint32_t piece_bytes) {
+    llama_flash_params params = {};
+    params.io_engine          = LLAMA_FLASH_IO_PREAD;
+    params.io_depth           = depth;
+    params.io_threads         = threads;
+    params.read_bytes         = piece_bytes;
+    llama_flash_error err;
+    auto              r = reader::create(params, &err);
+    CHECK(r, "%s", err.message);
+    return r;
+}
+
+void a_disturbed_read_ends_as_it_should(const flash_file & file, const std::vector<uint8_t> & contents, uint8_t * base, reader & r, uint32_t piece_bytes,
+                                        int kind, uint32_t n) {
+    const uint64_t offset = 1000;
+    const uint64_t bytes  = N - offset;
+    memset(base, 0, N);
+    const uint64_t retries = r.retries;
+    disturbed              = 0;
+    left                   = n;
+    what                   = kind;
+    r.read(file, offset, bytes, base + offset, n);
+    reader::done done;
+    CHECK(r.next(done, true) && done.tag == n, "kind %d: the job must end", kind);
+    what = NONE;
+    CHECK(r.idle() && disturbed > 0, "kind %d: %u reads disturbed", kind, disturbed.load());
+    if (kind == END || kind == FAILED) {
+        CHECK(done.error == (kind == END ? ENODATA : EIO), "kind %d: error %d", kind, done.error);
+        return;
+    }
+    CHECK(done.error == 0, "kind %d: %s", kind, strerror(done.error));
+    CHECK(memcmp(base + offset, contents.data() + offset, bytes) == 0, "kind %d: other bytes than the file's", kind);
+    const bool shortened = kind == SHORT || kind == SHORT_WITHIN_SECTOR;
+    CHECK(r.retries > retries || (shortened && piece_bytes <= FLASH_SECTOR), "kind %d: nothing was continued", kind);
+}
+
+void a_system_that_never_gets_round_to_it_is_given_up(const flash_file & file, uint8_t * base) {
+    auto r = pool(0, 0, 0);
+    left   = UINT32_MAX;
+    what   = BUSY;
+    r->read(file, 0, N, base, 0);
+    reader::done done;
+    CHECK(r->next(done, true) && done.error == EAGAIN, "error %d", done.error);
+    what = NONE;
+}
+
+} // namespace
+
 int main() {
-    constexpr uint64_t   N = 300000;
     std::vector<uint8_t> contents(N);
     random_source        random(1);
     for (auto & byte : contents) {
@@ -92,50 +144,14 @@ int main() {
     uint8_t *            base = memory.data() + (FLASH_SECTOR - (uintptr_t) memory.data() % FLASH_SECTOR);
 
     for (uint32_t piece_bytes : { 4096, 65536, 1 << 20 }) {
-        llama_flash_params params = {};
-        params.io_engine          = LLAMA_FLASH_IO_PREAD;
-        params.io_depth           = 4;
-        params.io_threads         = 3;
-        params.read_bytes         = piece_bytes;
-        auto r                    = reader::create(params, &err);
-        CHECK(r, "%s", err.message);
-
+        auto r = pool(4, 3, piece_bytes);
         for (int kind : { INTERRUPTED, BUSY, CANCELED, SHORT, SHORT_WITHIN_SECTOR, END, FAILED }) {
             for (uint32_t n : { 1u, 5u, 20u }) {
-                const uint64_t offset = 1000;
-                const uint64_t bytes  = N - 1000;
-                memset(base, 0, N);
-                const uint64_t retries = r->retries;
-                disturbed              = 0;
-                left                   = n;
-                what                   = kind;
-                r->read(*file, offset, bytes, base + offset, n);
-                reader::done done;
-                CHECK(r->next(done, true) && done.tag == n, "kind %d: the job must end", kind);
-                what = NONE;
-                CHECK(r->idle() && disturbed > 0, "kind %d: %u reads disturbed", kind, disturbed.load());
-                if (kind == END || kind == FAILED) {
-                    CHECK(done.error == (kind == END ? ENODATA : EIO), "kind %d: error %d", kind, done.error);
-                    continue;
-                }
-                CHECK(done.error == 0, "kind %d: %s", kind, strerror(done.error));
-                CHECK(memcmp(base + offset, contents.data() + offset, bytes) == 0, "kind %d: other bytes than the file's", kind);
-                const bool shortened = kind == SHORT || kind == SHORT_WITHIN_SECTOR;
-                CHECK(r->retries > retries || (shortened && piece_bytes <= FLASH_SECTOR), "kind %d: nothing was continued", kind);
+                a_disturbed_read_ends_as_it_should(*file, contents, base, *r, piece_bytes, kind, n);
             }
         }
     }
-
-    // a system that never gets round to it
-    llama_flash_params params = {};
-    params.io_engine          = LLAMA_FLASH_IO_PREAD;
-    auto r                    = reader::create(params, &err);
-    left                      = UINT32_MAX;
-    what                      = BUSY;
-    r->read(*file, 0, N, base, 0);
-    reader::done done;
-    CHECK(r->next(done, true) && done.error == EAGAIN, "error %d", done.error);
-    what = NONE;
+    a_system_that_never_gets_round_to_it_is_given_up(*file, base);
 
     close(fd);
     printf("reader, disturbed reads: ok\n");

@@ -32,74 +32,93 @@ bool has_room(const std::deque<live> & alive, size_t capacity, uint32_t max_entr
     return tail - head >= bytes;
 }
 
-void random_operations(uint64_t seed) {
-    random_source        random(seed);
-    const size_t         capacity    = 1 + random.below(4096);
-    const uint32_t       max_entries = (uint32_t) (1 + random.below(24));
-    std::vector<uint8_t> memory(capacity);
-    ring                 r;
-    r.configure(memory.data(), capacity, max_entries);
-    CHECK(r.empty() && r.oldest() == ring::NONE && r.touched() == 0, "a new ring");
+// A ring, and what is known to be in it.
+class observed_ring {
+  public:
+    explicit observed_ring(random_source & random) : capacity(1 + random.below(4096)), max_entries((uint32_t) (1 + random.below(24))), memory(capacity) {
+        r.configure(memory.data(), capacity, max_entries);
+        CHECK(r.empty() && r.oldest() == ring::NONE && r.touched() == 0, "a new ring");
+    }
 
-    std::deque<live> alive;
-    uint32_t         next_record = 0;
-    uint64_t         n_taken     = 0;
-    uint64_t         n_full      = 0;
-    uint64_t         n_wrapped   = 0;
-    size_t           high_water  = 0;
-    const size_t     typical     = 1 + random.below(capacity);
-    for (int step = 0; step < 3000; step++) {
-        if (random.chance(55)) {
-            const size_t   bytes  = random.chance(10) ? 1 + random.below(capacity + 2) : 1 + random.below(typical);
-            const uint32_t record = next_record++;
-            const bool     room   = has_room(alive, capacity, max_entries, bytes);
-            const int32_t  entry  = r.take(bytes, record);
-            CHECK((entry != ring::NONE) == room, "seed %llu step %d: %zu bytes of %zu: entry %d, room %d", (unsigned long long) seed, step, bytes,
-                  capacity, entry, room);
-            if (!room) {
-                n_full++;
-                continue;
-            }
-            n_taken++;
-            const size_t begin = (size_t) (r.address(entry) - memory.data());
-            CHECK(begin + bytes <= capacity, "seed %llu step %d: [%zu, %zu) of %zu", (unsigned long long) seed, step, begin, begin + bytes, capacity);
-            for (const live & other : alive) {
-                CHECK(other.entry != entry, "seed %llu step %d: entry %d given out twice", (unsigned long long) seed, step, entry);
-                CHECK(begin >= other.begin + other.size || other.begin >= begin + bytes,
-                      "seed %llu step %d: [%zu, %zu) overlaps [%zu, %zu)", (unsigned long long) seed, step, begin, begin + bytes,
-                      other.begin, other.begin + other.size);
-            }
-            n_wrapped += !alive.empty() && begin < alive.back().begin;
-            memset(r.address(entry), (int) (record % 251), bytes);
-            alive.push_back({ entry, begin, bytes, record, false });
-            high_water = begin + bytes > high_water ? begin + bytes : high_water;
-            CHECK(r.touched() == high_water, "seed %llu step %d: %zu bytes touched, expected %zu", (unsigned long long) seed, step, r.touched(),
-                  high_water);
-        } else if (!alive.empty()) {
-            // mostly in order, as records are computed; sometimes not, as reads fail
-            live & chosen = alive[random.chance(70) ? 0 : random.below(alive.size())];
-            if (chosen.given) {
-                continue;
-            }
-            for (size_t i = 0; i < chosen.size; i++) {
-                CHECK(r.address(chosen.entry)[i] == chosen.record % 251, "seed %llu step %d: record %u was overwritten", (unsigned long long) seed,
-                      step, chosen.record);
-            }
-            r.give(chosen.entry);
-            chosen.given = true;
-            while (!alive.empty() && alive.front().given) {
-                alive.pop_front();
-            }
+    void take(size_t bytes) {
+        const uint32_t record = next_record++;
+        const bool     room   = has_room(alive, capacity, max_entries, bytes);
+        const int32_t  entry  = r.take(bytes, record);
+        CHECK((entry != ring::NONE) == room, "%zu bytes of %zu: entry %d, room %d", bytes, capacity, entry, room);
+        if (!room) {
+            n_full++;
+            return;
         }
-        CHECK(r.empty() == alive.empty(), "seed %llu step %d: %zu entries alive", (unsigned long long) seed, step, alive.size());
-        const int32_t oldest = alive.empty() ? ring::NONE : alive.front().entry;
-        CHECK(r.oldest() == oldest, "seed %llu step %d: oldest is %d, expected %d", (unsigned long long) seed, step, r.oldest(), oldest);
-        for (const live & l : alive) {
-            CHECK(r.record_in(l.entry) == l.record, "seed %llu step %d: entry %d", (unsigned long long) seed, step, l.entry);
+        n_taken++;
+        const size_t begin = (size_t) (r.address(entry) - memory.data());
+        CHECK(begin + bytes <= capacity, "[%zu, %zu) of %zu", begin, begin + bytes, capacity);
+        for (const live & other : alive) {
+            CHECK(other.entry != entry, "entry %d given out twice", entry);
+            CHECK(begin >= other.begin + other.size || other.begin >= begin + bytes, "[%zu, %zu) overlaps [%zu, %zu)", begin, begin + bytes,
+                  other.begin, other.begin + other.size);
+        }
+        n_wrapped += !alive.empty() && begin < alive.back().begin;
+        memset(r.address(entry), (int) (record % 251), bytes);
+        alive.push_back({ entry, begin, bytes, record, false });
+        high_water = begin + bytes > high_water ? begin + bytes : high_water;
+        CHECK(r.touched() == high_water, "%zu bytes touched, expected %zu", r.touched(), high_water);
+    }
+
+    // the entry that is number i of those alive, unless it has been given back already
+    void give(size_t i) {
+        live & chosen = alive[i];
+        if (chosen.given) {
+            return;
+        }
+        for (size_t k = 0; k < chosen.size; k++) {
+            CHECK(r.address(chosen.entry)[k] == chosen.record % 251, "record %u was overwritten", chosen.record);
+        }
+        r.give(chosen.entry);
+        chosen.given = true;
+        while (!alive.empty() && alive.front().given) {
+            alive.pop_front();
         }
     }
-    CHECK(n_taken > 100 && n_full > 0, "seed %llu says nothing: %llu taken, %llu refused, %llu wrapped", (unsigned long long) seed,
-          (unsigned long long) n_taken, (unsigned long long) n_full, (unsigned long long) n_wrapped);
+
+    void check() const {
+        CHECK(r.empty() == alive.empty(), "%zu entries alive", alive.size());
+        const int32_t oldest = alive.empty() ? ring::NONE : alive.front().entry;
+        CHECK(r.oldest() == oldest, "oldest is %d, expected %d", r.oldest(), oldest);
+        for (const live & l : alive) {
+            CHECK(r.record_in(l.entry) == l.record, "entry %d", l.entry);
+        }
+    }
+
+    const size_t     capacity;
+    const uint32_t   max_entries;
+    std::deque<live> alive;
+    uint64_t         n_taken   = 0;
+    uint64_t         n_full    = 0;
+    uint64_t         n_wrapped = 0;
+
+  private:
+    std::vector<uint8_t> memory;
+    ring                 r;
+    uint32_t             next_record = 0;
+    size_t               high_water  = 0;
+};
+
+void random_operations(uint64_t seed) {
+    random_source random(seed);
+    observed_ring r(random);
+    const size_t  typical = 1 + random.below(r.capacity);
+    for (int step = 0; step < 3000; step++) {
+        now_trying = { seed, step };
+        if (random.chance(55)) {
+            r.take(random.chance(10) ? 1 + random.below(r.capacity + 2) : 1 + random.below(typical));
+        } else if (!r.alive.empty()) {
+            // mostly in order, as records are computed; sometimes not, as reads fail
+            r.give(random.chance(70) ? 0 : random.below(r.alive.size()));
+        }
+        r.check();
+    }
+    CHECK(r.n_taken > 100 && r.n_full > 0, "this says nothing: %llu taken, %llu refused, %llu wrapped", (unsigned long long) r.n_taken,
+          (unsigned long long) r.n_full, (unsigned long long) r.n_wrapped);
 }
 
 void a_full_ring_refuses_and_goes_round() {

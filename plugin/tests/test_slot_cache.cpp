@@ -68,33 +68,33 @@ struct reference {
     std::vector<long double>     uses; // by record: each use times 2^(token / half life)
 };
 
-void check_all(const slot_cache & cache, const reference & expected, unsigned long long seed, int step) {
-    CHECK(cache.used() == expected.used.size(), "seed %llu step %d: %u slots used, expected %zu", seed, step, cache.used(), expected.used.size());
+void check_all(const slot_cache & cache, const reference & expected) {
+    CHECK(cache.used() == expected.used.size(), "%u slots used, expected %zu", cache.used(), expected.used.size());
     for (const auto & entry : expected.used) {
-        CHECK(cache.record_in(entry.first) == entry.second.record, "seed %llu step %d: slot %d holds %u, expected %u", seed, step,
+        CHECK(cache.record_in(entry.first) == entry.second.record, "slot %d holds %u, expected %u",
               entry.first, cache.record_in(entry.first), entry.second.record);
     }
     for (uint32_t c = 0; c < expected.classes.size(); c++) {
-        CHECK(cache.n_empty(c) == expected.classes[c].empty.size(), "seed %llu step %d: class %u has %u empty slots, expected %zu", seed, step, c,
+        CHECK(cache.n_empty(c) == expected.classes[c].empty.size(), "class %u has %u empty slots, expected %zu", c,
               cache.n_empty(c), expected.classes[c].empty.size());
     }
 }
 
-void take(slot_cache & cache, reference & expected, uint32_t size_class, uint32_t record, bool evict, unsigned long long seed, int step) {
+void take(slot_cache & cache, reference & expected, uint32_t size_class, uint32_t record, bool evict) {
     reference_class & c = expected.classes[size_class];
     int32_t           evicted;
     const int32_t     slot = cache.take(size_class, record, evict, &evicted);
     if (!c.empty.empty()) {
-        CHECK(c.empty.erase(slot) == 1, "seed %llu step %d: class %u has empty slots, but %d is none of them", seed, step, size_class, slot);
-        CHECK(evicted == slot_cache::NONE, "seed %llu step %d: record %d lost its slot for nothing", seed, step, evicted);
+        CHECK(c.empty.erase(slot) == 1, "class %u has empty slots, but %d is none of them", size_class, slot);
+        CHECK(evicted == slot_cache::NONE, "record %d lost its slot for nothing", evicted);
     } else if (!evict || c.buckets.empty()) {
-        CHECK(slot == slot_cache::NONE, "seed %llu step %d: slot %d was not to be had", seed, step, slot);
-        CHECK(evicted == slot_cache::NONE, "seed %llu step %d: record %d lost its slot to nobody", seed, step, evicted);
+        CHECK(slot == slot_cache::NONE, "slot %d was not to be had", slot);
+        CHECK(evicted == slot_cache::NONE, "record %d lost its slot to nobody", evicted);
         return;
     } else {
         const int32_t victim = c.buckets.begin()->second.front();
-        CHECK(slot == victim, "seed %llu step %d: slot %d was taken, expected %d", seed, step, slot, victim);
-        CHECK(evicted == (int32_t) expected.used[victim].record, "seed %llu step %d: evicted %d, expected %u", seed, step, evicted,
+        CHECK(slot == victim, "slot %d was taken, expected %d", slot, victim);
+        CHECK(evicted == (int32_t) expected.used[victim].record, "evicted %d, expected %u", evicted,
               expected.used[victim].record);
         c.remove(victim);
     }
@@ -119,14 +119,9 @@ void end_op(slot_cache & cache, reference & expected) {
     expected.holding = still;
 }
 
-void random_operations(unsigned long long seed) {
-    random_source         random(seed);
-    constexpr uint32_t    N_RECORDS = 60;
-    std::vector<uint32_t> slots_per_class(1 + random.below(3));
-    for (auto & n : slots_per_class) {
-        n = (uint32_t) random.below(9); // a class may have none
-    }
-    slot_cache cache;
+constexpr uint32_t N_RECORDS = 60;
+
+reference configured(slot_cache & cache, const std::vector<uint32_t> & slots_per_class) {
     cache.configure({ 3 }, 100); // configured anew: nothing of it may stay
     int32_t evicted;
     cache.take(0, 99, false, &evicted);
@@ -142,42 +137,74 @@ void random_operations(unsigned long long seed) {
             expected.classes.back().empty.insert(first++);
         }
     }
+    return expected;
+}
+
+void use(slot_cache & cache, reference & expected, uint32_t record, uint64_t now, uint32_t n_tokens, uint32_t count) {
+    cache.use(record, now, n_tokens, count);
+    for (uint32_t k = 0; k < n_tokens; k++) {
+        expected.uses[record] += (long double) count / n_tokens * exp2l((long double) ((double) now - k) / slot_cache::EXPERTS_HALF_LIFE);
+    }
+    const double score = (double) log2l(expected.uses[record]);
+    CHECK(std::fabs(cache.score(record) - score) < 1e-6 * (1 + std::fabs(score)), "score %f, expected %f", cache.score(record), score);
+}
+
+void hold(slot_cache & cache, reference & expected, int32_t slot) {
+    cache.hold(slot);
+    held_slot & h = expected.used[slot];
+    if (!h.held) {
+        expected.classes[h.size_class].remove(slot);
+        h.held = true;
+        expected.holding.push_back(slot);
+    } else if (h.carried) { // as if its read had come before
+        h.carried = false;
+        expected.holding.erase(std::find(expected.holding.begin(), expected.holding.end(), slot));
+        expected.holding.push_back(slot);
+    }
+}
+
+void drop(slot_cache & cache, reference & expected, int32_t slot) {
+    cache.drop(slot);
+    const held_slot & h = expected.used[slot];
+    reference_class & c = expected.classes[h.size_class];
+    if (h.held) {
+        expected.holding.erase(std::find(expected.holding.begin(), expected.holding.end(), slot));
+    } else {
+        c.remove(slot);
+    }
+    c.empty.insert(slot);
+    expected.used.erase(slot);
+}
+
+void random_operations(unsigned long long seed) {
+    random_source         random(seed);
+    std::vector<uint32_t> slots_per_class(1 + random.below(3));
+    for (auto & n : slots_per_class) {
+        n = (uint32_t) random.below(9); // a class may have none
+    }
+    slot_cache cache;
+    reference  expected = configured(cache, slots_per_class);
 
     // leaps in time make the buckets go round
     const uint64_t leap = random.chance(50) ? 3 : 400;
     uint64_t       now  = 0;
     for (int step = 0; step < 1500; step++) {
+        now_trying = { seed, step };
         if (expected.used.empty() || random.chance(40)) {
             const uint32_t record   = (uint32_t) random.below(N_RECORDS);
             const uint32_t n_tokens = (uint32_t) (random.chance(70) ? 1 : 1 + random.below(40));
             const uint32_t count    = (uint32_t) (1 + random.below(n_tokens));
             now += n_tokens + random.below(leap);
-            cache.use(record, now, n_tokens, count);
-            for (uint32_t k = 0; k < n_tokens; k++) {
-                expected.uses[record] += (long double) count / n_tokens * exp2l((long double) ((double) now - k) / slot_cache::EXPERTS_HALF_LIFE);
-            }
-            const double score = (double) log2l(expected.uses[record]);
-            CHECK(std::fabs(cache.score(record) - score) < 1e-6 * (1 + std::fabs(score)), "seed %llu step %d: score %f, expected %f", seed, step,
-                  cache.score(record), score);
+            use(cache, expected, record, now, n_tokens, count);
 
             int32_t there = slot_cache::NONE;
             for (const auto & entry : expected.used) {
                 there = entry.second.record == record ? entry.first : there;
             }
             if (there == slot_cache::NONE) {
-                take(cache, expected, (uint32_t) (record % slots_per_class.size()), record, random.chance(80), seed, step);
+                take(cache, expected, (uint32_t) (record % slots_per_class.size()), record, random.chance(80));
             } else {
-                cache.hold(there);
-                held_slot & h = expected.used[there];
-                if (!h.held) {
-                    expected.classes[h.size_class].remove(there);
-                    h.held = true;
-                    expected.holding.push_back(there);
-                } else if (h.carried) { // as if its read had come before
-                    h.carried = false;
-                    expected.holding.erase(std::find(expected.holding.begin(), expected.holding.end(), there));
-                    expected.holding.push_back(there);
-                }
+                hold(cache, expected, there);
             }
         } else if (random.chance(30)) {
             end_op(cache, expected);
@@ -187,18 +214,10 @@ void random_operations(unsigned long long seed) {
                 it->second.reading = it->second.held && random.chance(40);
                 cache.set_reading(it->first, it->second.reading);
             } else {
-                cache.drop(it->first);
-                reference_class & c = expected.classes[it->second.size_class];
-                if (it->second.held) {
-                    expected.holding.erase(std::find(expected.holding.begin(), expected.holding.end(), it->first));
-                } else {
-                    c.remove(it->first);
-                }
-                c.empty.insert(it->first);
-                expected.used.erase(it);
+                drop(cache, expected, it->first);
             }
         }
-        check_all(cache, expected, seed, step);
+        check_all(cache, expected);
     }
 }
 
