@@ -264,7 +264,8 @@ LLAMA_FLASH_API void                         llama_flash_session_free(struct lla
 LLAMA_FLASH_API int32_t llama_flash_session_bind_begin(struct llama_flash_session * session, struct llama_flash_error * err);
 LLAMA_FLASH_API int32_t llama_flash_session_bind_end(struct llama_flash_session * session, struct llama_flash_error * err);
 
-// LLAMA_FLASH_E_FORMAT, with the reason, if the description contradicts itself.
+// LLAMA_FLASH_E_FORMAT, with the reason, if the description contradicts itself so that memory would be touched that is not the
+// session's. Whether the file keeps to its format is for its reader to check (python/llama_flash/model/bundles.py).
 LLAMA_FLASH_API int32_t llama_flash_session_add_bundle(struct llama_flash_session * session, const struct llama_flash_bundle * bundle, struct llama_flash_error * err);
 
 // After bind_end, before set_memory (which has to follow again after a change).

@@ -8,6 +8,10 @@
 #include <sys/stat.h>
 #include <utility>
 
+static bool lies_within(const flash_file & file, uint64_t offset, uint64_t bytes) {
+    return bytes <= file.size && offset <= file.size - bytes;
+}
+
 // The file open as fd, for direct reads; nullptr: the session has failed.
 const flash_file * llama_flash_session::file_of(int fd) {
     struct stat st;
@@ -62,7 +66,7 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
     if (bind_part(tensor, file, offset)) {
         return true;
     }
-    if (offset + ggml_nbytes(tensor) > file->size) {
+    if (!lies_within(*file, offset, ggml_nbytes(tensor))) {
         flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short",
                    tensor->name, (unsigned long long) (offset + ggml_nbytes(tensor)), file->path.c_str(),
                    (unsigned long long) file->size);
@@ -127,7 +131,7 @@ bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file
         reads.refuse(e);
         return true;
     }
-    if (offset + b.tensor_bytes() > file->size) {
+    if (!lies_within(*file, offset, b.tensor_bytes())) {
         flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short", b.name.c_str(),
                    (unsigned long long) (offset + b.tensor_bytes()), file->path.c_str(), (unsigned long long) file->size);
         reads.refuse(e);

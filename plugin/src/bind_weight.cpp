@@ -5,14 +5,24 @@
 #include "session.h"
 
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <fcntl.h>
 #include <unistd.h>
 
+// whether there can be a weight of this type and shape, and its bytes can be counted
+static bool makes_sense(int32_t type, const int64_t (&ne)[3]) {
+    if (type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size((ggml_type) type) == 0 || ne[0] < 1 || ne[1] < 1 || ne[2] < 1 ||
+        ne[0] % ggml_blck_size((ggml_type) type) != 0) {
+        return false;
+    }
+    const int64_t most = INT64_MAX / (int64_t) ggml_type_size((ggml_type) type);
+    return ne[1] <= most / ne[0] && ne[2] <= most / ne[0] / ne[1];
+}
+
 static int32_t bind_weight(llama_flash_session & session, const char * name, const char * path, uint64_t offset, int32_t type, const int64_t (&ne)[3],
                            llama_flash_error * err) {
-    if (session.bound || type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size((ggml_type) type) == 0 || ne[0] < 1 || ne[1] < 1 || ne[2] < 1 ||
-        ne[0] % ggml_blck_size((ggml_type) type) != 0) {
+    if (session.bound || !makes_sense(type, ne)) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "bind_weight: %s of type %d, [%lld, %lld, %lld], or a session that is bound", name, type,
                           (long long) ne[0], (long long) ne[1], (long long) ne[2]);
     }

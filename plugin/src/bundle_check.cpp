@@ -6,6 +6,11 @@
 #include <string>
 #include <utility>
 
+// bytes, so that sums of a few such products do not overflow
+static bool too_many(uint64_t size, uint64_t n) {
+    return n > 0 && size > (uint64_t) INT64_MAX / n;
+}
+
 // These return what is wrong, nullptr if nothing is.
 
 static const char * check_experts(const llama_flash_bundle & d) {
@@ -40,7 +45,7 @@ static const char * read_parts(const llama_flash_bundle & d, flash_bundle & b) {
         !read_part(d.down, d.n_embd, b.part(ffn_part::down))) {
         return "a part's type cannot be computed on, or its blocks do not divide the row";
     }
-    if (b.gated && d.gate.type != d.up.type) {
+    if (b.gated && d.gate.type != d.up.type) { // one op may compute both, in the work space that the engine gives it for its own type
         return "gate and up differ in type";
     }
     uint64_t end = 0; // parts follow one another: gate, up, down
@@ -55,8 +60,8 @@ static const char * read_parts(const llama_flash_bundle & d, flash_bundle & b) {
     if (end != d.record_bytes) {
         return "its record is not as long as its parts together";
     }
-    if (d.activation > LLAMA_FLASH_DRELU || (!b.gated && (d.activation == LLAMA_FLASH_FATRELU || d.activation == LLAMA_FLASH_DRELU))) {
-        return "its activation does not fit its parts";
+    if (too_many(d.record_bytes, b.n_neurons)) {
+        return "it has more bytes than any file";
     }
     return nullptr;
 }
@@ -76,6 +81,9 @@ static const char * read_predictor(const llama_flash_bundle & d, predictor & p) 
     p.rank         = d.predictor_rank;
     p.in           = row_kernel(in, d.n_embd);
     p.out          = row_kernel(out, d.predictor_rank);
+    if (too_many(p.in.row_bytes, d.predictor_rank) || too_many(p.out.row_bytes, d.n_ff)) {
+        return "its predictor has more bytes than any memory";
+    }
     const auto * a = (const uint8_t *) d.predictor_in;
     const auto * c = (const uint8_t *) d.predictor_out;
     p.in_rows.assign(a, a + p.in.row_bytes * d.predictor_rank);
@@ -88,12 +96,16 @@ static const char * read_bundle(const llama_flash_bundle & d, uint64_t first, fl
     if (d.n_ff == 0 || d.n_embd == 0 || d.up.type < 0 || d.down.type < 0) {
         return "a bundle has an up and a down part of some length";
     }
+    if (d.activation > LLAMA_FLASH_DRELU) {
+        return "its activation is not known";
+    }
     const uint64_t n_neurons = (uint64_t) d.n_ff * b.n_blocks();
     if (first + n_neurons > INT32_MAX) {
         return "the model has more neurons than can be numbered";
     }
-    b.n_neurons = (uint32_t) n_neurons;
-    b.first     = (uint32_t) first;
+    b.n_neurons  = (uint32_t) n_neurons;
+    b.first      = (uint32_t) first;
+    b.activation = (llama_flash_activation) d.activation;
     if (const char * what = check_experts(d)) {
         return what;
     }
@@ -120,7 +132,6 @@ int32_t make_bundle(const llama_flash_bundle & d, const std::vector<flash_bundle
     b.split        = d.split != 0;
     b.gated        = d.gate.type >= 0;
     b.record_bytes = d.record_bytes;
-    b.activation   = (llama_flash_activation) d.activation;
     b.threshold    = d.threshold;
     b.index        = (uint32_t) before.size();
     if (const char * what = read_bundle(d, before.empty() ? 0 : before.back().first + before.back().n_neurons, b)) {

@@ -1,4 +1,8 @@
-// Whether the description of a layer's neuron bundle (docs/reference/format.md) makes sense, and the bundle that it describes.
+// The bundle that a caller describes, if computing on it touches no memory but its own.
+//
+// Checked here is what addresses and sizes are made of: types, parts, counts and their products; bind.cpp adds the shapes of its tensors
+// and the file's size. What else the format says (names, key-values, versions, which activation goes with which parts) is checked
+// once, where the file is read: python/llama_flash/model/bundles.py.
 #pragma once
 
 #include "llama_flash.h"

@@ -1,7 +1,8 @@
 """Neuron bundles and predictors of a flash GGUF (docs/reference/format.md), checked for the plugin and for gguf_tools.
 
-Nothing is computed on a file that contradicts itself: every check is made here or, of key-values, in flash_keys.py,
-before the model is loaded.
+Nothing is computed on a file that contradicts itself: every check of the format is made here or, of key-values, in
+flash_keys.py, before the model is loaded. The plugin checks only what its addresses and sizes are made of
+(plugin/src/bundle_check.h), so that no caller can make it touch memory that is not its own.
 """
 
 from __future__ import annotations
