@@ -17,7 +17,7 @@
 //
 // Threads: bind_begin, the load of the model and bind_end belong to one thread. All other calls with a session may come from any
 // thread; they wait until the op in progress has ended, but for abort, which waits for nothing. One thread decodes at a time per session:
-// an error is the session's, and the context that meets it must be the one that caused it. Nobody uses a session that was freed.
+// an error is the session's, and the context that meets it must be the one that caused it. A session that was freed must not be used.
 //
 // Fork: in a child of the process that has made it, a session cannot be used, and nothing waits for what its parent's threads held when
 // they were left behind. Calls that return a code (bind_begin, bind_end, add_bundle, add_rows, bind_weight, set_neurons, requirements,
@@ -336,7 +336,7 @@ LLAMA_FLASH_API uint64_t llama_flash_session_tensors(const struct llama_flash_se
 // Where each of the n_records records of all tensors is, between two ops. place: enum llama_flash_place. age: tokens computed
 // since the last one that used it, 0: the last token did; UINT32_MAX: none did since set_memory. A neuron is used when it is chosen as
 // active; that it passes by with its whole layer (prompts, the mode OFF) is no use, unless it gets a slot on the way. Each array
-// may be NULL. LLAMA_FLASH_E_INVALID if n_records is not what there is, before set_memory, and in a forked child.
+// may be NULL. LLAMA_FLASH_E_INVALID if n_records is not the number of all records, before set_memory, and in a forked child.
 LLAMA_FLASH_API int32_t llama_flash_session_residency(const struct llama_flash_session * session, uint8_t * place, uint32_t * age, uint64_t n_records,
                                                       struct llama_flash_error * err);
 

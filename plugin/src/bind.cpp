@@ -36,7 +36,7 @@ bool llama_flash_session::load(ggml_tensor * tensor, int fd, uint64_t offset) {
     uint32_t bundle;
     size_t   part;
     if (find_named_part(tensor, bundle, part)) {
-        return false; // the bundle's bytes are no rows of the weight's
+        return false; // in the file are bytes of the bundle, not rows of the weight
     }
     const flash_file * file = failed() ? nullptr : file_of(fd);
     if (file && !loader) {
@@ -167,7 +167,7 @@ int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flas
     return code;
 }
 
-// every part of every bundle has met its tensor
+// bind() has seen a tensor for every part of every bundle
 int32_t llama_flash_session::check_bundles(llama_flash_error * err) const {
     for (const auto & b : bundles) {
         for (const auto & p : b.parts) {

@@ -24,12 +24,12 @@
 
 namespace {
 
-constexpr size_t MOST_TEXT = 16 << 10; // of what the engine says; what comes last says most
+constexpr size_t MOST_TEXT = 16 << 10; // bytes kept of the engine's errors: the last ones say most
 
 // what the engine says on the thread that loads
 struct listener {
     std::string errors;           // lines
-    bool        is_error = false; // the last line, which the next may go on with
+    bool        is_error = false; // the last line was one: text of the level CONT continues it
 
     void hear(ggml_log_level level, const char * text) {
         if (level != GGML_LOG_LEVEL_CONT) {
@@ -46,7 +46,7 @@ struct listener {
 
 thread_local listener * current = nullptr;
 
-// the engine's log has one callback for the process: ours stands before whoever's it was, while models are loaded
+// the engine has one log callback for the process: while models are loaded it is ours, which passes everything on to the one before
 struct {
     std::mutex        mutex;
     int               users       = 0;
@@ -54,8 +54,8 @@ struct {
     void *            before_data = nullptr;
 } tap;
 
-// In a child of a process in which another thread loads, the locks of a load would stay taken for ever: the fork waits for them.
-// The engine's is taken for moments only.
+// A child that is forked while another thread holds one of these locks would find it locked for ever. So the thread that forks takes
+// them first. The engine holds its own for moments only.
 void take_locks() {
     tap.mutex.lock();
     ggml_critical_section_start();

@@ -1,6 +1,6 @@
 // The memory given may change while the model runs: slots and pinned records are given back, or added, without dropping the rest.
 //
-// resize() only says where to go. The way there is gone in steps of about a millisecond: by each op as it begins, and by resize()
+// resize() only sets a target. It is reached in steps of about a millisecond: by each op as it begins, and by resize()
 // itself, which is called again until it is done. Memory is given back before any is taken. What leaves is what the cache would
 // have evicted next; what lies in slots that vanish moves to slots that stay, unless there is no time for it. Rings, work space, and
 // what a mode keeps resident stay.
@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-constexpr int64_t IDLE_NS      = 200000000; // without an op for so long, nobody waits
+constexpr int64_t IDLE_NS      = 200000000; // after so long without an op, a longer step delays no token
 constexpr int64_t LONG_STEP_NS = 20000000;
 
 memory_layout llama_flash_session::layout_now() const {
@@ -64,7 +64,7 @@ void llama_flash_session::resize_step(int64_t until_ns) {
     bool less  = false;
     experts.end_op();
     if (flash_now_ns() - resizing.last_op_ns > IDLE_NS) {
-        neurons.release(); // an evaluation that nobody goes on with
+        neurons.release(); // of an evaluation that was broken off
     }
     while (flash_now_ns() < until_ns && give_back_one(stuck)) {
         less = true;

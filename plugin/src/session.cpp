@@ -9,8 +9,8 @@
 
 static std::atomic<uint64_t> n_forks{ 0 };
 
-// OpenMP keeps its threads for the next graph. They are not there in a child, which would wait for them in its first graph, whatever its
-// model: so the thread that forks lets go of its own before. The next graph starts new ones.
+// OpenMP keeps its threads for the next graph. A child has none of them, but would wait for them in its first graph, even of a model of
+// its own. So a thread ends those that it has started before it forks. The next graph starts new ones.
 static int (*const pause_openmp)(int) = (int (*)(int)) dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
 
 static void before_fork() {
@@ -50,8 +50,8 @@ void llama_flash_session::unref() {
     if (!forked()) {
         delete this;
     } else if (bound) {
-        // The rest stays: the reads under way and their threads are the parent's, the memory that they read to is not there, and
-        // a thread of the parent may have been at work on anything else.
+        // Nothing else is freed: reads under way and their threads are the parent's, the memory that they read to is not mapped here, and a
+        // thread of the parent may have been changing anything else.
         for (auto & f : files) {
             f->close();
         }

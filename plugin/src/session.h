@@ -1,4 +1,4 @@
-// The flash tensors of one model: who belongs together, their life, and the lock.
+// The flash tensors of one model: what belongs together, how long it lives, and the lock.
 //
 // Stores know records and slots, ops know stores and kernels; here they meet. Locking: session_lock is held from the begin to the end
 // of a flash op (by the pool's thread 0) and during every call of the C interface, which takes it (with_session); the functions below
@@ -97,7 +97,7 @@ struct llama_flash_session final : op_gate {
     int32_t                  warm(const uint64_t * ids, uint64_t n, uint64_t & done, llama_flash_error * err);
     llama_flash_stats        statistics() const;
 
-    // resize.cpp; of resize(), the tests' too: where the way leads, and its steps
+    // resize.cpp. resize() is made of the other three, which tests call, too: the target, and one step towards it
 
     int32_t resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err);
     void    plan_resize(uint64_t bytes);
@@ -119,7 +119,7 @@ struct llama_flash_session final : op_gate {
     bool                      bound         = false;
     llama_flash_neuron_params neuron_params = {};
     memory_needs              needs;       // from end_binding on
-    llama_flash_memory        memory = {}; // what there is; its total: where it leads
+    llama_flash_memory        memory = {}; // in use now; but its total is the target of a resize under way
     standing_parts            standing;    // of `memory`
 
     std::unique_ptr<weight_loader>                                  loader; // until end_binding

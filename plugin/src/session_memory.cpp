@@ -1,4 +1,4 @@
-// The memory given: what the tensors need, and the layout (memory/layout.h) made true from empty. resize.cpp goes on from there.
+// The memory given: what the tensors need, and a layout (memory/layout.h) applied to an empty session. resize.cpp changes it later.
 #include "session.h"
 
 #include "store/warm.h"
@@ -88,7 +88,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     }
     const memory_layout to = divide(needs, bytes);
     drop_all();
-    reads.forget_error(); // what is forgotten may have failed, that no longer matters
+    reads.forget_error(); // of records that are dropped here: it no longer matters
     memory   = describe(needs, to);
     standing = to.standing;
 

@@ -127,8 +127,8 @@ def _begin(name: Path, make: Callable[[], int]) -> int:
     while True:
         lock = make()
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: nobody removes what is not locked there
-                fcntl.flock(lock, fcntl.LOCK_EX)  # waits for whoever takes it for a left one, and removes it
+            with contextlib.suppress(OSError):  # a file system without locks: there, files without one are not removed
+                fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process that takes it for left behind, and removes it
             # between its creation and its lock it may have been
             if os.path.samestat(os.stat(name), os.fstat(lock)):
                 return lock

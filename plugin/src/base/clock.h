@@ -1,4 +1,4 @@
-// The time, for whoever measures.
+// The clock that durations are measured with.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,4 @@
-// What ops ask of the cache, in the order in which they ask, for whoever wants to know: a bounded buffer that is drained between
-// decodes. Under the session's lock.
+// What ops ask of the cache, in the order in which they ask: a bounded buffer that is drained between decodes. Under the session's lock.
 #pragma once
 
 #include "llama_flash.h"
@@ -13,7 +12,7 @@ class trace_buffer {
   public:
     bool on() const { return capacity > 0; }
 
-    // 0: off. What was not taken is forgotten.
+    // capacity: 0 ends the trace. Entries that were not drained are dropped.
     void start(size_t most) {
         capacity = 0; // if there is no memory for the new one, there is none
         entries.clear();

@@ -39,7 +39,7 @@ bool read_queue::check_file(const flash_file & file, const std::string & tensor,
     if (&file == checked) {
         return true;
     }
-    if (file.look() != file_state::changed) { // what only may have changed is checked when it has arrived
+    if (file.look() != file_state::changed) { // if it only may have changed, bytes are checked when they have arrived
         checked = &file;
         return true;
     }

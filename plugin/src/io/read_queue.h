@@ -28,7 +28,7 @@ class read_queue {
   public:
     bool open(const llama_flash_params & params, llama_flash_error * err);
 
-    // waits for what is under way, and tells nobody
+    // waits for what is under way; owners are not told
     void close() { reads.reset(); }
 
     // reads
@@ -76,17 +76,17 @@ class read_queue {
     // the first error stays until it is forgotten
     void fail(const llama_flash_error & e);
 
-    // of what was asked for by the tensor of this name
+    // tensor: what the op was on, or the read for
     void fail_op(int32_t code, const std::string & tensor, const char * what);
     void fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size);
 
-    // bytes are not those that were read before; known: their checksum then, 0: they were not, so that nobody can tell
+    // bytes are not those of their first read; known: the checksum of these, 0: there is none, so that they may have changed
     void fail_bytes(const flash_file & file, const std::string & tensor, uint64_t offset, uint64_t size, uint32_t known);
 
     // while a model is bound: the last error stands, and bind_end reports it
     void refuse(const llama_flash_error & e);
 
-    // what failed will be missed by nobody
+    // a read has failed that no op has asked for: it is counted, and the session goes on
     void miss() { errors++; }
 
     bool                      failed() const { return has_failed.load(std::memory_order_acquire); }

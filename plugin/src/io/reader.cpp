@@ -98,7 +98,7 @@ bool flash_file::status_now(status & now) const {
 file_state flash_file::look() const {
     status now;
     if (!status_now(now) || now.size != opened.size || now.mtime_s != opened.mtime_s || now.mtime_ns != opened.mtime_ns) {
-        state = file_state::doubtful; // should it look again as it did
+        state = file_state::doubtful; // for the next look, which may find size and time put back
         return file_state::changed;
     }
     if (now.ctime_s == seen.ctime_s && now.ctime_ns == seen.ctime_ns) {

@@ -81,7 +81,7 @@ struct read_piece {
 };
 
 struct read_job {
-    uint32_t           tag;     // the caller's name for it
+    uint32_t           tag;     // the caller's number for it
     uint32_t           pending; // pieces not yet ended
     int32_t            error;   // first errno, ENODATA for a file that ended too early; 0
     uint64_t           error_offset;

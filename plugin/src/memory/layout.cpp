@@ -5,8 +5,8 @@
 
 #include <algorithm>
 
-constexpr uint64_t NEURON_PAGES  = 2 * HUGE_PAGE; // ends of the mappings of neurons that nobody uses
-constexpr uint64_t MAPPING_PAGES = 4 * HUGE_PAGE; // and of all others, where everything is there
+constexpr uint64_t NEURON_PAGES  = 2 * HUGE_PAGE; // the neurons' mappings may end in a huge page of which a part only is used
+constexpr uint64_t MAPPING_PAGES = 4 * HUGE_PAGE; // so may all others, when every record has its place
 
 // needs
 
@@ -108,7 +108,7 @@ static uint64_t pin_runs(const memory_needs & n, uint64_t room, uint64_t whole, 
         const uint32_t now = std::min(runs, (uint32_t) due);
         due -= (double) now;
         uint32_t records = b.pinnable ? std::min(b.neurons, now * n.run) : 0;
-        while (b.home_bytes(records) > room - used) { // a layer's last run may be a short one, so that another's counts for more
+        while (b.home_bytes(records) > room - used) { // a layer's last run may be short, so that its share was too large
             records = (records - 1) / n.run * n.run;
         }
         l.records[i] = records;
@@ -119,7 +119,7 @@ static uint64_t pin_runs(const memory_needs & n, uint64_t room, uint64_t whole, 
 
 // Neurons in `room` bytes beside the minimum. Returns what they take of it, with their ring.
 static uint64_t divide_neurons(const memory_needs & n, uint64_t room, const standing_parts * standing, memory_layout & l) {
-    const uint64_t fewest = FEWEST_NEURON_SLOTS * slot_cost(n); // of the minimum, for whatever takes their place
+    const uint64_t fewest = FEWEST_NEURON_SLOTS * slot_cost(n); // in the minimum: if all neurons are pinned, their bytes are for that
     uint64_t       whole  = 0;                                  // bytes of all records
     bool           may    = !standing || standing->neurons_whole || !n.in_slots;
     for (const auto & b : n.bundles) {

@@ -1,5 +1,5 @@
-// How the memory given to a session is divided. A value, and the only place where this is decided: set_memory applies it from empty,
-// resize goes to it from what is there, a plan prints it. Knows no session, no files and no ggml.
+// How the memory given to a session is divided. A value, and the only place where this is decided: set_memory applies it to an empty
+// session, resize to one that holds records, a plan prints it. Knows no session, no files and no ggml.
 //
 // What nothing works without comes first: tables and work space, the least that each ring needs, what a mode keeps resident, the fewest
 // slots that neurons can be computed in. The rest goes to the rings, then to neurons, then to panels (one that is pinned saves its bytes

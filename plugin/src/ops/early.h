@@ -1,5 +1,5 @@
-// What a layer's second op (up beside gate) finds computed. While the first waits for reads, what is there for the second, which has the
-// same input, is computed in its place, into rows of ours that the second takes when it comes.
+// A part of a layer's second op (up beside gate, with the same input) is computed early: while the first op waits for reads, experts of
+// the second that are in slots are computed into rows of ours. When the second op begins, it copies these rows and leaves the experts out.
 #pragma once
 
 #include "store/experts.h"
@@ -17,7 +17,7 @@ class early_rows {
     // are taken from `waiting` (records).
     void take(flash_tensor & t, ggml_tensor * op, uint64_t stamp, std::vector<uint32_t> & waiting);
 
-    // If it is the first of its layer, the next may find something.
+    // Notes whether it is the first of its layer, so that something can be computed early for the second.
     void begin(const record_table & table, const flash_tensor & t, const ggml_tensor * op, uint64_t stamp);
 
     // While op number `stamp` waits: calls f(tensor, record) for each of the `experts` that the second will find in a slot. false: none.

@@ -49,7 +49,7 @@ bool expert_op::pump() {
         }
         planned++;
     }
-    if (!wave.waits_for_pages()) { // else they follow their pages
+    if (!wave.waits_for_pages()) { // else they are submitted once the pages are there
         reads.submit();
     }
     return any;
@@ -81,8 +81,8 @@ expert_op::there_count expert_op::count_there(bool decode) const {
     return n;
 }
 
-// The wave that comes now, of what is there. When decoding all of it. Of a prompt what has come through the ring, half of it at most,
-// so that there is room to read to meanwhile; else what lies in slots.
+// Sets the next wave: records that have arrived. When decoding, all of them. Of a prompt those in the ring, if they are worth a
+// wave (half of the ring at most, so that reads go on into the other half), else those in slots.
 void expert_op::take_wave(const flash_tensor & t, bool decode) {
     const there_count n          = count_there(decode);
     const bool        from_ring  = decode || n.ring >= n.wish || n.slots == 0;
@@ -265,7 +265,7 @@ void expert_op::first_wave(flash_tensor & t, ggml_tensor * op) {
     if (decode) {
         early.take(t, op, gate.stamp, waiting);
         early.begin(table, t, op, gate.stamp);
-        for (uint32_t sibling : table.groups[t.group]) { // what the other tensors have is not to make room for this one's
+        for (uint32_t sibling : table.groups[t.group]) { // records of the other tensors must not be evicted for this one's
             const flash_tensor & other = table.tensors[sibling];
             for (size_t i = 0; comes_later(t, other) && i < distinct.size(); i++) {
                 experts.hold(other.first_record + distinct[i]);

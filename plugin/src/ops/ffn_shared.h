@@ -1,4 +1,4 @@
-// What the files of ffn.h's op share, and nobody else uses.
+// What ffn_op.cpp, ffn_sparse.cpp and ffn_whole.cpp share, and no other file includes.
 #pragma once
 
 #include "ops/ffn.h"

@@ -197,7 +197,7 @@ void sparse_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compute
     const int64_t t0 = leader ? flash_now_ns() : 0;
     if (choose && b.predict.rank > 0) {
         predict(s, b, params, x);
-    } else if (choose) { // nobody knows: all of the experts'
+    } else if (choose) { // without a predictor: all neurons of the experts that are used
         pick(s, b, params, [](uint32_t, uint32_t) { return true; });
     }
     write_off(w, b, part, params, op);
@@ -270,7 +270,7 @@ void resident_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compu
             next_chunk(s, b);
             s.neurons.pump(); // the reads begin; who computes waits for them
         }
-    } else if (b.gated && part == ffn_part::gate) { // for the pass of up and down
+    } else if (b.gated && part == ffn_part::gate) { // the pass over up and down needs gate's output
         uint32_t first;
         uint32_t last;
         share((uint32_t) s.work.columns.size(), params, first, last);

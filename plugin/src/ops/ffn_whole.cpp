@@ -247,7 +247,7 @@ static void keep_most_used(ffn_op & s, const flash_bundle & b, const expert_colu
     s.neurons.keep(b, run, w.uses.data(), most, w.n_tokens, b.tokens);
 }
 
-// All: whether the run that has come holds what it held before. false: the op has failed.
+// All: whether the bytes of the run that has arrived are those of their first read. false: the op has failed.
 static bool check_run(ffn_op & s, const ggml_compute_params * params) {
     uint32_t first;
     uint32_t last;
@@ -334,7 +334,7 @@ static void note_prompt(ffn_op & s, flash_bundle & b, int64_t n_tokens) {
 // whether the next layer will be passed over too; the last layer may see fewer tokens
 static bool passes_on(const ffn_op & s, const flash_bundle & b, int64_t n_tokens) {
     if (b.n_expert > 0) {
-        return false; // nobody knows its experts yet
+        return false; // its experts are not yet known
     }
     return s.neuron_params.mode == LLAMA_FLASH_NEURONS_OFF || (n_tokens > DECODE_TOKENS && b.index + 2 < s.bundles.size());
 }
@@ -357,7 +357,7 @@ void whole_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compute_
     }
     ggml_barrier(params->threadpool); // all have read what begin() decided
 
-    // the other part's op has not come: its output goes to ours
+    // the op of the other part comes later: until then its output is in work.other
     ggml_tensor twin_op = *op;
     layer_pass  pass;
     pass.sums                = s.work.sums.data();

@@ -14,7 +14,7 @@ void lookahead::forget() {
     scored = false;
 }
 
-// Which router is whose, and which layer comes after t's.
+// Notes the router of t's layer, and that this layer comes after the one before.
 void lookahead::find_next(const flash_tensor & t, const ggml_tensor * op) {
     if (routers.size() != table.groups.size()) {
         routers.assign(table.groups.size(), router());
@@ -24,7 +24,7 @@ void lookahead::find_next(const flash_tensor & t, const ggml_tensor * op) {
     if (!routers[t.group].weight) {
         routers[t.group] = router::of(op);
     }
-    // the layers come in one order; the last one's next would be the first, of the next token
+    // layers come in ascending order; after the last one comes the first, but with the next token: nothing to read ahead
     if (last >= 0 && (uint32_t) last < t.group && next[(size_t) last] < 0) {
         next[(size_t) last] = (int32_t) t.group;
     }
@@ -76,7 +76,7 @@ void lookahead::rank(uint32_t n) {
     std::partial_sort(best.begin(), best.begin() + n, best.end(), [&](uint32_t a, uint32_t b) { return scores[a] > scores[b]; });
 }
 
-// what is there already is not to make room
+// Expected experts that are in slots already stay there: those that are read must not evict them.
 void lookahead::hold(const std::vector<uint32_t> & tensors, uint32_t n) {
     for (uint32_t i = 0; i < n; i++) {
         for (uint32_t sibling : tensors) {
@@ -100,7 +100,7 @@ void lookahead::fetch() {
     uint32_t started = 0;
     for (uint32_t i = 0; i < n && started < most; i++) {
         bool any = false;
-        for (uint32_t sibling : tensors) { // those that use the router's experts by its numbers, and are used at all
+        for (uint32_t sibling : tensors) { // those that use the experts that this router chooses
             const flash_tensor & t     = table.tensors[sibling];
             const uint32_t       index = t.first_record + best[i];
             if (!uses_them(t) || table.records[index].state != record_state::absent) {
@@ -113,7 +113,7 @@ void lookahead::fetch() {
                 break;
             }
             table.records[index].fetched = true;
-            table.records[index].warmed  = true; // if the read fails, nobody may miss it
+            table.records[index].warmed  = true; // no op has asked for it: if the read fails, that is no error
             notes.stats.experts_expected++;
             any = true;
         }

@@ -160,7 +160,7 @@ void waves::populate(const ggml_compute_params * params) {
     ggml_barrier(params->threadpool);
 }
 
-// thread 0: what was computed is ready for the next time, or gives up its place
+// thread 0: of the records that were computed, those in slots are ready for the next op, those in the ring are released
 void waves::end_wave(record_store & store) {
     for (uint32_t index : arrived) {
         table.records[index].state = record_state::ready;

@@ -71,7 +71,7 @@ bool expert_store::warm(uint32_t index) {
         return false;
     }
     if (cache.score(index) < 0.0) {
-        cache.use(index, t.tokens, 1, 1); // used in another life
+        cache.use(index, t.tokens, 1, 1); // hot in an earlier process: counts as one use
     }
     int32_t evicted;
     to_slot(index, cache.take(t.size_class, index, false, &evicted));

@@ -154,7 +154,7 @@ void neuron_store::forget_all() {
 
 // reads
 
-// the sectors at both ends hold bytes of neighbours: the same as are there
+// The sectors at both ends hold bytes of neighbours, too. If these are in memory already, the same bytes are written over them.
 void neuron_store::read_home(const flash_bundle & b, uint32_t first, uint32_t n) {
     const uint64_t begin = first * b.record_bytes;
     queue.read(pinned, b.index, *b.file, b.offset + begin, n * b.record_bytes, const_cast<uint8_t *>(b.home) + begin);
@@ -184,7 +184,7 @@ bool neuron_store::read_kept() {
         if (queue.failed() || !check_file(b)) { // it may have changed while it was read
             return false;
         }
-        // of what is read while nothing has touched the file, a checksum is kept when it passes by: pinned records may never do so
+        // while nothing touches the file, checksums are noted by evaluations that pass over records; pinned ones may never be passed over
         if (b.file->look() != file_state::same && !check_pinned(b, 0, b.n_pinned)) {
             return false;
         }
@@ -200,7 +200,7 @@ bool neuron_store::fill_resident(const flash_bundle & b) {
         if (!r) {
             return false;
         }
-        if (check_for(run_state(), 0) == byte_check::refuse) { // of what stays resident nothing is kept
+        if (check_for(run_state(), 0) == byte_check::refuse) { // of resident parts no checksum is kept
             queue.fail_bytes(*b.file, b.name, b.offset + r->first * b.record_bytes, r->count * b.record_bytes, 0);
             return false;
         }
@@ -221,7 +221,7 @@ bool neuron_store::fill_resident(const flash_bundle & b) {
     return true;
 }
 
-// Pinned records that have just arrived. false (and failed): they are not what they were.
+// Pinned records that have just arrived. false (and failed): their bytes are not those of their first read.
 bool neuron_store::check_pinned(const flash_bundle & b, uint32_t first, uint32_t n) {
     const file_state      state  = b.file->look();
     const bundle_stream & stream = b.streams[0];

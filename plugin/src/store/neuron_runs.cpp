@@ -81,7 +81,7 @@ void neuron_store::go_on(const flash_bundle & b, uint32_t end, uint32_t count) {
 void neuron_store::stream_after(const flash_bundle & b) {
     stream_bundle = nullptr;
     for (uint32_t i = b.index + 1; i < bundles.size() && !stream_bundle; i++) {
-        if (bundles[i].n_expert == 0 && bundles[i].n_pinned < bundles[i].n_neurons) { // nobody knows which experts
+        if (bundles[i].n_expert == 0 && bundles[i].n_pinned < bundles[i].n_neurons) { // which experts it will use is not yet known
             stream_bundle = &bundles[i];
             stream_first  = stream_bundle->n_pinned;
         }

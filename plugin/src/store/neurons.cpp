@@ -65,7 +65,7 @@ bool neuron_store::take(uint32_t neuron, bool evict) {
     return true;
 }
 
-// a stream of the neuron has come, or will not
+// one of the neuron's streams has arrived, or its read has failed
 void neuron_store::note_here(int32_t slot) {
     if (--pending[(size_t) slot] == 0) {
         cache.set_reading(slot, false);
@@ -73,7 +73,7 @@ void neuron_store::note_here(int32_t slot) {
     }
 }
 
-// The neuron will not come.
+// The read of the neuron has failed.
 void neuron_store::give_up(const flash_bundle & b, const item & i) {
     const uint32_t neuron = b.first + i.neuron;
     if (slot_of[neuron] == i.slot && pending[(size_t) i.slot] > 0) { // once, if several of its streams fail
@@ -92,7 +92,7 @@ void neuron_store::demand(const flash_bundle & b, const uint32_t * list, size_t 
         expire(b.tokens);
     }
     size_t missing = 0;
-    for (size_t k = 0; k < n; k++) { // hold what is there before anything is evicted
+    for (size_t k = 0; k < n; k++) { // hold those in slots before anything is evicted
         const uint32_t neuron = b.first + list[k];
         if (list[k] < b.n_pinned) {
             continue;
@@ -119,12 +119,12 @@ void neuron_store::demand(const flash_bundle & b, const uint32_t * list, size_t 
                 hold_only(b, list, n);
                 taken = take(b.first + list[k]);
             }
-            if (!taken) { // what is read ahead holds more than it left free then: there were more slots
+            if (!taken) { // reads ahead hold the slots: they were begun when there were more slots
                 let_land();
                 hold_only(b, list, n);
                 taken = take(b.first + list[k]);
             }
-            if (!taken) { // what is coming leaves room for a chunk
+            if (!taken) { // cannot be: reads ahead leave enough slots for a chunk (may_come)
                 queue.fail_op(LLAMA_FLASH_E_INTERNAL, b.name, "no slot for a neuron");
                 break;
             }
@@ -134,7 +134,7 @@ void neuron_store::demand(const flash_bundle & b, const uint32_t * list, size_t 
     plan(b, false);
 }
 
-// Of all that is there, only the listed neurons stay held: those that the evaluation's other parts used make room.
+// Only the listed neurons stay held. Those that other parts of the evaluation have used may be evicted from now on.
 void neuron_store::hold_only(const flash_bundle & b, const uint32_t * list, size_t n) {
     cache.end_op();
     for (size_t k = 0; k < n; k++) {
@@ -173,7 +173,7 @@ bool neuron_store::warm(const flash_bundle & b, const uint32_t * list, size_t n)
             continue;
         }
         if (cache.score(neuron) < 0.0) {
-            cache.use(neuron, b.tokens, 1, 1); // used in another life
+            cache.use(neuron, b.tokens, 1, 1); // hot in an earlier process: counts as one use
         }
         room = take(neuron, false);
         if (room) {

@@ -62,7 +62,7 @@ class neuron_store : public read_owner {
     bool   warm(const flash_bundle & b, const uint32_t * list, size_t n);
     size_t warm_bytes() const { return ring_bytes / 2; }
 
-    // Neurons that may still be read before anybody asks: the demand that follows must find slots.
+    // How many neurons may still be read ahead of demands: the next demand must find slots.
     uint32_t may_come() const { return n_slots() / 4 - std::min(n_slots() / 4, n_coming); }
 
     // Neurons in slots, by their numbers among the session's, with their scores.
@@ -108,7 +108,7 @@ class neuron_store : public read_owner {
 
     // reads that have ended wait here until their neurons are copied
 
-    // after an error the read's neurons lose their slots; if nobody has demanded them yet, nobody misses them
+    // after an error the read's neurons lose their slots; that is the session's error only if one of them has been demanded
     void ended(uint32_t index, const reader::done & done, file_state state) override;
 
     // Any thread: takes neurons of arrived reads one by one and copies them; calls f(bundle, neuron, slot data, stream) for each.
@@ -129,8 +129,8 @@ class neuron_store : public read_owner {
     }
 
     bool begin_landing(); // thread 0: gathers what has arrived; false: nothing
-    // Thread 0: after all threads are through land(). Neurons whose bytes are not what they were lose their slots; if anybody
-    // has asked for them the session has failed.
+    // Thread 0: after all threads are through land(). Neurons whose bytes are not those of their first read lose their slots; if
+    // they have been demanded, the session has failed.
     void end_landing();
     bool under_way() const { return n_started > 0 || !planned.empty(); } // demanded or expected, and not yet landed
 
@@ -204,7 +204,7 @@ class neuron_store : public read_owner {
         uint8_t *             data;  // where the first item's bytes, or the run's, begin
         int32_t               entry; // in the ring
         uint32_t              jobs;  // the reader has not yet ended
-        bool                  ahead; // nobody has demanded it yet
+        bool                  ahead; // none of its neurons has been demanded yet
         bool                  failed;
         file_state            state; // of the file, when it had arrived
         std::vector<item>     items;

@@ -35,7 +35,7 @@ bool panel_store::pump() {
         }
         const uint32_t index = order[next];
         if (record(index).state != record_state::absent || !check_file(record(index)) || !to_ring(index)) {
-            break; // round the cycle, or full
+            break; // all panels are in the ring, or it is full
         }
         start(index);
         next++;
@@ -56,7 +56,7 @@ void panel_store::seek(flash_tensor & t, uint64_t stamp) {
     const uint32_t wanted = t.first_record + t.n_pinned;
     if (t.order == 0) {
         t.order = stamp;
-        // first pass: what was read ahead, if anything, was for another order
+        // first pass: the order is being learnt
         for (uint32_t i = t.n_pinned; i < t.n_records; i++) {
             order.push_back(t.first_record + i);
         }

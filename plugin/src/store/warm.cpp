@@ -10,7 +10,7 @@ constexpr uint64_t WARM_BYTES = 4u << 20;   // of one call
 uint64_t hot_records(const expert_store & experts, const neuron_store & neurons, uint64_t * ids, uint64_t capacity) {
     std::vector<std::pair<double, uint64_t>> found;
     experts.each([&](uint32_t index, double score) {
-        if (std::isfinite(score)) { // else read ahead for nobody
+        if (std::isfinite(score)) { // else it was read ahead, and no op has used it yet
             found.emplace_back(score, index);
         }
     });

@@ -1,4 +1,4 @@
-// Warm start: which records are worth having in slots, and reading them before anybody asks.
+// Warm start: which records are worth having in slots, and reading them before an op asks for them.
 #pragma once
 
 #include "store/experts.h"

@@ -97,7 +97,7 @@ class Session(Protocol):
     def touched(self) -> int: ...  # flash memory in use now
 
     def move(self, n_bytes: int, urgent: bool) -> bool: ...  # a step on the way; True: arrived
-    def warm(self) -> bool: ...  # reads what was hot in another life; False: nothing left to read
+    def warm(self) -> bool: ...  # reads records that were hot in an earlier process; False: nothing left to read
     def limited(self, total: int, reserve: int, beside: int, reason: str) -> None: ...
     # the budget in force; beside: of the process, other models and their flash memory, without this model
     def tell(self, event: FlashEvent) -> None: ...  # called without the controller's lock

@@ -252,7 +252,7 @@ def _run(command: Sequence[str]) -> tuple[int, str, str]:
 
 
 def _evict(meta: GgufMeta) -> None:
-    """Drops the model from the page cache, in which an earlier run may have left it: that would count for nobody."""
+    """Drops the model from the page cache, in which an earlier run may have left it."""
     for file in meta.files:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -1,7 +1,7 @@
 """Device profiles that are kept: one JSON file per device in the user's cache directory.
 
-What is there is a help and nothing else: a file that cannot be read, is of another version or another device is passed
-over with one line in the log, and one that cannot be written is not.
+They save a measurement and nothing depends on them: a file that cannot be read, or is of another version or device, is
+passed over with one line in the log; one that cannot be written is left out.
 """
 
 from __future__ import annotations

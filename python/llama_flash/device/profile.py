@@ -299,7 +299,7 @@ def _file_to_read(path: Path, report: Callable[[float], None]) -> Iterator[tuple
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{path} is neither a file nor a directory")
     folder = path if stat.S_ISDIR(status.st_mode) else path.absolute().parent
-    # some MB that nobody else needs; and before there is a file, for a Ctrl-C in the middle of this import is lost
+    # here, as it takes some MB; and before there is a file, since a Ctrl-C in the middle of this import is lost
     from numpy.random import default_rng
 
     # without a name: gone with the process, whatever ends it

@@ -65,7 +65,7 @@ class History:
         found = []
         for before, (began, ended, n_tokens, raw) in pairwise(ends):
             counters = replace(_counters(raw) - _counters(before[3]), tokens=n_tokens, calls=1)
-            # nobody has told when it began: what was spent in flash operations is the least that it took
+            # when it began was not noted: it took at least the time spent in flash operations
             began = max(before[1], ended - counters.op_seconds) if began is None else began
             found.append(Call(began, ended, counters))
         return found

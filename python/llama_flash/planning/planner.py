@@ -37,7 +37,7 @@ __all__ = ["LoadPlan", "Option", "plan", "smallest_budget_of"]
 logger = logging.getLogger("llama_flash")
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown for comparison
-_SLACK = 4 << 20  # what loads take and nobody can be asked for: growth of the heap, by those before, too
+_SLACK = 4 << 20  # what a load takes that cannot be asked for beforehand: the heap grows, by earlier loads, too
 _ROOM_TO_ASK = 16 << 20
 _MIB = 1 << 20
 

@@ -31,7 +31,7 @@ logger = logging.getLogger("llama_flash")
 LEAST_TOKENS = 24  # decoded one after the other, for means that are worth keeping
 
 _VERSION = 1
-_PAUSE = 3.0  # times the usual: between two tokens somebody was waited for
+_PAUSE = 3.0  # times the usual: between these two tokens the program waited for something else
 
 
 @dataclass(frozen=True)

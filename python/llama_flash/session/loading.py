@@ -251,7 +251,7 @@ class Load:
         check_threads(self._n_threads())
 
     def _measured(self, context: Any, scores_bytes: int) -> Breakdown:
-        """What is there before flash gets memory."""
+        """The memory in use before flash tensors get any."""
         trim_heap()
         buffers = context_memory(context)
         # weights and KV cache have been written, graph buffers not yet

@@ -2,11 +2,12 @@
 
 A `Llama` keeps tokens, logits and a KV cache, so what interleaves is not two decodes but two generations. A *turn* is a
 whole one: a call, or a stream from its first piece to its end, whichever threads ask for its pieces. Who comes
-meanwhile waits, first come, first served. A stream that is closed, or collected, gives its turn up; so does one that
-only garbage refers to, which whoever waits has collected.
+meanwhile waits, first come, first served. A stream that is closed, or collected, gives its turn up. If only garbage
+refers to a stream, a thread that waits runs the garbage collector, and the turn is free.
 
-What a thread does while its own stream rests belongs to the stream's turn: to wait for oneself would be for ever. Nor
-does anybody wait for ever for a stream that nobody asks: that is an error, of who waits. The stream goes on.
+What a thread does while its own stream rests belongs to the stream's turn: a thread that waited for itself would wait
+for ever. If no thread asks for a stream's next piece for a long time, the threads that wait get an error; the stream
+itself can go on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _T = TypeVar("_T")
 _CALLS = ("embed", "eval", "load_state", "reset", "sample", "save_state", "set_seed")
 _GENERATORS = ("_create_completion", "generate")
 _COLLECT_AFTER, _COLLECT_AGAIN = 0.2, 5.0  # seconds of waiting for a stream that rests
-_LONGEST_REST = 60.0  # seconds that a stream is waited for of which nobody asks a piece
+_LONGEST_REST = 60.0  # seconds: a stream whose next piece was not asked for so long is not waited for
 
 # what of a pool works off a job; another job in the same thread has nothing to do with it
 _JOB = getattr(getattr(_pools, "_WorkItem", None), "run", None)
