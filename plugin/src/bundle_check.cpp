@@ -78,9 +78,9 @@ static const char * read_predictor(const llama_flash_bundle & d, predictor & p) 
     if (!row_type_supported(in) || !row_type_supported(out) || d.n_embd % ggml_blck_size(in) != 0 || d.predictor_rank % ggml_blck_size(out) != 0) {
         return "its predictor's type cannot be computed on";
     }
-    p.rank         = d.predictor_rank;
-    p.in           = row_kernel(in, d.n_embd);
-    p.out          = row_kernel(out, d.predictor_rank);
+    p.rank = d.predictor_rank;
+    p.in   = row_kernel(in, d.n_embd);
+    p.out  = row_kernel(out, d.predictor_rank);
     if (too_many(p.in.row_bytes, d.predictor_rank) || too_many(p.out.row_bytes, d.n_ff)) {
         return "its predictor has more bytes than any memory";
     }

@@ -12,7 +12,7 @@ constexpr uint32_t N_FF   = 40;
 constexpr uint32_t N_EMBD = 64;
 constexpr uint64_t ROW    = N_EMBD * sizeof(float);
 
-const float   BIASES[N_FF]          = {};
+const float   BIASES[N_FF]           = {};
 const uint8_t MATRIX[4 * ROW * N_FF] = {}; // of a predictor, more than enough
 
 llama_flash_bundle gated() {
