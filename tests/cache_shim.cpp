@@ -82,7 +82,7 @@ int32_t ring_take(ring * r, size_t bytes, uint32_t record) {
 }
 
 void ring_give(ring * r, int32_t entry) {
-    r->give(entry);
+    r->release(entry);
 }
 
 // bytes from the start of its memory

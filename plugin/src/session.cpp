@@ -68,16 +68,16 @@ int32_t llama_flash_session::take_error(llama_flash_error * err) {
         return LLAMA_FLASH_OK;
     }
     reads.drain(); // what is under way belongs to the call that failed: its errors must not meet the next one
-    neurons.abandon();
+    neurons.drop_reads();
     for (auto & b : bundles) {
         b.forget_evaluation();
     }
     neurons.release();
     if (reads.file_changed()) {
         // what was read since the change cannot be told from what was read before: all is read again, if the file is itself again
-        neurons.forget_kept();
+        neurons.drop_kept();
         panels.drop_ring();
-        experts.forget_kept();
+        experts.drop_kept();
     }
     if (err) {
         *err = reads.error();

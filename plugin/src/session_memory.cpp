@@ -115,14 +115,14 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     return LLAMA_FLASH_OK;
 }
 
-// forgets every record; no op is in progress
+// drops every record; no op is in progress
 void llama_flash_session::drop_all() {
-    neurons.forget_all();
+    neurons.drop_all();
     reads.drain();
-    experts.forget_all();
-    panels.forget_all();
-    rows.forget_all();
-    expert_ops.forget_all();
+    experts.drop_all();
+    panels.drop_all();
+    rows.drop_all();
+    expert_ops.forget();
     clock    = {};
     memory   = {};
     standing = {};

@@ -253,7 +253,7 @@ class store {
                 s->neurons.keep(b, *run, uses.data(), s->neurons.share_of(run->first, run->count), 20, b.tokens);
             }
             done += run->count;
-            s->neurons.stream_give();
+            s->neurons.stream_release();
         }
         return true;
     }

@@ -188,7 +188,7 @@ void a_demand_finds_slots_when_they_became_fewer() {
     s.begin_op("test");
     s.neurons.expect(s.bundles[1], ahead.data(), ahead.size());
     while (s.neurons.n_slots() > ahead.size() + 8) {
-        CHECK(s.neurons.remove_slot(false), "a slot that is read into");
+        CHECK(s.neurons.retire_slot(false), "a slot that is read into");
     }
     CHECK(a.demand(0, every(1, 0, s.neurons.n_slots() / 2), 1), "%s", s.reads.error().message);
     s.neurons.release();

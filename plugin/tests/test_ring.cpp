@@ -13,7 +13,7 @@ struct live {
     size_t   begin;
     size_t   size;
     uint32_t record;
-    bool     given;
+    bool     released;
 };
 
 // Is there contiguous room between the newest entry and the oldest one, going round?
@@ -64,18 +64,18 @@ class observed_ring {
         CHECK(r.touched() == high_water, "%zu bytes touched, expected %zu", r.touched(), high_water);
     }
 
-    // the entry that is number i of those alive, unless it has been given back already
-    void give(size_t i) {
+    // the entry that is number i of those alive, unless it has been released already
+    void release(size_t i) {
         live & chosen = alive[i];
-        if (chosen.given) {
+        if (chosen.released) {
             return;
         }
         for (size_t k = 0; k < chosen.size; k++) {
             CHECK(r.address(chosen.entry)[k] == chosen.record % 251, "record %u was overwritten", chosen.record);
         }
-        r.give(chosen.entry);
-        chosen.given = true;
-        while (!alive.empty() && alive.front().given) {
+        r.release(chosen.entry);
+        chosen.released = true;
+        while (!alive.empty() && alive.front().released) {
             alive.pop_front();
         }
     }
@@ -113,7 +113,7 @@ void random_operations(uint64_t seed) {
             r.take(random.chance(10) ? 1 + random.below(r.capacity + 2) : 1 + random.below(typical));
         } else if (!r.alive.empty()) {
             // mostly in order, as records are computed; sometimes not, as reads fail
-            r.give(random.chance(70) ? 0 : random.below(r.alive.size()));
+            r.release(random.chance(70) ? 0 : random.below(r.alive.size()));
         }
         r.check();
     }
@@ -129,20 +129,20 @@ void a_full_ring_refuses_and_goes_round() {
     const int32_t a = r.take(40, 1);
     const int32_t b = r.take(60, 2);
     CHECK(a != ring::NONE && b != ring::NONE && r.take(1, 3) == ring::NONE, "full to the last byte");
-    r.give(b);
+    r.release(b);
     CHECK(r.take(1, 3) == ring::NONE, "b's room is not free before a's");
-    r.give(a);
-    CHECK(r.empty(), "both given");
+    r.release(a);
+    CHECK(r.empty(), "both released");
 
     const int32_t c = r.take(70, 4);
     const int32_t d = r.take(20, 5);
-    r.give(c);
+    r.release(c);
     CHECK(r.take(71, 6) == ring::NONE, "10 bytes at the end, 70 at the start");
     const int32_t e = r.take(70, 6);
     CHECK(r.address(e) == memory, "goes round to the start");
     CHECK(r.take(1, 7) == ring::NONE, "head has met tail: full, not empty");
-    r.give(d);
-    CHECK(r.oldest() == e && r.take(30, 8) != ring::NONE, "free behind e once d is given");
+    r.release(d);
+    CHECK(r.oldest() == e && r.take(30, 8) != ring::NONE, "free behind e once d is released");
 }
 
 void a_ring_without_memory_refuses() {

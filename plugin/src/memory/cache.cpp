@@ -133,7 +133,7 @@ int32_t slot_cache::pop_empty(size_class_state & c) {
     return NONE;
 }
 
-// the slot to give away, NONE if all are held
+// the slot whose record is to be evicted, NONE if all are held
 int32_t slot_cache::lowest_slot(const size_class_state & c) const {
     // the first occupied bucket from the lowest on, a word of the map at a time
     const uint32_t begin = position(c.lowest);

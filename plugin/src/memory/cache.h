@@ -3,10 +3,10 @@
 //
 // A record's score is the number of its uses, each halved for every half-life (in tokens) since. Scores are kept for all records, in
 // slots or not. On the logarithmic scale on which all scores fall at the same rate, ageing is a moving origin: slots lie in
-// circular buckets by their score's logarithm, and the slot to give away is the oldest in the lowest bucket that is not empty.
+// circular buckets by their score's logarithm, and the slot to evict from is the oldest in the lowest bucket that is not empty.
 //
 // Records of one size class share the class's slots. A slot that the op in progress uses, or that is being read into, is held:
-// in no bucket, so that it cannot be given away.
+// in no bucket, so that its record cannot be evicted.
 #pragma once
 
 #include <cstddef>
@@ -31,13 +31,13 @@ class slot_cache {
     // no such slot. *evicted: the record that lost its slot, NONE if the slot was empty.
     int32_t take(uint32_t size_class, uint32_t record, bool evict, int32_t * evicted);
 
-    // Not to be given away before end_op(). What this op holds counts as used in the order of its calls, whenever reads arrive.
+    // Its record is not evicted before end_op(). What this op holds counts as used in the order of its calls, whenever reads arrive.
     void hold(int32_t slot);
 
     // while true the slot is held beyond end_op()
     void set_reading(int32_t slot, bool reading) { slots[(size_t) slot].reading = reading; }
 
-    // lets go of what the op held
+    // releases what the op held
     void end_op();
 
     // the slot is empty again

@@ -70,7 +70,7 @@ void mapping::populate(uint8_t * begin, uint8_t * end) {
     madvise((void *) first, (uintptr_t) end - first, MADV_POPULATE_WRITE);
 }
 
-void mapping::keep(size_t used) {
+void mapping::give_back_beyond(size_t used) {
     // part of a huge page would stay where it is until the kernel has split the page
     const uintptr_t begin = ((uintptr_t) data + used + page - 1) / page * page;
     const uintptr_t end   = (uintptr_t) data + bytes;

@@ -23,8 +23,8 @@ class mapping {
     // The same in small pages: of memory that ends anywhere in the addresses, no byte more is there than was written.
     static mapping home(size_t most, size_t least);
 
-    // What is beyond the first `used` bytes goes back to the kernel, in whole pages.
-    void keep(size_t used);
+    // Gives what is beyond the first `used` bytes back to the kernel, in whole pages.
+    void give_back_beyond(size_t used);
 
     // Asks the kernel for the pages of [begin, end) now. A wish: what it does not give comes with the first touch.
     static void populate(uint8_t * begin, uint8_t * end);

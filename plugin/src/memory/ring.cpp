@@ -38,9 +38,9 @@ int32_t ring::take(size_t bytes, uint32_t record) {
     return (int32_t) i;
 }
 
-void ring::give(int32_t i) {
-    entries[(size_t) i].given = true;
-    while (n_entries && entries[first].given) {
+void ring::release(int32_t i) {
+    entries[(size_t) i].released = true;
+    while (n_entries && entries[first].released) {
         first = (uint32_t) ((first + 1) % entries.size());
         n_entries--;
     }

@@ -1,4 +1,4 @@
-// A FIFO arena in DRAM: room is taken at the head and given back at the tail. For records that stream through.
+// A FIFO arena in DRAM: room is taken at the head and released at the tail. For records that stream through.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +15,8 @@ class ring {
     // Room for `bytes` contiguous bytes: an entry, or NONE if the ring is full.
     int32_t take(size_t bytes, uint32_t record);
 
-    // The entry's room is free once all older entries have been given back too.
-    void give(int32_t entry);
+    // The entry's room is free once all older entries have been released, too.
+    void release(int32_t entry);
 
     uint8_t * address(int32_t entry) const { return memory + entries[(size_t) entry].begin; }
 
@@ -26,7 +26,7 @@ class ring {
 
     bool empty() const { return n_entries == 0; }
 
-    // oldest entry not yet given back, NONE if empty
+    // oldest entry not yet released, NONE if empty
     int32_t oldest() const { return n_entries ? (int32_t) first : NONE; }
 
     // bytes from the start that have ever been taken
@@ -37,7 +37,7 @@ class ring {
         size_t   begin;
         size_t   end;
         uint32_t record;
-        bool     given;
+        bool     released;
     };
 
     uint8_t *          memory     = nullptr;

@@ -28,7 +28,7 @@ void expert_op::reserve(uint32_t most) {
     wave.reserve(n + 1);
 }
 
-void expert_op::forget_all() {
+void expert_op::forget() {
     plan.clear();
     planned = 0;
     look.forget();
@@ -345,7 +345,7 @@ struct expert_op::this_run {
         o.panels.pump();
     }
 
-    void let_go() { o.experts.end_op(); }
+    void release() { o.experts.end_op(); }
 };
 
 void expert_op::run(flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {

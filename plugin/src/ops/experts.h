@@ -19,7 +19,7 @@ class expert_op {
 
     // Room for what an op shares, so that nothing is allocated while decoding. most: experts of the next layer that may be read ahead.
     void reserve(uint32_t most);
-    void forget_all();
+    void forget();
 
     // Entered by all threads of the pool. op->src[0] is the tensor. On failure the session has an error, op's data is undefined.
     void run(flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op);

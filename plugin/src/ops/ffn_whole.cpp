@@ -309,7 +309,7 @@ static bool pass_over(ffn_op & s, flash_bundle & b, const ggml_compute_params * 
             }
             ggml_barrier(params->threadpool);
             if (leader && done >= b.n_pinned) {
-                s.neurons.stream_give();
+                s.neurons.stream_release();
                 w.has_read = true;
             }
         }

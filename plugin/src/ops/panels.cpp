@@ -51,7 +51,7 @@ struct panel_op::this_run {
     }
     void pages_are_there() {} // a ring's are there soon
     void read_ahead() { o.panels.pump(); }
-    void let_go() { o.experts.end_op(); } // experts whose reads have ended meanwhile
+    void release() { o.experts.end_op(); } // experts whose reads have ended meanwhile
 };
 
 void panel_op::run(flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op) {

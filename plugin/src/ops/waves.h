@@ -11,7 +11,7 @@
 //   compute()        all threads
 //   pages_are_there() thread 0: after what was read to for the first time got its pages
 //   read_ahead()     thread 0, at the end of an op that has not failed: the device has work until the next op
-//   let_go()         thread 0, at the end
+//   release()        thread 0, at the end
 #pragma once
 
 #include "ops/gate.h"
@@ -92,7 +92,7 @@ class waves {
             if (end(store)) {
                 op.read_ahead();
             }
-            op.let_go();
+            op.release();
             gate.end_op();
         }
     }
@@ -113,7 +113,7 @@ class waves {
     record_table & table;
 
     bool                                         stop = false; // the op has failed
-    std::vector<uint32_t>                        streamed;     // ring records of this wave, given back after it
+    std::vector<uint32_t>                        streamed;     // ring records of this wave, released after it
     std::vector<uint32_t>                        arrived;      // records of this wave that need repacking
     std::vector<int64_t>                         repack_ends;  // running count of row groups in `arrived`
     std::atomic<int64_t>                         repack_next{ 0 };

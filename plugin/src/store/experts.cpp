@@ -32,7 +32,7 @@ bool expert_store::fetch_to_slot(uint32_t index, bool evict) {
         return false;
     }
     if (evicted != slot_cache::NONE) {
-        forget(record((uint32_t) evicted));
+        set_absent(record((uint32_t) evicted));
         notes.stats.evictions++;
     }
     to_slot(index, slot);
@@ -58,7 +58,7 @@ void expert_store::ended(uint32_t index, const reader::done & done, file_state s
     // the record is absent again, so that the next call may try once more
     if (r.place == record_place::slot) {
         cache.drop(r.index);
-        forget(r);
+        set_absent(r);
     } else {
         release(index);
     }
@@ -104,7 +104,7 @@ const char * expert_store::make(const memory_layout & to, uint64_t & bytes) {
     return make_ring(bytes) ? nullptr : "the ring";
 }
 
-void expert_store::forget_all() {
+void expert_store::drop_all() {
     for (auto & t : table.tensors) {
         if (!t.is_experts) {
             continue;
@@ -112,7 +112,7 @@ void expert_store::forget_all() {
         t.order  = 0;
         t.tokens = 0;
         for (uint32_t i = t.first_record; i < t.first_record + t.n_records; i++) {
-            forget(record(i));
+            set_absent(record(i));
             record(i).used = 0;
         }
     }
@@ -122,12 +122,12 @@ void expert_store::forget_all() {
     make_ring(0);
 }
 
-void expert_store::forget_kept() {
+void expert_store::drop_kept() {
     drop_ring();
     for (auto & r : table.records) {
         if (r.place == record_place::slot) {
             cache.drop(r.index);
-            forget(r);
+            set_absent(r);
         }
     }
 }
@@ -155,7 +155,7 @@ bool expert_store::give_back_one(const memory_layout & to, bool move, bool & stu
             continue;
         }
         if (r.evicted != slot_cache::NONE) {
-            forget(record((uint32_t) r.evicted));
+            set_absent(record((uint32_t) r.evicted));
             notes.stats.evictions++;
         }
         if (r.moved != slot_cache::NONE) {
@@ -191,6 +191,6 @@ bool expert_store::take_one(const memory_layout & to) {
 
 void expert_store::give_back_pages() {
     for (uint32_t c = 0; c < slot_memory.size(); c++) {
-        slot_memory[c].keep((size_t) cache.n_slots(c) * needs.classes[c].slot_bytes);
+        slot_memory[c].give_back_beyond((size_t) cache.n_slots(c) * needs.classes[c].slot_bytes);
     }
 }

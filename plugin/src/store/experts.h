@@ -17,7 +17,7 @@ class expert_store : public record_store {
     // Notes that `count` of an op's n_tokens tokens, the last of which is number t.tokens, use expert e.
     void use(flash_tensor & t, uint32_t e, uint32_t n_tokens, uint32_t count);
 
-    // Not to be given away before end_op(), if it is in a slot.
+    // Not evicted before end_op(), if it is in a slot.
     void hold(uint32_t index) {
         if (record(index).place == record_place::slot) {
             cache.hold(record(index).index);
@@ -30,7 +30,7 @@ class expert_store : public record_store {
     // The same through the ring; false: it is full.
     bool fetch_to_ring(uint32_t index);
 
-    // lets go of what the op held
+    // releases what the op held
     void end_op() { cache.end_op(); }
 
     // The slot of an expert that is being read: whether nothing has been read to it before, so that its pages may not be there yet. Once.
@@ -58,8 +58,8 @@ class expert_store : public record_store {
     // As the layout has it, from empty. What the kernel refused `bytes` for; nullptr: nothing.
     const char * make(const memory_layout & to, uint64_t & bytes);
 
-    void forget_all();  // no read is under way
-    void forget_kept(); // what is in slots and in the ring is on flash only
+    void drop_all();  // no read is under way
+    void drop_kept(); // what is in slots and in the ring is on flash only
     void note_layout(memory_layout & l) const;
     void fit(memory_layout & to) const; // to what there are addresses for
 

@@ -134,8 +134,8 @@ bool neuron_store::make_home(flash_bundle & b, uint64_t least) {
     return true;
 }
 
-void neuron_store::forget_all() {
-    forget_kept();
+void neuron_store::drop_all() {
+    drop_kept();
     slots_mapped = mapping();
     ring_mapped  = mapping();
     homes.clear();
@@ -216,7 +216,7 @@ bool neuron_store::fill_resident(const flash_bundle & b) {
             stock_repack_rows(part.kernel, &part.weight, rows, r->count);
         }
         done += r->count;
-        stream_give();
+        stream_release();
     }
     return true;
 }
@@ -273,7 +273,7 @@ bool neuron_store::give_back_one(const memory_layout & to, bool move, bool & stu
         }
     }
     if (n_slots() > to.neuron_slots) {
-        if (remove_slot(move)) {
+        if (retire_slot(move)) {
             return true;
         }
         stuck = true;
@@ -316,10 +316,10 @@ bool neuron_store::pin_run(flash_bundle & b) {
 }
 
 void neuron_store::give_back_pages() {
-    slots_mapped.keep((size_t) n_slots() * needs.neuron_slot);
+    slots_mapped.give_back_beyond((size_t) n_slots() * needs.neuron_slot);
     for (const auto & b : bundles) {
         if (b.home) {
-            homes[(size_t) b.home_memory].keep(needs.bundles[b.index].home_bytes(b.n_pinned));
+            homes[(size_t) b.home_memory].give_back_beyond(needs.bundles[b.index].home_bytes(b.n_pinned));
         }
     }
 }

@@ -166,7 +166,7 @@ const neuron_store::run * neuron_store::stream_next() {
     }
 }
 
-void neuron_store::stream_give() {
+void neuron_store::stream_release() {
     free_read(runs.front());
     runs.pop_front();
 }
@@ -176,7 +176,7 @@ void neuron_store::stream_end() {
     while (!runs.empty()) {
         while (reads[runs.front()].jobs > 0 && queue.settle(true)) {
         }
-        stream_give();
+        stream_release();
     }
 }
 

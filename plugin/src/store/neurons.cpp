@@ -74,7 +74,7 @@ void neuron_store::note_here(int32_t slot) {
 }
 
 // The read of the neuron has failed.
-void neuron_store::give_up(const flash_bundle & b, const item & i) {
+void neuron_store::drop_failed(const flash_bundle & b, const item & i) {
     const uint32_t neuron = b.first + i.neuron;
     if (slot_of[neuron] == i.slot && pending[(size_t) i.slot] > 0) { // once, if several of its streams fail
         pending[(size_t) i.slot] = 1;
@@ -210,7 +210,7 @@ uint32_t neuron_store::new_read(const flash_bundle & b, const bundle_stream * st
 
 void neuron_store::free_read(uint32_t index) {
     if (reads[index].entry != ring::NONE) {
-        neuron_ring.give(reads[index].entry);
+        neuron_ring.release(reads[index].entry);
     }
     free_reads.push_back(index);
 }
@@ -243,7 +243,7 @@ void neuron_store::plan(const flash_bundle & b, bool ahead) {
 void neuron_store::cancel_ahead() {
     for (uint32_t index : planned_ahead) {
         for (const item & i : reads[index].items) {
-            give_up(*reads[index].bundle, i);
+            drop_failed(*reads[index].bundle, i);
         }
         free_read(index);
     }
@@ -302,7 +302,7 @@ void neuron_store::ended(uint32_t index, const reader::done & done_read, file_st
     }
     n_started--;
     for (const item & i : r.items) {
-        give_up(*r.bundle, i);
+        drop_failed(*r.bundle, i);
     }
     free_read(index);
 }
@@ -347,7 +347,7 @@ void neuron_store::end_landing() {
         } else {
             fail_neuron(*r.bundle, i.neuron, *r.stream);
         }
-        give_up(*r.bundle, i);
+        drop_failed(*r.bundle, i);
     }
     for (uint32_t index : landing_reads) {
         n_started--;
@@ -369,7 +369,7 @@ void neuron_store::fail_neuron(const flash_bundle & b, uint32_t neuron, const bu
     queue.fail_bytes(*b.file, b.name, b.offset + stream.base + neuron * stream.stride, stream.bytes, checksum_of(b, neuron, stream));
 }
 
-void neuron_store::abandon() {
+void neuron_store::drop_reads() {
     cancel_ahead();
     while (!queue.idle()) {
         queue.settle(true);
@@ -380,7 +380,7 @@ void neuron_store::abandon() {
     done.insert(done.end(), waiting.begin(), waiting.end());
     for (uint32_t index : done) {
         for (const item & i : reads[index].items) {
-            give_up(*reads[index].bundle, i);
+            drop_failed(*reads[index].bundle, i);
         }
         n_started -= reads[index].entry != ring::NONE;
         free_read(index);
@@ -401,7 +401,7 @@ void neuron_store::add_slots(uint32_t n) {
     asked_for.resize(pending.size(), 0);
 }
 
-bool neuron_store::remove_slot(bool move) {
+bool neuron_store::retire_slot(bool move) {
     const slot_cache::retired r = cache.retire(0, move);
     if (!r.done) {
         return false;
@@ -417,8 +417,8 @@ bool neuron_store::remove_slot(bool move) {
     return true;
 }
 
-void neuron_store::forget_kept() {
-    abandon();
+void neuron_store::drop_kept() {
+    drop_reads();
     for (uint32_t neuron = 0; neuron < slot_of.size(); neuron++) {
         if (slot_of[neuron] >= 0) {
             drop(neuron);

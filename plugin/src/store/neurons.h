@@ -37,8 +37,8 @@ class neuron_store : public read_owner {
 
     // As the layout has it, from empty. What the kernel refused `bytes` for; nullptr: nothing.
     const char * make(const memory_layout & to, const llama_flash_neuron_params & params, uint64_t & bytes);
-    bool         read_kept();  // pinned records, and the parts that the mode keeps; false: failed
-    void         forget_all(); // waits for what is under way
+    bool         read_kept(); // pinned records, and the parts that the mode keeps; false: failed
+    void         drop_all();  // waits for what is under way
 
     void           note_layout(memory_layout & l) const;
     void           fit(memory_layout & to) const;                                    // to what there are addresses for
@@ -91,7 +91,7 @@ class neuron_store : public read_owner {
         return checksums[first_checksum[b.index] + neuron * b.streams.size() + (size_t) (&stream - b.streams.data())];
     }
 
-    // Lets go of what demand() held.
+    // Releases what demand() held.
     void release() { cache.end_op(); }
 
     // Starts planned reads as far as the ring has room.
@@ -146,11 +146,11 @@ class neuron_store : public read_owner {
     // The next runs to be asked for begin with neuron `first` of b, `rows` at a time, to its end; then, if `ahead`, those of
     // the bundle after it. resident: to fill the parts that are not cached, else for those that are.
     void        stream_begin(const flash_bundle & b, uint32_t first, uint32_t rows, bool ahead, bool resident = false);
-    // The same for some experts (ascending; the list stays until the last run is given back); no run goes beyond one's end.
+    // The same for some experts (ascending; the list stays until the last run is released); no run goes beyond one's end.
     void        stream_experts(const flash_bundle & b, const std::vector<uint32_t> & experts, uint32_t rows);
-    // Waits for the next run; nullptr: the session has failed. To be given back with stream_give() once computed.
+    // Waits for the next run; nullptr: the session has failed. To be released with stream_release() once computed.
     const run * stream_next();
-    void        stream_give();
+    void        stream_release();
     // Any thread: checks rows [first, last) of the run that stream_next() has given, for is_run_sound().
     void        check_run(uint32_t first, uint32_t last);
     bool        is_run_sound(); // thread 0, after all have checked; false: the session has failed
@@ -171,11 +171,11 @@ class neuron_store : public read_owner {
 
     uint32_t n_empty() const { return cache.n_slots(0) - cache.used(); }
 
-    // After a failed op: waits for what is under way, and forgets what has not landed.
-    void abandon();
+    // After a failed op: waits for what is under way, and drops what has not landed.
+    void drop_reads();
 
-    // Forgets every neuron that is in a slot; no op is in progress.
-    void forget_kept();
+    // Drops every neuron that is in a slot; no op is in progress.
+    void drop_kept();
 
     uint32_t n_slots() const { return cache.n_slots(0); }
 
@@ -183,7 +183,7 @@ class neuron_store : public read_owner {
 
     // A moving limit. No op is in progress; the slots' memory has room for n.
     void add_slots(uint32_t n);
-    bool remove_slot(bool move); // the last one, see slot_cache::retire; false: a read into it is under way
+    bool retire_slot(bool move); // the last one, see slot_cache::retire; false: a read into it is under way
     void settle();               // waits for reads of neurons and copies what has come
 
     uint32_t used() const { return cache.used(); }
@@ -246,7 +246,7 @@ class neuron_store : public read_owner {
     void      drop(uint32_t neuron);
     void      hold_only(const flash_bundle & b, const uint32_t * list, size_t n);
     void      note_here(int32_t slot);
-    void      give_up(const flash_bundle & b, const item & i);
+    void      drop_failed(const flash_bundle & b, const item & i);
     uint8_t * copy(const read & r, uint32_t item) const;
     bool      start_run();
     void      go_on(const flash_bundle & b, uint32_t end, uint32_t count);
@@ -300,5 +300,5 @@ class neuron_store : public read_owner {
     bool                          stream_resident = false;
     const std::vector<uint32_t> * stream_list     = nullptr; // experts; nullptr: all of the bundle
     size_t                        stream_expert   = 0;       // of the list
-    std::deque<uint32_t>          runs;                      // started and not yet given back, in order
+    std::deque<uint32_t>          runs;                      // started and not yet released, in order
 };

@@ -161,7 +161,7 @@ bool panel_store::read_pinned() {
     return true;
 }
 
-void panel_store::forget_all() {
+void panel_store::drop_all() {
     for (auto & t : table.tensors) {
         if (t.is_experts) {
             continue;
@@ -171,7 +171,7 @@ void panel_store::forget_all() {
         t.order    = 0;
         t.tokens   = 0;
         for (uint32_t i = t.first_record; i < t.first_record + t.n_records; i++) {
-            forget(record(i));
+            set_absent(record(i));
         }
     }
     order.clear();
@@ -209,7 +209,7 @@ bool panel_store::give_back_one(const memory_layout & to) {
         return false;
     }
     move();
-    forget(record(from->first_record + --from->n_pinned));
+    set_absent(record(from->first_record + --from->n_pinned));
     return true;
 }
 
@@ -275,7 +275,7 @@ bool panel_store::pin_next(flash_tensor & t) {
 void panel_store::give_back_pages() {
     for (const auto & t : table.tensors) {
         if (t.home) {
-            homes[(size_t) t.home_memory].keep(needs.panels[t.number].home_bytes(t.n_pinned));
+            homes[(size_t) t.home_memory].give_back_beyond(needs.panels[t.number].home_bytes(t.n_pinned));
         }
     }
 }

@@ -29,7 +29,7 @@ class panel_store : public record_store {
 
     const char * make(const memory_layout & to, uint64_t & bytes); // as expert_store::make
     bool         read_pinned();                                    // false: failed
-    void         forget_all();
+    void         drop_all();
     void         note_layout(memory_layout & l) const;
     void         fit(memory_layout & to) const;
     bool         give_back_one(const memory_layout & to); // the last pinned panel of the tensor that has the most too many

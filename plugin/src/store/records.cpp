@@ -147,8 +147,8 @@ bool record_store::to_ring(uint32_t index) {
 void record_store::release(uint32_t index) {
     flash_record & r = record(index);
     if (r.place == record_place::ring) {
-        through.give(r.index);
-        forget(r);
+        through.release(r.index);
+        set_absent(r);
     }
 }
 
@@ -171,7 +171,7 @@ void record_store::start(uint32_t index) {
     reads.used(r.bytes);
 }
 
-void record_store::forget(flash_record & r) {
+void record_store::set_absent(flash_record & r) {
     r.state   = record_state::absent;
     r.check   = byte_check::none;
     r.place   = record_place::none;

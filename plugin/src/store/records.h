@@ -132,7 +132,7 @@ class record_store : public read_owner {
 
     // starts the read of a record that has a place
     void start(uint32_t index);
-    void forget(flash_record & r); // it is on flash only
+    void set_absent(flash_record & r); // it is on flash only
 
     // The read has ended. false: the record is not to be used, and it is noted why.
     bool take_in(uint32_t index, const reader::done & done, file_state state);

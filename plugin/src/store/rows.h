@@ -25,7 +25,7 @@ class row_store : public read_owner {
     size_t memory_bytes() const { return rows * (span + longest); }
 
     const char * make(uint64_t & bytes); // as expert_store::make
-    void         forget_all() { memory = mapping(); }
+    void         drop_all() { memory = mapping(); }
 
     // Reads a wave: the rows of t that `ids` names from place `first` on, as far as there is room. false: the session has failed.
     bool read(flash_tensor & t, const ggml_tensor * ids, int64_t first);
