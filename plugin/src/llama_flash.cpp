@@ -183,7 +183,7 @@ uint64_t llama_flash_session_trace_take(llama_flash_session * session, llama_fla
     if (entries && lost) {
         *lost = 0;
         with_session(session, "trace_take", nullptr, [&] {
-            n = session->notes.trace.take(entries, capacity, *lost);
+            n = session->notes.trace.drain(entries, capacity, *lost);
             return LLAMA_FLASH_OK;
         });
     }

@@ -103,7 +103,7 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
                           limits_of(ENOMEM).c_str());
     }
     ffn_ops.work.reserve(bundles, needs.n_ubatch);
-    if (!neurons.read_kept() || !panels.read_pinned()) {
+    if (!neurons.read_pinned() || !panels.read_pinned()) {
         const llama_flash_error e = reads.error();
         reads.forget_error();
         drop_all();

@@ -181,7 +181,7 @@ class store {
         flash_bundle & b = s->bundles[il];
         b.active         = list;
         s->clock.advance(b.tokens, n_tokens);
-        s->reads.take_as_checked(unseen ? b.file : nullptr); // a change that comes between the check and the reads
+        s->reads.count_as_checked(unseen ? b.file : nullptr); // a change that comes between the check and the reads
         s->neurons.use(b, n_tokens);
         s->neurons.demand(b, list.data(), list.size(), true);
         for (;;) {

@@ -62,15 +62,15 @@ void other_changes_are_seen() {
     CHECK(checksum(zeros.data(), 99) != checksum(zeros.data(), 100), "a zero more");
 }
 
-void bytes_are_taken_or_refused_by_what_is_known_of_them() {
+void bytes_are_accepted_or_refused_by_what_is_known_of_them() {
     uint32_t known = 0;
-    CHECK(check_for(file_state::same, known) == byte_check::keep && check_bytes(byte_check::keep, known, 5) && known == 5, "%u", known);
+    CHECK(check_for(file_state::same, known) == byte_check::note && check_bytes(byte_check::note, known, 5) && known == 5, "%u", known);
     CHECK(check_for(file_state::same, known) == byte_check::none && check_bytes(byte_check::none, known, 6) && known == 5, "%u", known);
     for (file_state state : { file_state::touched, file_state::doubtful }) {
         CHECK(check_for(state, known) == byte_check::compare, "known bytes of a file that was touched");
     }
     CHECK(check_bytes(byte_check::compare, known, 5) && !check_bytes(byte_check::compare, known, 6) && known == 5, "%u", known);
-    CHECK(check_for(file_state::touched, 0) == byte_check::keep && check_for(file_state::doubtful, 0) == byte_check::refuse, "unknown bytes");
+    CHECK(check_for(file_state::touched, 0) == byte_check::note && check_for(file_state::doubtful, 0) == byte_check::refuse, "unknown bytes");
     CHECK(check_for(file_state::changed, 0) == byte_check::refuse && check_for(file_state::changed, 5) == byte_check::refuse, "a changed file");
     CHECK(!check_bytes(byte_check::refuse, known, 5), "refused");
 }
@@ -81,7 +81,7 @@ int main() {
     pieces_in_any_order_give_that_of_the_record();
     each_changed_bit_is_seen();
     other_changes_are_seen();
-    bytes_are_taken_or_refused_by_what_is_known_of_them();
+    bytes_are_accepted_or_refused_by_what_is_known_of_them();
     printf("checksum: ok\n");
     return 0;
 }

@@ -53,7 +53,7 @@ void random_operations(layout how, uint32_t io_engine, uint32_t mode, uint32_t w
         if (mode != LLAMA_FLASH_NEURONS_OFF && random.chance(65)) {
             ok = demand_some(a, il, most, seen, random);
         } else {
-            s.reads.take_as_checked(seen ? nullptr : s.bundles[il].file);
+            s.reads.count_as_checked(seen ? nullptr : s.bundles[il].file);
             s.neurons.release();
             ok = a.pass(il, random.chance(60), mode != LLAMA_FLASH_NEURONS_OFF && random.chance(50), random);
         }
@@ -156,7 +156,7 @@ void reads_that_nobody_asked_for_fail_quietly() {
         const std::vector<uint32_t> list = every(20, 100, 500);
         s.begin_op("test");
         a.shard_of(1).cut(5000);
-        s.reads.take_as_checked(s.bundles[1].file); // the change comes after the check
+        s.reads.count_as_checked(s.bundles[1].file); // the change comes after the check
         s.neurons.expect(s.bundles[1], list.data(), list.size());
         if (asked) {
             CHECK(!a.demand(1, list, 1, true), "neurons that are not there");

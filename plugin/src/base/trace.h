@@ -31,7 +31,7 @@ class trace_buffer {
     }
 
     // Moves the oldest to `out`; lost: entries that found no room since the last call.
-    size_t take(llama_flash_trace_entry * out, size_t most, uint64_t & lost) {
+    size_t drain(llama_flash_trace_entry * out, size_t most, uint64_t & lost) {
         const size_t n = std::min(most, entries.size());
         std::copy_n(entries.begin(), n, out);
         entries.erase(entries.begin(), entries.begin() + (ptrdiff_t) n);

@@ -66,7 +66,7 @@ class read_queue {
     void look_again() { checked = nullptr; }
 
     // for tests: as if it had been looked at
-    void take_as_checked(const flash_file * file) { checked = file; }
+    void count_as_checked(const flash_file * file) { checked = file; }
 
     // a file was seen to have changed, in the call that has failed
     bool file_changed() const { return changed; }

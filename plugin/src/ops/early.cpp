@@ -21,7 +21,7 @@ void early_rows::begin(const record_table & table, const flash_tensor & t, const
     }
 }
 
-void early_rows::take(flash_tensor & t, ggml_tensor * op, uint64_t stamp, std::vector<uint32_t> & waiting) {
+void early_rows::hand_over(flash_tensor & t, ggml_tensor * op, uint64_t stamp, std::vector<uint32_t> & waiting) {
     if (tensor != t.number) {
         return;
     }

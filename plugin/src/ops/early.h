@@ -14,8 +14,8 @@ class early_rows {
     void reserve(uint32_t n_experts) { done.assign(n_experts, 0); }
 
     // An op on t of few tokens begins, the session's op number `stamp`: what was computed for it goes to its output, and its experts
-    // are taken from `waiting` (records).
-    void take(flash_tensor & t, ggml_tensor * op, uint64_t stamp, std::vector<uint32_t> & waiting);
+    // are no longer among `waiting` (records).
+    void hand_over(flash_tensor & t, ggml_tensor * op, uint64_t stamp, std::vector<uint32_t> & waiting);
 
     // Notes whether it is the first of its layer, so that something can be computed early for the second.
     void begin(const record_table & table, const flash_tensor & t, const ggml_tensor * op, uint64_t stamp);

@@ -83,7 +83,7 @@ expert_op::there_count expert_op::count_there(bool decode) const {
 
 // Sets the next wave: records that have arrived. When decoding, all of them. Of a prompt those in the ring, if they are worth a
 // wave (half of the ring at most, so that reads go on into the other half), else those in slots.
-void expert_op::take_wave(const flash_tensor & t, bool decode) {
+void expert_op::set_wave(const flash_tensor & t, bool decode) {
     const there_count n          = count_there(decode);
     const bool        from_ring  = decode || n.ring >= n.wish || n.slots == 0;
     const bool        from_slots = decode || !from_ring;
@@ -108,7 +108,7 @@ void expert_op::take_wave(const flash_tensor & t, bool decode) {
 }
 
 // Sets a wave of what the layer's second op will find in slots. false: there is nothing.
-bool expert_op::take_early_wave() {
+bool expert_op::set_early_wave() {
     std::fill(addresses.begin(), addresses.end(), nullptr);
     now_early = early.find(experts, table, distinct, gate.stamp, [&](const flash_tensor & t, uint32_t index) { add_to_wave(t, index); });
     return now_early;
@@ -196,7 +196,7 @@ bool expert_op::to_slot(const flash_tensor & t, uint32_t index, bool decode) {
     if (!may || !experts.fetch_to_slot(index, decode)) {
         return false;
     }
-    if (experts.take_fresh(index)) {
+    if (experts.note_first_read(index)) {
         wave.add_fresh(table.records[index]);
     }
     return true;
@@ -263,7 +263,7 @@ void expert_op::first_wave(flash_tensor & t, ggml_tensor * op) {
     planned = 0;
     hold_what_is_there(t);
     if (decode) {
-        early.take(t, op, gate.stamp, waiting);
+        early.hand_over(t, op, gate.stamp, waiting);
         early.begin(table, t, op, gate.stamp);
         for (uint32_t sibling : table.groups[t.group]) { // records of the other tensors must not be evicted for this one's
             const flash_tensor & other = table.tensors[sibling];
@@ -274,7 +274,7 @@ void expert_op::first_wave(flash_tensor & t, ggml_tensor * op) {
     }
     if (fetch_own(t, decode) && fetch_siblings(t, decode)) {
         pump();
-        take_wave(t, decode);
+        set_wave(t, decode);
     }
 }
 
@@ -292,7 +292,7 @@ void expert_op::next_wave(const flash_tensor & t, bool decode) {
             break;
         }
         if (n.reading > 0) {
-            if (decode && take_early_wave()) {
+            if (decode && set_early_wave()) {
                 return;
             }
             reads.wait();
@@ -307,7 +307,7 @@ void expert_op::next_wave(const flash_tensor & t, bool decode) {
             planned = 0;
         }
     }
-    take_wave(t, decode);
+    set_wave(t, decode);
 }
 
 // one op, as one of the pool's threads sees it

@@ -48,8 +48,8 @@ class expert_op {
     bool        pump();
     void        add_to_wave(const flash_tensor & t, uint32_t index);
     there_count count_there(bool decode) const;
-    void        take_wave(const flash_tensor & t, bool decode);
-    bool        take_early_wave();
+    void        set_wave(const flash_tensor & t, bool decode);
+    bool        set_early_wave();
     void        fetch_expected();
 
     op_gate &            gate;

@@ -52,7 +52,7 @@ void expert_store::ended(uint32_t index, const reader::done & done, file_state s
     if (r.place == record_place::slot) {
         cache.set_reading(r.index, false);
     }
-    if (take_in(index, done, state)) {
+    if (note_arrival(index, done, state)) {
         return;
     }
     // the record is absent again, so that the next call may try once more

@@ -34,7 +34,7 @@ class expert_store : public record_store {
     void end_op() { cache.end_op(); }
 
     // The slot of an expert that is being read: whether nothing has been read to it before, so that its pages may not be there yet. Once.
-    bool take_fresh(uint32_t index) { return std::exchange(slot_fresh[(size_t) record(index).index], 0); }
+    bool note_first_read(uint32_t index) { return std::exchange(slot_fresh[(size_t) record(index).index], 0); }
 
     uint32_t n_slots(uint32_t size_class) const { return cache.n_slots(size_class); }
     uint32_t n_empty(uint32_t size_class) const { return cache.n_empty(size_class); }

@@ -167,7 +167,7 @@ void neuron_store::home_reads::ended(uint32_t, const reader::done & done, file_s
 }
 
 // false: failed
-bool neuron_store::read_kept() {
+bool neuron_store::read_pinned() {
     for (auto & b : bundles) {
         queue.look_again();
         if (!check_file(b)) {

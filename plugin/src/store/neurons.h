@@ -37,8 +37,8 @@ class neuron_store : public read_owner {
 
     // As the layout has it, from empty. What the kernel refused `bytes` for; nullptr: nothing.
     const char * make(const memory_layout & to, const llama_flash_neuron_params & params, uint64_t & bytes);
-    bool         read_kept(); // pinned records, and the parts that the mode keeps; false: failed
-    void         drop_all();  // waits for what is under way
+    bool         read_pinned(); // pinned records, and parts that are resident in the mode; false: failed
+    void         drop_all();    // waits for what is under way
 
     void           note_layout(memory_layout & l) const;
     void           fit(memory_layout & to) const;                                    // to what there are addresses for

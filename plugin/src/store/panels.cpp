@@ -13,7 +13,7 @@ void panel_store::ended(uint32_t index, const reader::done & done, file_state st
                 break;
             }
         }
-    } else if (!take_in(index, done, state)) {
+    } else if (!note_arrival(index, done, state)) {
         release(index);
     }
 }

@@ -181,7 +181,7 @@ void record_store::set_absent(flash_record & r) {
     r.warmed  = false;
 }
 
-bool record_store::take_in(uint32_t index, const reader::done & done, file_state state) {
+bool record_store::note_arrival(uint32_t index, const reader::done & done, file_state state) {
     flash_record &       r = record(index);
     const flash_tensor & t = table.tensors[r.tensor];
     r.check                = check_for(state, r.checksum);

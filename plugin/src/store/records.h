@@ -44,7 +44,7 @@ struct flash_record {
     uint32_t     row; // first row of the matrix (panels)
     uint32_t     rows;
     int32_t      index;    // slot or ring entry
-    uint32_t     checksum; // of its bytes in the file; 0: none is kept
+    uint32_t     checksum; // of its bytes in the file; 0: none is known
     record_place place;
     record_state state;
     byte_check   check;   // to be done before it is computed on
@@ -135,7 +135,7 @@ class record_store : public read_owner {
     void set_absent(flash_record & r); // it is on flash only
 
     // The read has ended. false: the record is not to be used, and it is noted why.
-    bool take_in(uint32_t index, const reader::done & done, file_state state);
+    bool note_arrival(uint32_t index, const reader::done & done, file_state state);
 
     // memory of so many bytes for the ring; false: the kernel refused
     bool make_ring(uint64_t bytes);

@@ -72,11 +72,11 @@ bool row_store::read(flash_tensor & t, const ggml_tensor * wanted, int64_t first
     while (pending > 0 && reads.wait()) {
     }
     reads.look_again(); // it may have changed while it was read
-    return !reads.failed() && reads.check_file(*t.file, t.name, offset_of(t, numbers[0]), bytes) && keep(t);
+    return !reads.failed() && reads.check_file(*t.file, t.name, offset_of(t, numbers[0]), bytes) && gather(t);
 }
 
-// Puts the rows side by side, if they are what they were. false: the session has failed.
-bool row_store::keep(flash_tensor & t) {
+// Puts the rows side by side, if their bytes are those of their first read. false: the session has failed.
+bool row_store::gather(flash_tensor & t) {
     const size_t bytes = t.weight.nb[1];
     for (size_t i = 0; i < numbers.size(); i++) {
         const uint64_t   offset = offset_of(t, numbers[i]);

@@ -41,7 +41,7 @@ class row_store : public read_owner {
     static constexpr size_t MOST = 1u << 20; // bytes, unless one row takes more
 
     bool list(const flash_tensor & t, const ggml_tensor * wanted, int64_t first);
-    bool keep(flash_tensor & t);
+    bool gather(flash_tensor & t);
 
     uint8_t * read_to(size_t i) const { return memory.data + i * span; }
     uint8_t * row(size_t i, size_t row_bytes) const { return memory.data + rows * span + i * row_bytes; }
