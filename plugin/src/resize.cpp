@@ -27,7 +27,7 @@ void llama_flash_session::note_memory() {
     memory = describe(needs, layout_now());
 }
 
-void llama_flash_session::plan_resize(uint64_t bytes) {
+void llama_flash_session::set_target(uint64_t bytes) {
     resizing.to = divide(needs, bytes, layout_now().standing);
     // where the kernel has refused addresses for all there may be, less has room
     neurons.fit(resizing.to);
@@ -45,7 +45,7 @@ int32_t llama_flash_session::resize(uint64_t bytes, bool urgent, llama_flash_res
     reads.look_again();
     resizing.urgent = urgent || (resizing.urgent && bytes == memory.total);
     if (bytes != memory.total) {
-        plan_resize(bytes);
+        set_target(bytes);
         memory.total    = bytes;
         resizing.active = true;
     }

@@ -100,7 +100,7 @@ struct llama_flash_session final : op_gate {
     // resize.cpp. resize() is made of the other three, which tests call, too: the target, and one step towards it
 
     int32_t resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err);
-    void    plan_resize(uint64_t bytes);
+    void    set_target(uint64_t bytes);
     bool    give_back_one(bool & stuck);
     bool    take_one();
 

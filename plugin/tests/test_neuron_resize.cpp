@@ -27,7 +27,7 @@ void what_was_pinned_can_be_computed_while_it_is_given_back() {
         store                 a(how, LLAMA_FLASH_IO_PREAD, LLAMA_FLASH_NEURONS_LOWRANK, UINT32_MAX, 3.0, 1);
         llama_flash_session & s = *a.s;
         CHECK(s.memory.n_neurons_pinned == N_LAYERS * N_FF && s.neurons.n_slots() == 0, "not all is pinned");
-        s.plan_resize(s.requirements().min_memory);
+        s.set_target(s.requirements().min_memory);
         int  steps = 0;
         bool stuck = false;
         while (s.give_back_one(stuck)) {

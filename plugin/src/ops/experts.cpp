@@ -23,31 +23,31 @@ void expert_op::reserve(uint32_t most) {
     counts.reserve(n);
     distinct.reserve(n);
     early.reserve(n);
-    plan.reserve(widest);
+    schedule.reserve(widest);
     waiting.reserve(n + 1);
     wave.reserve(n + 1);
 }
 
 void expert_op::forget() {
-    plan.clear();
-    planned = 0;
+    schedule.clear();
+    scheduled = 0;
     look.forget();
 }
 
 // reads
 
-// Streams the planned experts as far as the ring has room.
+// Streams the scheduled experts as far as the ring has room.
 bool expert_op::pump() {
     bool any = false;
-    while (planned < plan.size()) {
-        const uint32_t index = plan[planned];
+    while (scheduled < schedule.size()) {
+        const uint32_t index = schedule[scheduled];
         if (table.records[index].state == record_state::absent) {
             if (!experts.fetch_to_ring(index)) {
                 break;
             }
             any = true;
         }
-        planned++;
+        scheduled++;
     }
     if (!wave.waits_for_pages()) { // else they are submitted once the pages are there
         reads.submit();
@@ -56,7 +56,7 @@ bool expert_op::pump() {
 }
 
 void expert_op::fetch_expected() {
-    if (!wave.more && planned >= plan.size()) { // else this layer's own reads wait for room
+    if (!wave.more && scheduled >= schedule.size()) { // else this layer's own reads wait for room
         look.fetch();
     }
 }
@@ -202,7 +202,7 @@ bool expert_op::to_slot(const flash_tensor & t, uint32_t index, bool decode) {
     return true;
 }
 
-// Starts the op's own reads: to slots, else the ring is planned. false: the op has failed.
+// Starts the op's own reads: to slots, or through the ring as it has room. false: the op has failed.
 bool expert_op::fetch_own(const flash_tensor & t, bool decode) {
     for (uint32_t index : waiting) {
         if (table.records[index].state == record_state::absent) {
@@ -210,7 +210,7 @@ bool expert_op::fetch_own(const flash_tensor & t, bool decode) {
                 return false;
             }
             if (!to_slot(t, index, decode)) {
-                plan.push_back(index);
+                schedule.push_back(index);
             }
         }
     }
@@ -219,7 +219,7 @@ bool expert_op::fetch_own(const flash_tensor & t, bool decode) {
 
 // The layer's other tensors will ask for the same experts: their reads overlap this op's computing. false: the op has failed.
 bool expert_op::fetch_siblings(const flash_tensor & t, bool decode) {
-    const bool streaming = !plan.empty();
+    const bool streaming = !schedule.empty();
     for (uint32_t sibling : table.groups[t.group]) {
         const flash_tensor & other = table.tensors[sibling];
         if (!comes_later(t, other)) {
@@ -236,7 +236,7 @@ bool expert_op::fetch_siblings(const flash_tensor & t, bool decode) {
             }
             // in a cache too small for a whole layer, the ring keeps this from evicting what was just fetched
             if ((decode && streaming) || !to_slot(other, index, decode)) {
-                plan.push_back(index);
+                schedule.push_back(index);
             }
             r.fetched = true;
         }
@@ -259,8 +259,8 @@ void expert_op::first_wave(flash_tensor & t, ggml_tensor * op) {
     }
     reads.settle(false);
     waiting.clear();
-    plan.clear();
-    planned = 0;
+    schedule.clear();
+    scheduled = 0;
     hold_what_is_there(t);
     if (decode) {
         early.hand_over(t, op, gate.stamp, waiting);
@@ -303,8 +303,8 @@ void expert_op::next_wave(const flash_tensor & t, bool decode) {
                 return;
             }
             experts.drop_ring();
-            plan.assign(waiting.begin(), waiting.end());
-            planned = 0;
+            schedule.assign(waiting.begin(), waiting.end());
+            scheduled = 0;
         }
     }
     set_wave(t, decode);

@@ -69,10 +69,10 @@ class expert_op {
     std::vector<const void *> addresses;         // [experts], of this wave
     bool                      now_early = false; // the wave is for the layer's second op
     std::vector<uint32_t>     waiting;           // records that are still to be computed
-    std::vector<uint32_t>     plan;              // experts to stream, in order
-    size_t                    planned = 0;
-    std::vector<uint64_t>     seen;   // by expert: number of the op that last asked for it
-    std::vector<uint32_t>     count;  // by expert: tokens of the op that use it
-    std::vector<uint32_t>     counts; // of the distinct ones
+    std::vector<uint32_t>     schedule;          // experts to stream, in order
+    size_t                    scheduled = 0;     // so many of them have been dealt with
+    std::vector<uint64_t>     seen;              // by expert: number of the op that last asked for it
+    std::vector<uint32_t>     count;             // by expert: tokens of the op that use it
+    std::vector<uint32_t>     counts;            // of the distinct ones
     std::vector<uint32_t>     distinct;
 };

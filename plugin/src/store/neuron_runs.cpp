@@ -64,7 +64,7 @@ bool neuron_store::start_run() {
     return true;
 }
 
-// The next run to plan comes after `count` neurons of b; end: where b, or the expert, ends.
+// The next run to schedule comes after `count` neurons of b; end: where b, or the expert, ends.
 void neuron_store::go_on(const flash_bundle & b, uint32_t end, uint32_t count) {
     stream_first += count;
     if (stream_first == end && stream_list && ++stream_expert < stream_list->size()) {
@@ -77,7 +77,7 @@ void neuron_store::go_on(const flash_bundle & b, uint32_t end, uint32_t count) {
     }
 }
 
-// the next run to plan is the first of the layers after b that is not pinned
+// the next run to schedule is the first of the layers after b that is not pinned
 void neuron_store::stream_after(const flash_bundle & b) {
     stream_bundle = nullptr;
     for (uint32_t i = b.index + 1; i < bundles.size() && !stream_bundle; i++) {

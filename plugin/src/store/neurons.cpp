@@ -131,7 +131,7 @@ void neuron_store::demand(const flash_bundle & b, const uint32_t * list, size_t 
             wanted.push_back({ list[k], slot_of[b.first + list[k]] });
         }
     }
-    plan(b, false);
+    schedule(b, false);
 }
 
 // Only the listed neurons stay held. Those that other parts of the evaluation have used may be evicted from now on.
@@ -160,7 +160,7 @@ void neuron_store::expect(const flash_bundle & b, const uint32_t * list, size_t 
         }
     }
     notes.stats.neurons_expected += wanted.size();
-    plan(b, true);
+    schedule(b, true);
     pump();
 }
 
@@ -183,7 +183,7 @@ bool neuron_store::warm(const flash_bundle & b, const uint32_t * list, size_t n)
             }
         }
     }
-    plan(b, true);
+    schedule(b, true);
     pump();
     return room;
 }
@@ -216,7 +216,7 @@ void neuron_store::free_read(uint32_t index) {
 }
 
 // Makes reads of `wanted` (ascending): neighbours in the file, and those with little between them, together.
-void neuron_store::plan(const flash_bundle & b, bool ahead) {
+void neuron_store::schedule(const flash_bundle & b, bool ahead) {
     for (const auto & stream : b.streams) {
         size_t k = 0;
         while (k < wanted.size()) {
@@ -234,20 +234,20 @@ void neuron_store::plan(const flash_bundle & b, bool ahead) {
                 end = next + stream.bytes;
             }
             r.ahead = ahead;
-            (ahead ? planned_ahead : planned).push_back(index);
+            (ahead ? scheduled_ahead : scheduled).push_back(index);
         }
     }
 }
 
 // Reads that were only expected and have not begun: a demand comes first, and may be for other neurons.
 void neuron_store::cancel_ahead() {
-    for (uint32_t index : planned_ahead) {
+    for (uint32_t index : scheduled_ahead) {
         for (const item & i : reads[index].items) {
             drop_failed(*reads[index].bundle, i);
         }
         free_read(index);
     }
-    planned_ahead.clear();
+    scheduled_ahead.clear();
 }
 
 bool neuron_store::start(uint32_t index) {
@@ -270,7 +270,7 @@ bool neuron_store::start(uint32_t index) {
 }
 
 void neuron_store::pump() {
-    for (auto * queue : { &planned, &planned_ahead }) {
+    for (auto * queue : { &scheduled, &scheduled_ahead }) {
         while (!queue->empty() && start(queue->front())) {
             queue->pop_front();
         }
@@ -375,8 +375,8 @@ void neuron_store::drop_reads() {
         queue.settle(true);
     }
     stream_end();
-    const std::vector<uint32_t> waiting(planned.begin(), planned.end());
-    planned.clear();
+    const std::vector<uint32_t> waiting(scheduled.begin(), scheduled.end());
+    scheduled.clear();
     done.insert(done.end(), waiting.begin(), waiting.end());
     for (uint32_t index : done) {
         for (const item & i : reads[index].items) {

@@ -94,7 +94,7 @@ class neuron_store : public read_owner {
     // Releases what demand() held.
     void release() { cache.end_op(); }
 
-    // Starts planned reads as far as the ring has room.
+    // Starts scheduled reads as far as the ring has room.
     void pump();
 
     // The neuron's cached bytes; nullptr while it is not there.
@@ -132,7 +132,7 @@ class neuron_store : public read_owner {
     // Thread 0: after all threads are through land(). Neurons whose bytes are not those of their first read lose their slots; if
     // they have been demanded, the session has failed.
     void end_landing();
-    bool under_way() const { return n_started > 0 || !planned.empty(); } // demanded or expected, and not yet landed
+    bool under_way() const { return n_started > 0 || !scheduled.empty(); } // demanded or expected, and not yet landed
 
     // whole runs of records, for evaluations that use all neurons: in order, through the same ring
 
@@ -239,7 +239,7 @@ class neuron_store : public read_owner {
     uint32_t  new_read(const flash_bundle & b, const bundle_stream * stream);
     void      free_read(uint32_t index);
     bool      start(uint32_t index);
-    void      plan(const flash_bundle & b, bool ahead);
+    void      schedule(const flash_bundle & b, bool ahead);
     void      cancel_ahead();
     void      expire(uint64_t now);
     bool      take(uint32_t neuron, bool evict = true);
@@ -280,8 +280,8 @@ class neuron_store : public read_owner {
     std::vector<item>         wanted; // missing neurons that have just got slots
     std::deque<read>          reads;  // pool; addresses stay
     std::vector<uint32_t>     free_reads;
-    std::deque<uint32_t>      planned; // demanded, not yet started
-    std::deque<uint32_t>      planned_ahead;
+    std::deque<uint32_t>      scheduled; // demanded, not yet started
+    std::deque<uint32_t>      scheduled_ahead;
     std::vector<uint32_t>     done; // arrived, to be landed
     std::vector<uint32_t>     landing_reads;
     std::vector<landing_item> landing;
@@ -293,7 +293,7 @@ class neuron_store : public read_owner {
     uint32_t                  n_coming  = 0;  // slots whose neuron is not there yet
 
     // streaming
-    const flash_bundle *          stream_bundle   = nullptr; // of the next run to plan
+    const flash_bundle *          stream_bundle   = nullptr; // of the next run to schedule
     uint32_t                      stream_first    = 0;
     uint32_t                      stream_rows     = 0;
     bool                          stream_ahead    = false;
