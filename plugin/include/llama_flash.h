@@ -212,7 +212,7 @@ struct llama_flash_stats {
     uint64_t resident_bytes; // slots, pins and ring touched so far
     uint64_t slots_used;     // of experts
     uint64_t neuron_slots_used;
-    uint32_t io_engine; // the engine in use
+    uint32_t io_engine; // the I/O engine in use
     uint32_t reserved;
 };
 
@@ -249,7 +249,7 @@ struct llama_flash_context_memory {
 };
 
 LLAMA_FLASH_API uint32_t     llama_flash_api_version(void);
-LLAMA_FLASH_API const char * llama_flash_build_info(void); // version, engines built in
+LLAMA_FLASH_API const char * llama_flash_build_info(void); // version, I/O engines built in
 
 // Adds the CPU_FLASH buffer type to the CPU backend. Call before any model is loaded and while nothing computes.
 LLAMA_FLASH_API int32_t llama_flash_register(void);
@@ -257,7 +257,7 @@ LLAMA_FLASH_API int32_t llama_flash_register(void);
 // The ggml_backend_buffer_type_t to name in llama_model_tensor_buft_override.buft.
 LLAMA_FLASH_API void * llama_flash_buffer_type(void);
 
-// params may be NULL (defaults). Returns NULL and fills *err on failure (an engine that is not available, say).
+// params may be NULL (defaults). Returns NULL and fills *err on failure (an I/O engine that is not available, say).
 LLAMA_FLASH_API struct llama_flash_session * llama_flash_session_new(const struct llama_flash_params * params, struct llama_flash_error * err);
 LLAMA_FLASH_API void                         llama_flash_session_free(struct llama_flash_session * session);
 
@@ -369,7 +369,7 @@ struct llama_flash_probe {
     uint32_t reserved;
 };
 
-// Reads chunks at random offsets (multiples of their size) of the file with the engine that decoding uses, params->io_depth of
+// Reads chunks at random offsets (multiples of their size) of the file with the I/O engine that decoding uses, params->io_depth of
 // them in flight, until `duration_ms` have passed and all that was asked for has arrived. Takes 32 MiB of memory at most, or
 // one chunk. chunk: bytes, a multiple of 4096, at most the file's size. params may be NULL (defaults); params->read_bytes is
 // not used: each chunk is one read.

@@ -1,4 +1,4 @@
-// weight_loader with each engine on a real file: any range to any address, and what cannot be read is said.
+// weight_loader with each I/O engine on a real file: any range to any address, and what cannot be read is said.
 #include "check.h"
 #include "io/load.h"
 #include "temporary_file.h"

@@ -1,4 +1,4 @@
-// llama_flash_probe_reads with each engine: every chunk is counted, as many are in flight as asked for, errors are said.
+// llama_flash_probe_reads with each I/O engine: every chunk is counted, as many are in flight as asked for, errors are said.
 #include "check.h"
 #include "llama_flash.h"
 

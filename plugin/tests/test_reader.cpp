@@ -1,4 +1,4 @@
-// reader with each engine on a real file: what arrives is what pread gives, nothing around it is touched, errors are said.
+// reader with each I/O engine on a real file: what arrives is what pread gives, nothing around it is touched, errors are said.
 #include "check.h"
 #include "io/reader.h"
 #include "temporary_file.h"
@@ -259,7 +259,7 @@ bool available(llama_flash_io_engine engine) {
     if (reader::create(params, &err)) {
         return true;
     }
-    CHECK(err.code == LLAMA_FLASH_E_INVALID && err.message[0], "an engine that is missing must say why");
+    CHECK(err.code == LLAMA_FLASH_E_INVALID && err.message[0], "an I/O engine that is missing must say why");
     printf("left out: %s\n", err.message);
     return false;
 }

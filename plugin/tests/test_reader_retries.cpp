@@ -1,6 +1,6 @@
 // reader when the system disturbs its reads: interrupted and short ones are continued, others end the job.
 //
-// This program's own pread stands before libc's; the pread engine is the one that calls it.
+// This program's own pread stands before libc's; the pread pool is the one that calls it.
 #include "check.h"
 #include "io/reader.h"
 

@@ -1,4 +1,4 @@
-// What the device gives to reads like those of decoding: same reader, same engines, any chunk size and depth.
+// What the device gives to reads like those of decoding: same reader, same I/O engines, any chunk size and depth.
 #include "llama_flash.h"
 
 #include "base/status.h"

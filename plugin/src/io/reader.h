@@ -1,6 +1,6 @@
 // Asynchronous reads past the page cache: aligned pieces of a span of a file, into memory that is congruent with it.
 //
-// A job is one record. It is read in pieces, all in flight at once. Short reads and EINTR are continued here; what an engine
+// A job is one record. It is read in pieces, all in flight at once. Short reads and EINTR are continued here; what an I/O engine
 // (io_uring or a pool of pread threads) reports is only "this piece returned that".
 //
 // Not thread safe: the session serialises its callers. The reader knows neither ggml nor which record a job is for.
@@ -74,10 +74,10 @@ struct read_piece {
     uint32_t     size;   // bytes asked of the device, multiple of FLASH_SECTOR
     uint32_t     need;   // bytes that must arrive (less than size at the end of the file)
     uint8_t *    dst;
-    int64_t      result; // bytes read or -errno, set by the engine
+    int64_t      result; // bytes read or -errno, set by the I/O engine
     uint32_t     tries;  // times in a row that it ended without a byte, for no fault of the device
     read_job *   job;
-    read_piece * next; // the engine's and the reader's lists
+    read_piece * next; // lists of the I/O engine and of the reader
 };
 
 struct read_job {

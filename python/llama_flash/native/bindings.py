@@ -327,7 +327,7 @@ class llama_flash_stats(ctypes.Structure):
     resident_bytes: int  # slots, pins and ring touched so far
     slots_used: int  # of experts
     neuron_slots_used: int
-    io_engine: int  # the engine in use
+    io_engine: int  # the I/O engine in use
     reserved: int
 
 
