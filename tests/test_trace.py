@@ -166,11 +166,11 @@ def test_entries_without_room_are_counted_and_a_reader_that_comes_late_is_told(m
         session.native.trace(10)
         llm.eval(DECODED[1:2])
         entries = np.empty(100, TRACE_ENTRY)
-        assert session.native.take_trace(entries[:4]) == (4, whole - 10)
-        assert session.native.take_trace(entries) == (6, 0)
+        assert session.native.drain_trace(entries[:4]) == (4, whole - 10)
+        assert session.native.drain_trace(entries) == (6, 0)
         session.native.trace(0)
         llm.eval(DECODED[2:3])
-        assert session.native.take_trace(entries) == (0, 0)
+        assert session.native.drain_trace(entries) == (0, 0)
         with Recorder(session) as recorder:
             session.native.trace(10)
             with pytest.raises(FlashError, match=f"has lost {whole - 10} records"):

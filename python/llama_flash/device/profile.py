@@ -198,22 +198,22 @@ def measure(
             report(0.3 + 0.7 * i / len(cells), f"reads of {format_size(chunk)}, {depth} in flight")
             probe = probe_reads(name, chunk, depth, min(_CELL_SECONDS, left / (len(cells) - i)), io_engine)
             reads.append(_read_rate(chunk, depth, probe))
-        faster = _faster_engine(name, file_bytes, probe.io_engine) if reads and io_engine == "auto" else ""
+        faster = _faster_io_engine(name, file_bytes, probe.io_engine) if reads and io_engine == "auto" else ""
     if not reads:
         raise FlashError(f"{path}: the file is smaller than one read of {format_size(CHUNKS[0])}")
     report(1.0, "done")
     return replace(_profile(device, "measured", probe, file_bytes, dram, reads), faster=faster)
 
 
-def _faster_engine(path: str, file_bytes: int, measured: int) -> str:
-    """The other engine, if it is clearly faster at small and large reads together; "" otherwise."""
+def _faster_io_engine(path: str, file_bytes: int, measured: int) -> str:
+    """The other I/O engine, if it is clearly faster at small and large reads together; "" otherwise."""
     mine, other = ("io_uring", "pread") if measured == IO_ENGINES["io_uring"] else ("pread", "io_uring")
     ratio, n = 1.0, 0
     for chunk, depth in _DUEL:
         if chunk > file_bytes:
             continue
         try:
-            pair = [probe_reads(path, chunk, depth, _QUICK_SECONDS, engine) for engine in (other, mine)]
+            pair = [probe_reads(path, chunk, depth, _QUICK_SECONDS, io_engine) for io_engine in (other, mine)]
         except FlashError:  # not to be had here
             return ""
         ratio, n = ratio * (pair[0].bytes / pair[0].ns) / (pair[1].bytes / pair[1].ns), n + 1

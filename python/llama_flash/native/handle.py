@@ -207,7 +207,7 @@ class Session:
         """Records what ops ask for, so many entries; 0: no more."""
         self._call("llama_flash_session_trace", capacity)
 
-    def take_trace(self, entries: npt.NDArray[Any]) -> tuple[int, int]:
+    def drain_trace(self, entries: npt.NDArray[Any]) -> tuple[int, int]:
         """Moves what was recorded into `entries`, of TRACE_ENTRY; returns how many there are, and how many are lost."""
         lost = ctypes.c_uint64()
         pointer = entries.ctypes.data_as(ctypes.POINTER(bindings.llama_flash_trace_entry))

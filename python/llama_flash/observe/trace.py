@@ -191,7 +191,7 @@ class Recorder:
         Raises:
             FlashError: entries were lost.
         """
-        n, lost = self._native.take_trace(self._entries)
+        n, lost = self._native.drain_trace(self._entries)
         if lost:
             raise FlashError(f"the trace has lost {lost} records: a call asked for more than there was room for")
         self._pieces.append(self._entries[:n].copy())

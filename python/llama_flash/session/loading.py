@@ -82,7 +82,7 @@ class Load:
             self._prepare(model_params)
         except BaseException as failure:
             self.end()
-            share.release()
+            share.close()
             if isinstance(failure, OSError):
                 explain_files(failure, [path])
             raise
@@ -180,7 +180,7 @@ class Load:
             lookahead=experts_ahead(self.options),
             panel_bytes=parse_size(self.options.panel_bytes),
         )
-        self._share.take(native)
+        self._share.adopt(native)
         self._share.memento = Memento(self.meta, self.options, self._plan)
         for name, only in self._plan.tables.items():
             native.add_rows(name, only)

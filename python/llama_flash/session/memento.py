@@ -50,14 +50,14 @@ class Memento:
         self.left = self.left[done:]
         return len(self.left) > 0
 
-    def keep_hot(self, native: Session) -> None:
+    def store_hot(self, native: Session) -> None:
         """Remembers what is in slots."""
         if not self._wanted or not len(ids := native.hot()):
             return
         with contextlib.suppress(OSError):  # the model is gone
             hot.save(self._meta.files[0], self._mark or self._fingerprint(), np.asarray(ids))
 
-    def keep_usage(self, native: Session, history: History, since: float, memory: Breakdown, predictor: str) -> None:
+    def store_usage(self, native: Session, history: History, since: float, memory: Breakdown, predictor: str) -> None:
         """Remembers how experts and neurons were used, for plans. since: when memory was moved last, as calls began."""
         if not self._wanted:
             return

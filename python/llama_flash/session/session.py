@@ -351,7 +351,7 @@ class FlashSession:
             self._keep()
         self.account.finish(self.budget, self.memory, native)
         _live.discard(self)
-        self.share.release()
+        self.share.close()
 
     def __del__(self) -> None:
         if "share" in self.__dict__ and self.native is not None:
@@ -363,8 +363,8 @@ class FlashSession:
         if native is None or memento is None or native.forked:
             return
         if self.stats().total.tokens:
-            memento.keep_hot(native)
-        memento.keep_usage(native, self.history, self.share.settled, self.memory, self.predictor)
+            memento.store_hot(native)
+        memento.store_usage(native, self.history, self.share.settled, self.memory, self.predictor)
 
 
 @atexit.register

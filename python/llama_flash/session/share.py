@@ -47,12 +47,12 @@ class Share:
         self._moving = self._urgent = self._short = False
         self._callbacks: list[Callback] = []
 
-    def take(self, native: Session) -> None:
-        """The session that the memory is of; freed by `release`."""
+    def adopt(self, native: Session) -> None:
+        """The session that the memory is of; freed by `close`."""
         self.native = native
         granted.add(self)
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Frees the session and its memory, if there is one."""
         native, self.native = self.native, None
         granted.discard(self)
