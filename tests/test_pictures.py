@@ -71,8 +71,8 @@ def seen(model_file: ModelFile, model_folder: Path) -> dict[str, tuple[Snapshot,
 def test_calls_add_up_to_the_statistics(kind: str, seen: dict[str, tuple[Snapshot, FlashStats]]) -> None:
     snapshot, stats = seen[kind]
     assert [call.counters.tokens for call in snapshot.calls] == ([40] + 30 * [1]) * 2
-    for part, is_decode in ((stats.prompt, False), (stats.decode, True)):
-        total = sum((c.counters for c in snapshot.calls if c.is_decode == is_decode), Counters())
+    for part, is_generation in ((stats.prompt, False), (stats.decode, True)):
+        total = sum((c.counters for c in snapshot.calls if c.is_generation == is_generation), Counters())
         assert total.as_dict() == pytest.approx(part.as_dict())
     assert snapshot.calls[-1].counters == stats.last
     for before, call in zip(snapshot.calls, snapshot.calls[1:], strict=False):
@@ -177,7 +177,7 @@ def test_the_time_of_a_token_is_split_as_the_statistics_say(
     axes = axes_of(draw(snapshot, "latency"), "Time of a token")
     drawn = steps(axes)
     heights = {name: (data.values - data.baseline) / 1e3 for name, data in drawn.items()}
-    seconds = [call.seconds for call in snapshot.calls if call.is_decode]
+    seconds = [call.seconds for call in snapshot.calls if call.is_generation]
     assert heights["waiting"].sum() == pytest.approx(stats.decode.wait_seconds)
     assert heights["memory"].sum() == pytest.approx(stats.decode.manage_seconds + stats.decode.repack_seconds)
     assert drawn["memory"].values / 1e3 == pytest.approx(seconds)
@@ -190,7 +190,7 @@ def test_bytes_and_hits_over_time_are_those_of_the_calls(
     kind: str, seen: dict[str, tuple[Snapshot, FlashStats]]
 ) -> None:
     snapshot, stats = seen[kind]
-    decoded = [call.counters for call in snapshot.calls if call.is_decode]
+    decoded = [call.counters for call in snapshot.calls if call.is_generation]
     figure = draw(snapshot, ["hits", "bytes"])
     axes = axes_of(figure, "Read from flash")
     unit = {"KiB": 1 << 10, "MiB": 1 << 20}[axes.get_ylabel().split()[0]]

@@ -32,7 +32,7 @@ class Call:
         return self.ended - self.began
 
     @property
-    def is_decode(self) -> bool:
+    def is_generation(self) -> bool:
         """One token, as generation has it; else a prompt."""
         return self.counters.tokens == 1
 

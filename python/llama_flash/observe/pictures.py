@@ -185,7 +185,7 @@ def _missing(name: str, snapshot: Snapshot) -> str:
 
 
 def _decoded(snapshot: Snapshot) -> list[Call]:
-    return [call for call in snapshot.calls if call.is_decode]
+    return [call for call in snapshot.calls if call.is_generation]
 
 
 def _no_tokens(snapshot: Snapshot) -> str:
@@ -235,7 +235,7 @@ class _Time:
         # a prompt lies before the generated token that follows it
         tokens, self.prompts = snapshot.decoded_before, []
         for call in snapshot.calls:
-            if call.is_decode:
+            if call.is_generation:
                 tokens += 1
             elif tokens > snapshot.decoded_before:
                 self.prompts.append(tokens + 0.5)
@@ -403,7 +403,7 @@ def _working_set(snapshot: Snapshot, most: int) -> Floats:
     """% of all experts or neurons that the last 1, 2, ... tokens have used, as far back as they came one by one."""
     single = 0
     for call in reversed(snapshot.calls):
-        if not call.is_decode:
+        if not call.is_generation:
             break
         single += 1
     if snapshot.residency is None:

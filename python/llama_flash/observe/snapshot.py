@@ -99,7 +99,7 @@ def take(
         budget=stats.budget.total,
         flash_memory=stats.memory.flash,
         calls=tuple(calls),
-        decoded_before=max(0, stats.decode.calls - sum(call.is_decode for call in calls)),
+        decoded_before=max(0, stats.decode.calls - sum(call.is_generation for call in calls)),
         window=window,
         picks_neurons=picks_neurons,
         reuse=reuse,
