@@ -181,7 +181,7 @@ struct llama_flash_memory {
 // how far llama_flash_session_resize has come
 struct llama_flash_resize {
     uint64_t total; // bytes that it leads to: as asked for, but no less than `least` and no more than all records need
-    uint64_t least; // bytes that rings, tables, work space and resident parts take: they do not change while the model runs
+    uint64_t least; // bytes that rings, tables, work space and resident parts use: they do not change while the model runs
     uint32_t done;  // 0: call again
     uint32_t reserved;
 };

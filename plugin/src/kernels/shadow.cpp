@@ -70,7 +70,7 @@ void stock_repack(const stock_kernel & kernel, const ggml_tensor * weight, uint8
     rows.nb[3]       = rows.nb[2];
     rows.data        = data + (size_t) row * rows.nb[1];
 
-    // a group of interleaved rows takes the same bytes as the rows themselves
+    // a group of interleaved rows has as many bytes as the rows themselves
     memcpy(scratch, rows.data, rows.nb[2]);
     kernel.buffer->iface.set_tensor(kernel.buffer, &rows, scratch, 0, rows.nb[2]);
 }

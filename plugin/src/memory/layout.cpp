@@ -55,7 +55,7 @@ static uint64_t slot_cost(const memory_needs & n) {
     return n.in_slots ? n.neuron_slot + SLOT_ENTRY : 0;
 }
 
-// the most that the ring of neurons takes of `room` beyond its least
+// the most that the ring of neurons uses of `room` beyond its least
 static uint64_t neuron_ring_most(const memory_needs & n, uint64_t room) {
     const uint64_t most = std::min(room, n.neuron_bytes() + n.n_neurons() * NEURON_MOST);
     return flash_sector_floor(std::min(RING_MOST, most / RING_PART));
@@ -96,7 +96,7 @@ static uint64_t ring_bytes(uint64_t least, uint64_t left, uint64_t records) {
     return least + flash_sector_floor(std::min({ RING_MOST, left / RING_PART, records }));
 }
 
-// Bundles' records in `room` bytes where the mode has no slots: whole runs, the same share of each layer. Returns what they take.
+// Bundles' records in `room` bytes where the mode has no slots: whole runs, the same share of each layer. Returns what they use.
 static uint64_t pin_runs(const memory_needs & n, uint64_t room, uint64_t whole, memory_layout & l) {
     const double part = std::min(1.0, (double) room / (double) whole);
     double       due  = 0.0; // runs
@@ -117,7 +117,7 @@ static uint64_t pin_runs(const memory_needs & n, uint64_t room, uint64_t whole, 
     return used;
 }
 
-// Neurons in `room` bytes beside the minimum. Returns what they take of it, with their ring.
+// Neurons in `room` bytes beside the minimum. Returns what they use of it, with their ring.
 static uint64_t divide_neurons(const memory_needs & n, uint64_t room, const standing_parts * standing, memory_layout & l) {
     const uint64_t fewest = FEWEST_NEURON_SLOTS * slot_cost(n); // in the minimum: if all neurons are pinned, their bytes are for that
     uint64_t       whole  = 0;                                  // bytes of all records
@@ -147,7 +147,7 @@ static uint64_t divide_neurons(const memory_needs & n, uint64_t room, const stan
     return ring + (l.neuron_slots - std::min(l.neuron_slots, FEWEST_NEURON_SLOTS)) * slot_cost(n);
 }
 
-// Panels in `room` bytes, each matrix the same share of its own, so that what streams is spread evenly. Returns what they take.
+// Panels in `room` bytes, each matrix the same share of its own, so that what streams is spread evenly. Returns what they use.
 static uint64_t pin_panels(const memory_needs & n, uint64_t room, memory_layout & l) {
     uint64_t span    = 0;
     uint64_t sectors = 0;

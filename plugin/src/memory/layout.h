@@ -21,7 +21,7 @@
 constexpr uint32_t FEWEST_NEURON_SLOTS = 64;
 constexpr uint64_t SLOT_ENTRY          = 64;        // bytes of a record's or a neuron slot's entry in the tables of a cache
 constexpr uint64_t NEURON_ENTRY        = 24;        // of a neuron in the tables of its store
-constexpr uint64_t NEURON_MOST         = 128;       // that a neuron in a slot takes beyond its record: the slot's end and its entry
+constexpr uint64_t NEURON_MOST         = 128;       // that a neuron in a slot uses beyond its record: the slot's end and its entry
 constexpr uint64_t RING_MOST           = 32u << 20; // of a ring beyond its least: enough to keep a device busy while a wave computes
 constexpr uint64_t RING_PART           = 8;         // and of what is left beside the minimum, so many parts at most
 
@@ -32,7 +32,7 @@ struct panel_needs {
     uint64_t panel_bytes = 0; // of each but the last
     uint32_t panels      = 0;
 
-    // bytes at the begin of the matrix' home that its first n panels take
+    // bytes at the begin of the matrix' home that its first n panels use
     uint64_t home_bytes(uint32_t n) const;
 
     // of all panels, each in whole sectors
@@ -69,7 +69,7 @@ struct memory_needs {
     std::vector<class_needs> classes;
 
     std::vector<bundle_needs> bundles;
-    uint64_t                  neuron_tables = 0; // without what slots take
+    uint64_t                  neuron_tables = 0; // without what slots use
     uint64_t                  work          = 0; // space to evaluate n_ubatch tokens
     uint32_t                  n_ubatch      = 0;
     uint32_t                  run           = 0;     // neurons of a bundle are streamed and pinned so many at a time

@@ -38,7 +38,7 @@ class row_store : public read_owner {
     bool                         more() const { return another; } // wave follows
 
   private:
-    static constexpr size_t MOST = 1u << 20; // bytes, unless one row takes more
+    static constexpr size_t MOST = 1u << 20; // bytes, unless one row needs more
 
     bool list(const flash_tensor & t, const ggml_tensor * wanted, int64_t first);
     bool gather(flash_tensor & t);

@@ -34,5 +34,5 @@ class warming {
     const flash_bundle *  bundle  = nullptr;
     bool                  room    = true;
     uint64_t              bytes   = 0; // that are read
-    uint64_t              sectors = 0; // bytes that neurons take in the ring
+    uint64_t              sectors = 0; // bytes that neurons use in the ring
 };

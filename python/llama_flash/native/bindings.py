@@ -266,7 +266,7 @@ class llama_flash_resize(ctypes.Structure):
     ]
 
     total: int  # bytes that it leads to: as asked for, but no less than `least` and no more than all records need
-    least: int  # bytes that rings, tables, work space and resident parts take: they do not change while the model runs
+    least: int  # bytes that rings, tables, work space and resident parts use: they do not change while the model runs
     done: int  # 0: call again
     reserved: int
 

@@ -61,7 +61,9 @@ def later_half(calls: Sequence[Call]) -> tuple[Counters, float] | None:
 
     None: they are too few. calls: the oldest first.
     """
-    steps = [(now.ended - before.ended, now) for before, now in pairwise(calls) if now.is_generation and before.is_generation]
+    steps = [
+        (now.ended - before.ended, now) for before, now in pairwise(calls) if now.is_generation and before.is_generation
+    ]
     steps = steps[len(steps) // 2 :]
     if not steps:
         return None
