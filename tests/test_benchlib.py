@@ -13,7 +13,7 @@ import pytest
 
 import llama_flash
 
-CI = Path(__file__).parents[1] / "ci"
+BENCH = Path(__file__).parents[1] / "ci/bench"
 CODE = """
 import os, sys
 from benchlib.runs import _execute
@@ -28,7 +28,7 @@ def test_only_what_is_measured_spins(cap: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setenv("GOMP_SPINCOUNT", "0")
     command = [sys.executable, "-c", CODE, str(cap)]
-    output = subprocess.run(command, cwd=CI, capture_output=True, text=True, check=True, timeout=60).stdout
+    output = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60).stdout
     assert output.split() == ["passive", "False", "active", "False"]
 
 
@@ -51,7 +51,7 @@ else:
 def test_a_signal_during_a_run_stops_what_would_follow(cap: int, number: signal.Signals) -> None:
     command = [sys.executable, "-c", STOPPED, str(cap)]
     as_given = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # under nohup a hangup is ignored
-    with subprocess.Popen(command, cwd=CI, stdout=subprocess.PIPE, text=True, **as_given) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command, cwd=BENCH, stdout=subprocess.PIPE, text=True, **as_given) as process:  # type: ignore[call-overload]
         assert process.stdout and process.stdout.readline() == "begun\n"
         process.send_signal(number)
         assert process.communicate(timeout=60)[0] == "stopped\n"
@@ -64,7 +64,7 @@ def answers(folder: Path, mode: str, **spec: Any) -> dict[str, Any]:
     given = {"model": str(Path(llama_flash.__file__).parent / "models/stdlib-moe-q8_0.gguf"), "out": "out.json"}
     given |= {"work": "text", "stream": str(prompts), "n_ctx": 128, "warm_up": 10, "tokens": 20, "per_prompt": 8}
     (folder / "spec.json").write_text(json.dumps(given | {"mode": mode, "out": str(folder / "out.json")} | spec))
-    child = CI / "benchlib/child.py"
+    child = BENCH / "benchlib/child.py"
     subprocess.run([sys.executable, child, folder / "spec.json"], check=True, timeout=120)
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return found

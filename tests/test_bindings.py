@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_bindings_are_generated_from_the_current_header() -> None:
     check = subprocess.run(
-        [sys.executable, ROOT / "ci/generate_bindings.py", "--check"], capture_output=True, text=True
+        [sys.executable, ROOT / "ci/tools/generate_bindings.py", "--check"], capture_output=True, text=True
     )
     assert check.returncode == 0, check.stdout + check.stderr
 

@@ -124,7 +124,10 @@ def test_the_list_of_commands_needs_none_of_them() -> None:
 
 def test_the_reference_has_every_command_and_option() -> None:
     check = subprocess.run(
-        [sys.executable, ROOT / "ci/generate_cli_reference.py", "--check"], capture_output=True, text=True, timeout=60
+        [sys.executable, ROOT / "ci/tools/generate_cli_reference.py", "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert check.returncode == 0, check.stderr
     page = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")

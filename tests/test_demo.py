@@ -19,13 +19,13 @@ from llama_flash import FlashCapError, run_capped
 from llama_flash.budget.cgroup import memory_controller
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = [sys.executable, ROOT / "ci/demo.py"]
+DEMO = [sys.executable, ROOT / "ci/tools/demo.py"]
 SMALL = ["--layers", "1", "--seconds", "1"]
 # what trains needs torch
 SCRIPTS = sorted(
     path
-    for path in [*ROOT.glob("ci/*.py"), *ROOT.glob("ci/engine/*.py"), ROOT / "ci/train/flash.py"]
-    if "__main__" in path.read_text(encoding="utf-8")
+    for path in ROOT.glob("ci/*/*.py")
+    if "__main__" in path.read_text(encoding="utf-8") and (path.parent.name != "train" or path.name == "flash.py")
 )
 TABLE = re.compile(r"what ran .*^│ stock llama\.cpp.*^│ flash offload .* yes +│ *$.*^│ stock llama\.cpp ", re.M | re.S)
 # the demo's last part alone, on one layer
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.full
 def test_the_demo_ends_in_one_table_that_fits_a_terminal(folder: Path) -> None:
     command = [sys.executable, "-c", LAST_PART, folder, ""]
-    with Terminal(command, width=80, height=24, env={"PYTHONPATH": str(ROOT / "ci")}) as terminal:
+    with Terminal(command, width=80, height=24, env={"PYTHONPATH": str(ROOT / "ci/tools")}) as terminal:
         code = terminal.end()
     assert code == 0, terminal.text
     last = terminal.text[terminal.text.rindex("┏") :]
@@ -76,7 +76,7 @@ def test_the_demo_ends_in_one_table_that_fits_a_terminal(folder: Path) -> None:
 @pytest.mark.full
 def test_the_demo_says_what_it_leaves_out_where_memory_cannot_be_limited(folder: Path) -> None:
     command = [sys.executable, "-c", LAST_PART, folder, "nobody may"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "ci")}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "ci/tools")}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^Left out, stock llama\.cpp in 0\.\d\d GB: nobody may$", result.stdout, re.M)
@@ -162,5 +162,7 @@ def test_cases_that_pages_and_scripts_name_exist() -> None:
     named = {name for page in pages for name in re.findall(r"--cases[ =]([\w,-]+)", page.read_text(encoding="utf-8"))}
     assert len(named) > 3
     code = f"import bench; [bench._chosen(name) for name in {sorted(named)}]; bench._chosen('moe-51')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "ci", capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "ci/bench", capture_output=True, text=True, timeout=60
+    )
     assert result.stderr.startswith("error: no case 'moe-51', known: "), result.stderr

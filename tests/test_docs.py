@@ -388,6 +388,6 @@ def test_commands_and_targets_that_are_named_exist(page: Path) -> None:
 
 
 def test_the_reference_is_what_the_docstrings_say() -> None:
-    script = [sys.executable, str(ROOT / "ci/api_reference.py"), "--check"]
+    script = [sys.executable, str(ROOT / "ci/tools/api_reference.py"), "--check"]
     result = subprocess.run(script, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -212,7 +212,7 @@ def test_bench_says_the_same_text_at_every_budget(real_model: Path, little: str)
 
 def test_a_damaged_copy_is_taken_anew_and_what_cannot_be_had_is_one_line(real_model: Path, tmp_path: Path) -> None:
     def take(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "ci/realmodel.py"), "--folder", str(folder)]
+        command = [sys.executable, str(ROOT / "ci/bench/realmodel.py"), "--folder", str(folder)]
         return subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=290, check=False
         )

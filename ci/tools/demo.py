@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))  # what runs is what the benchmarks run
+
 from benchlib.models import MOE_SKEWED
 from benchlib.runs import stop_on_signals
 from demolib.chat import show_chat
@@ -26,7 +28,7 @@ from demolib.screen import Screen
 from gguf_tools import GgufToolsError
 from llama_flash import FlashCapError, FlashError, run_capped
 
-_BUILD = Path(__file__).resolve().parent.parent / "build"
+_BUILD = Path(__file__).resolve().parents[2] / "build"
 _PREFIX = "demo-"
 _SPARE = 512 << 20  # bytes of disk beside the large model: the small one, and some to spare
 _QUESTION = "What is the capital of France, and what is it known for?"
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="ci/demo.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="ci/tools/demo.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--question", default=_QUESTION, help="to the small model")
     parser.add_argument("--layers", type=_positive(int), default=5, help="of the large model, 0.35 GB each")

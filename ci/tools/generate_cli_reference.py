@@ -13,14 +13,14 @@ import typer
 
 from llama_flash.cli import EXIT_CODES, app
 
-TARGET = Path(__file__).parents[1] / "docs/reference/cli.md"
+TARGET = Path(__file__).parents[2] / "docs/reference/cli.md"
 
 _TABLE = "| | default | |\n|---|---|---|"
 
 HEAD = """\
 # The command line
 
-<!-- written by ci/generate_cli_reference.py (make reference) -->
+<!-- written by ci/tools/generate_cli_reference.py (make reference) -->
 
 `llama-flash COMMAND --help` says the same. The commands for model files are also those of `python -m gguf_tools`.
 

@@ -156,7 +156,7 @@ def _chat() -> list[str]:
 
 
 _INFLATED, _INFLATED_QUICK = 4 * 10**9, 10**9  # bytes
-_SHIPPED_MOE = Path(__file__).resolve().parents[2] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
+_SHIPPED_MOE = Path(__file__).resolve().parents[3] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
 _QUESTIONS = (
     "How does a bicycle stay upright?",
     "Write a short letter to a friend about a week at the sea.",

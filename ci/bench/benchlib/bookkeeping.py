@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_PLUGIN = Path(__file__).resolve().parents[2] / "plugin" / "src"
+_PLUGIN = Path(__file__).resolve().parents[3] / "plugin" / "src"
 _TOKENS = 200
 
 

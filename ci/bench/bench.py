@@ -30,8 +30,8 @@ from gguf_tools import GgufToolsError
 from gguf_tools.routing import measure as measure_routing
 from llama_flash import FlashError
 
-_MODELS = Path(__file__).resolve().parent.parent / "build" / "bench-models"
-_SHIPPED_MOE = Path(__file__).resolve().parent.parent / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
+_MODELS = Path(__file__).resolve().parents[2] / "build" / "bench-models"
+_SHIPPED_MOE = Path(__file__).resolve().parents[2] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ci/bench.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ci/bench/bench.py", description=__doc__)
     names = ", ".join(case.name for case in (*CASES, *LIMITS, *REAL, *WHOLE))
     groups = (
         "naive (flash offload beside naive), limits (beside the physical limit), "

@@ -1,6 +1,6 @@
 """Loads a model in one mode, runs it, and writes what it measured as JSON. Run by runs.py, one process per run.
 
-    python ci/benchlib/child.py SPEC.json
+    python ci/bench/benchlib/child.py SPEC.json
 
 Modes: naive (stock, mmap, not repacked), flash (flash_offload), cached (the same with all of it in DRAM), resident
 (stock with its defaults), single (flash, where another run beside it has drafts). Work: decode (forced tokens), prompt,

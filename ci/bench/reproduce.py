@@ -31,7 +31,7 @@ from rich.markup import escape
 from gguf_tools import GgufToolsError
 from llama_flash import FlashError
 
-_BUILD = Path(__file__).resolve().parent.parent / "build"
+_BUILD = Path(__file__).resolve().parents[2] / "build"
 _PARTS = ("figure2", "figure4", "ladder")
 
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="ci/reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ci/bench/reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--quick", action="store_true", help="4 layers, short runs, once each: minutes, no figures to quote"

@@ -11,7 +11,7 @@ from benchlib.runs import Run, run
 import llama_flash
 from demolib.screen import Screen
 
-_SHIPPED = Path(__file__).resolve().parents[2] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
+_SHIPPED = Path(__file__).resolve().parents[3] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
 _CODE = "def read_file(path):\n"
 _CTX, _UBATCH = 512, 128
 _ROOM = 32 << 20  # bytes of memory beyond the smallest budget that works
