@@ -43,7 +43,7 @@ HEAD = """\
 
 _SHARED_PANELS = ("Flash offload", "Context")
 
-# for tests/test_docs.py, which runs the commands of the other pages
+# for tests/project/test_docs.py, which runs the commands of the other pages
 NOT_RUN = "<!-- not run: examples of its help, of large files; the tests of the commands run them on small ones -->"
 
 
