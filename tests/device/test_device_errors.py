@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ModelFile
 from engines import IO_ENGINES, LEAST, assert_same_logits, logits_of, open_flash, tokens
+from exclusive import exclusive
 
 from gguf_tools.source import data_bytes, open_gguf
 from llama_flash import FlashReadError
@@ -52,7 +53,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         file.truncate(IMAGE_BYTES)
     try:
         command("mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal", image)
-        device = command("losetup", "--find", "--show", image)
+        with exclusive("losetup"):  # the free one that is found may be taken before it is set up
+            device = command("losetup", "--find", "--show", image)
     except OSError as problem:  # not root, a container without loop devices, no tools
         pytest.skip(f"no loop device can be had here: {problem}")
     try:

@@ -473,9 +473,9 @@ def test_a_large_vocabulary_is_searched_in_milliseconds(valid: RawFile, tmp_path
     path = plain.save(tmp_path / "plain.gguf")
     seconds = []
     for _ in range(9):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         assert not holds_bundles(path)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.03  # of the fastest: the others may have waited for the machine
+        seconds.append(time.thread_time() - begin)
+    assert min(seconds) < 0.03  # of the fastest, and of its own work: the machine may be busy
     behind = replace(valid, values=large | valid.values)
     assert holds_bundles(behind.save(tmp_path / "behind.gguf"))

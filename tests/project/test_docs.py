@@ -137,9 +137,11 @@ class Page:
             script.chmod(0o755)
         path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
         self.environment = {**os.environ, "PATH": path, "HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        # bound until the end: nobody else is given the port, and a server that is told its number may listen
+        self.reserved = socket.socket()
+        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.reserved.bind(("127.0.0.1", 0))
+        self.port = self.reserved.getsockname()[1]
         self.running: list[subprocess.Popen[bytes]] = []
         self.python: _Interpreter | None = None
 
@@ -213,6 +215,7 @@ class Page:
         for process in self.running:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(timeout=SECONDS)
+        self.reserved.close()
 
 
 class _Interpreter:

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from exclusive import exclusive
 from repository import ROOT
 
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -25,15 +27,16 @@ SECONDS = 3600.0  # a target may take, with what it compiles
 def make(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     # the variables of a make that runs these tests are not for those that they run
     env = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")}
-    return subprocess.run(
-        ["make", "--no-print-directory", *map(str, arguments)],
-        cwd=folder,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    with exclusive("make") if folder == ROOT else nullcontext():
+        return subprocess.run(
+            ["make", "--no-print-directory", *map(str, arguments)],
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
 
 
 def made(folder: Path, *arguments: str | Path) -> str:

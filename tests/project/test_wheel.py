@@ -14,6 +14,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from exclusive import exclusive
 from repository import ROOT
 
 LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
@@ -90,7 +91,8 @@ def test_import_on_a_cpu_that_lacks_something_says_what_in_one_line(tmp_path: Pa
 
 @cache
 def portable_wheel() -> Path:
-    result = run("make", "--no-print-directory", "-C", ROOT, "wheel", timeout=1800)
+    with exclusive("make"):
+        result = run("make", "--no-print-directory", "-C", ROOT, "wheel", timeout=1800)
     assert result.returncode == 0, result.stderr
     (wheel,) = (ROOT / "dist").glob("*.whl")
     return wheel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import platform
 import time
@@ -39,16 +40,21 @@ def readahead(path: Path, kb: int | None) -> Iterator[None]:
 
     Raises PermissionError without the right to set it.
     """
-    before = readahead_kb(path)
-    if kb is None or kb == before or before is None:
+    if kb is None or readahead_kb(path) is None:
         yield
         return
     file = readahead_file(path)
-    try:
-        file.write_text(str(kb))
-        yield
-    finally:
-        file.write_text(str(before))
+    with file.open() as setting:
+        fcntl.flock(setting, fcntl.LOCK_EX)  # another run would take ours for the machine's, and set that back
+        before = readahead_kb(path)
+        if kb == before:
+            yield
+            return
+        try:
+            file.write_text(str(kb))
+            yield
+        finally:
+            file.write_text(str(before))
 
 
 def drop_caches(*paths: Path) -> bool:
