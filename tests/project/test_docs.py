@@ -45,6 +45,7 @@ PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 LINKED = [
     *PAGES,
     *(ROOT / name for name in ("CHANGELOG.md", "patches/README.md", "python/llama_flash/models/README.md")),
+    *(ROOT / name for name in ("ci/README.md", "tests/README.md", "plugin/src/README.md")),
 ]
 CODE = ("plugin", "python", "gguf_tools", "ci", "tests", "Makefile", "CHANGELOG.md", "README.md")  # that names pages
 NOT_RUN = 25  # blocks that no test runs (18: examples of help): raise it only with a reason beside the block
