@@ -47,21 +47,21 @@ sanitize: build  ## engine and plugin under ASan, UBSan and TSan (ARGS="--kind a
 	@$(BIN)/python $(ENGINE)/sanitize.py $(ARGS)
 
 bench: build  ## the speed table, as JSON and text (ARGS="--help" for its options)
-	$(BIN)/python ci/bench.py $(ARGS)
+	$(BIN)/python ci/bench/bench.py $(ARGS)
 
 reproduce: build  ## the paper's figures and tables on this machine, in build/reproduce (ARGS="--help" for its options)
 	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(BIN)/python -m pip install --quiet "matplotlib>=3.8"
-	$(BIN)/python ci/reproduce.py $(ARGS)
+	$(BIN)/python ci/bench/reproduce.py $(ARGS)
 
 demo: build  ## flash offload at work: a chat, and a model twice as large as its memory (ARGS="--help" for its options)
-	$(BIN)/python ci/demo.py $(ARGS)
+	$(BIN)/python ci/tools/demo.py $(ARGS)
 
 bindings: build  ## python/llama_flash/native/bindings.py from the plugin's header
-	$(BIN)/python ci/generate_bindings.py
+	$(BIN)/python ci/tools/generate_bindings.py
 
 reference: build  ## docs/reference/api.md from the docstrings, docs/reference/cli.md from the commands
-	$(BIN)/python ci/api_reference.py
-	$(BIN)/python ci/generate_cli_reference.py
+	$(BIN)/python ci/tools/api_reference.py
+	$(BIN)/python ci/tools/generate_cli_reference.py
 
 patch-apply: build  ## build/engine-work: the engine as a git repository, one commit per patch (FORCE=1: anew)
 	@$(BIN)/python $(ENGINE)/worktree.py apply $(if $(FORCE),--force)

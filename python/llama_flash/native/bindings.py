@@ -1,7 +1,7 @@
 """The plugin's C interface: structures, enums and prototypes of libllama_flash.
 
-Generated from plugin/include/llama_flash.h by ci/generate_bindings.py (`make bindings`): do not edit. The header says
-what the functions do, in which order and from which thread they are called. Opaque structures are addresses (int).
+Generated from plugin/include/llama_flash.h by ci/tools/generate_bindings.py (`make bindings`): do not edit. The header
+says what the functions do, in which order and from which thread they are called. Opaque structures are addresses (int).
 """
 
 from __future__ import annotations

@@ -1,0 +1,164 @@
+"""Measures naive, flash offload and resident side by side: `make bench`. Prints tables and writes JSON.
+
+The naive side keeps its weights in the page cache under the same cap, at the machine's readahead and at 128 KiB; the
+better one counts. Every run is a process of its own with the page cache emptied, and decodes the same random tokens, or
+answers the same real prompts (cases "real").
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchlib import machine, tables
+from benchlib.bookkeeping import count_all
+from benchlib.cases import CASES, LIMITS, MATRIX, REAL, WHOLE, Case
+from benchlib.measure import FLASH, Outcome, measure, settings_of
+from benchlib.models import BenchModel, InflatedModel
+from benchlib.runs import stop_on_signals
+from realmodel import RealModelError
+from rich.console import Console
+from rich.markup import escape
+
+from gguf_tools import GgufToolsError
+from gguf_tools.routing import measure as measure_routing
+from llama_flash import FlashError
+
+_MODELS = Path(__file__).resolve().parents[2] / "build" / "bench-models"
+_SHIPPED_MOE = Path(__file__).resolve().parents[2] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    stop_on_signals()
+    console = Console()
+    chosen = _chosen(options.cases)
+    outcomes: list[Outcome] = []
+    results: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "routing": {}, "read_rates": {}}
+    try:
+        if _SHIPPED_MOE.exists() and not options.quick:
+            results["routing"]["shipped MoE model"] = asdict(measure_routing(_SHIPPED_MOE, text=_some_text()))
+        counts = count_all()
+        if isinstance(counts, str):
+            console.print(f"instructions are not counted: {counts}")
+        else:
+            results["bookkeeping"] = {name: count.to_json() for name, count in counts.items()}
+            console.print(tables.bookkeeping_table(counts))
+        for model in dict.fromkeys(case.model for case in chosen):
+            _measure_model(model, [case for case in chosen if case.model == model], options, console, outcomes, results)
+    except KeyboardInterrupt:
+        console.print("[red]stopped[/]")
+        results["stopped"] = True
+    except (FlashError, GgufToolsError, OSError, RealModelError) as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        results["error"] = str(error)
+    finally:
+        results["outcomes"] = [outcome.to_json() for outcome in outcomes]
+        options.out.write_text(json.dumps(results, indent=2, default=str))
+    console.print(tables.verdict_table(outcomes))
+    tables.print_failures(console, outcomes)
+    console.print(f"written to {options.out}")
+    return 1 if "stopped" in results or "error" in results else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ci/bench/bench.py", description=__doc__)
+    names = ", ".join(case.name for case in (*CASES, *LIMITS, *REAL, *WHOLE))
+    groups = (
+        "naive (flash offload beside naive), limits (beside the physical limit), "
+        "real (text and routing of real models), matrix (of caps), all of these; "
+        "whole (a model of 13 GB: 27 GB of disk)"
+    )
+    parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
+    parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each setting, the median counts")
+    parser.add_argument("--tokens", type=int, help="tokens decoded per run, instead of each case's number")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file (default: bench.json)")
+    parser.add_argument("--models", type=Path, default=_MODELS, help="folder for the models")
+    parser.add_argument("--keep-models", action="store_true", help="do not delete the models at the end")
+    parser.add_argument(
+        "--quick", action="store_true", help="models of two layers or 1 GB, one run, no targets worth reading"
+    )
+    return parser.parse_args(argv)
+
+
+def _chosen(names: str) -> list[Case]:
+    known = {case.name: [case] for case in (*CASES, *LIMITS, *REAL, *WHOLE)}
+    known |= {
+        "naive": list(CASES),
+        "limits": list(LIMITS),
+        "matrix": list(MATRIX),
+        "all": [*CASES, *LIMITS, *REAL, *MATRIX],
+    }
+    known |= {"real": list(REAL), "whole": list(WHOLE)}
+    chosen: list[Case] = []
+    for name in names.split(","):
+        if name not in known:
+            sys.exit(f"error: no case {name!r}, known: {', '.join(known)}")
+        chosen += known[name]
+    return chosen
+
+
+def _measure_model(
+    model: BenchModel,
+    cases: Sequence[Case],
+    options: argparse.Namespace,
+    console: Console,
+    outcomes: list[Outcome],
+    results: dict[str, Any],
+) -> None:
+    layers = 2 if options.quick else None
+    files = model.ensure(options.models, layers)
+    try:
+        rates = machine.raw_read_rates(files.flash)
+        results["machine"] = machine.description(files.flash)
+        results["read_rates"][model.name] = rates
+        console.print(tables.machine_table(results["machine"], rates))
+        if model.is_moe:
+            with console.status(f"{model.name}: measuring how it routes"):
+                text = model.text if isinstance(model, InflatedModel) else None
+                routing = measure_routing(files.flash, n_tokens=100 if options.quick else 400, text=text)
+            results["routing"][model.name] = asdict(routing)
+            console.print(f"routing of {model.name}: {routing}")
+        overrides: dict[str, Any] = {"tokens": options.tokens} if options.tokens else {}
+        if options.quick:
+            overrides |= {"warm_up": 8, "max_seconds": 5.0, "patience": 0.0}
+        for case in cases:
+            if options.quick and case.drafts and not isinstance(model, InflatedModel):
+                console.print(f"{case.name}: left out, two layers are less than drafts need at {case.cap_share:.0%}")
+                continue
+            settings = [FLASH] if case in MATRIX else settings_of(case, files, naive=options.naive)
+            repeats = 1 if options.quick or case in MATRIX else options.repeats
+            with console.status("") as status:
+                outcome = measure(
+                    case, files, settings, repeats, lambda text: _report(console, status, text), **overrides
+                )
+            outcomes.append(outcome)
+            console.print(tables.outcome_table(outcome))
+    finally:
+        if not options.keep_models:
+            files.remove()
+
+
+def _report(console: Console, status: Any, text: str) -> None:
+    if console.is_terminal:
+        status.update(text)
+    else:
+        console.print(text)
+
+
+def _some_text() -> str:
+    """Text of the kind that the shipped model was trained on."""
+    import argparse as module
+
+    return Path(module.__file__).read_text()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

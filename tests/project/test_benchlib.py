@@ -1,0 +1,83 @@
+"""The benchmarks: which of their threads spin, and that what is measured of real text is the model's own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from repository import ROOT
+
+import llama_flash
+
+BENCH = ROOT / "ci/bench"
+CODE = """
+import os, sys
+from benchlib.runs import _execute
+print(os.environ["OMP_WAIT_POLICY"], "GOMP_SPINCOUNT" in os.environ, flush=True)
+show = "import os; print(os.environ['OMP_WAIT_POLICY'], 'GOMP_SPINCOUNT' in os.environ, flush=True)"
+_execute([sys.executable, "-c", show], int(sys.argv[1]) or None, True)
+"""
+
+
+@pytest.mark.parametrize("cap", [0, 256 << 20])
+def test_only_what_is_measured_spins(cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
+    command = [sys.executable, "-c", CODE, str(cap)]
+    output = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert output.split() == ["passive", "False", "active", "False"]
+
+
+STOPPED = """
+import sys
+from benchlib.runs import _execute, stop_on_signals
+stop_on_signals()
+try:
+    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    _execute(command, int(sys.argv[1]) or None, True)
+except KeyboardInterrupt:
+    print("stopped")
+else:
+    print("the next one")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("cap", [0, 256 << 20])
+def test_a_signal_during_a_run_stops_what_would_follow(cap: int, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", STOPPED, str(cap)]
+    as_given = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # under nohup a hangup is ignored
+    with subprocess.Popen(command, cwd=BENCH, stdout=subprocess.PIPE, text=True, **as_given) as process:  # type: ignore[call-overload]
+        assert process.stdout and process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[0] == "stopped\n"
+
+
+def answers(folder: Path, mode: str, **spec: Any) -> dict[str, Any]:
+    """What a run of work "text" measured, on the shipped mixture."""
+    prompts = folder / "prompts.json"
+    prompts.write_text(json.dumps(["import os\n\n\ndef ", "class Stack:\n"]))
+    given = {"model": str(Path(llama_flash.__file__).parent / "models/stdlib-moe-q8_0.gguf"), "out": "out.json"}
+    given |= {"work": "text", "stream": str(prompts), "n_ctx": 128, "warm_up": 10, "tokens": 20, "per_prompt": 8}
+    (folder / "spec.json").write_text(json.dumps(given | {"mode": mode, "out": str(folder / "out.json")} | spec))
+    child = BENCH / "benchlib/child.py"
+    subprocess.run([sys.executable, child, folder / "spec.json"], check=True, timeout=120)
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+def test_answers_to_real_prompts_are_residents_and_only_they_are_measured(tmp_path: Path) -> None:
+    resident = answers(tmp_path, "resident")
+    flash = answers(tmp_path, "flash", flash={"what": "experts"})
+    assert flash["answers"] == resident["answers"]
+    assert (flash["tokens"], flash["warm_up_tokens"]) == (20, 10)
+    # 8 and 2 to warm up, then 8, 8 and 4; the first of each comes with its prompt
+    assert [len(said) for said in flash["answers"]] == [9, 3, 9, 9, 5]
+    assert flash["flash_counters"]["calls"] == flash["tokens"] and flash["hit_rate"] > 0
+    drafted = answers(tmp_path, "flash", flash={"what": "experts"}, draft=4)
+    assert drafted["tokens"] >= 20 and drafted["tokens_per_pass"] > 1
