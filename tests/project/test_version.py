@@ -46,7 +46,7 @@ def test_the_engine_s_part_is_that_of_the_pin() -> None:
     assert re.search(rf"^llama-cpp-python=={re.escape(engine)} ", text("ci/engine/requirements.txt"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/reference/api.md", "ci/api_reference.py"])
+@pytest.mark.parametrize("name", ["README.md", "docs/reference/api.md", "ci/tools/api_reference.py"])
 def test_pages_have_it_whole(name: str) -> None:
     assert set(re.findall(r"[\d.]+\+flash\.[\d.]+", text(name))) == {"+flash.".join(whole())}
 
