@@ -214,7 +214,7 @@ def all_planned_as_loaded(path: str) -> None:
             planned_as_loaded(path, context, what)
 
 
-@pytest.mark.parametrize("form", ["qwen3moe", "deepseek2", "llama"])
+@pytest.mark.parametrize("form", ["qwen3moe", pytest.param("deepseek2", marks=pytest.mark.full), "llama"])
 def test_the_plan_is_what_a_load_does(form: str, model_file: ModelFile) -> None:
     alone(all_planned_as_loaded, str(model_file(form, "Q4_0")))
 
