@@ -31,11 +31,11 @@ static bool read_part(const llama_flash_bundle_part & from, uint32_t n_embd, bun
     if (!to.present) {
         return true;
     }
-    to.type   = (ggml_type) from.type;
-    to.offset = from.offset;
-    if (!row_type_supported(to.type) || n_embd % ggml_blck_size(to.type) != 0) {
+    if (!row_type_supported(from.type) || n_embd % ggml_blck_size((ggml_type) from.type) != 0) {
         return false;
     }
+    to.type      = (ggml_type) from.type;
+    to.offset    = from.offset;
     to.row_bytes = ggml_row_size(to.type, n_embd);
     return true;
 }
@@ -70,13 +70,16 @@ static const char * read_predictor(const llama_flash_bundle & d, predictor & p) 
     if (d.predictor_rank == 0) {
         return nullptr;
     }
-    const ggml_type in  = (ggml_type) d.predictor_in_type;
-    const ggml_type out = (ggml_type) d.predictor_out_type;
     if (!d.predictor_in || !d.predictor_out || !d.predictor_bias) {
         return "its predictor is not complete";
     }
-    if (!row_type_supported(in) || !row_type_supported(out) || d.n_embd % ggml_blck_size(in) != 0 || d.predictor_rank % ggml_blck_size(out) != 0) {
+    if (!row_type_supported(d.predictor_in_type) || !row_type_supported(d.predictor_out_type)) {
         return "its predictor's type cannot be computed on";
+    }
+    const ggml_type in  = (ggml_type) d.predictor_in_type;
+    const ggml_type out = (ggml_type) d.predictor_out_type;
+    if (d.n_embd % ggml_blck_size(in) != 0 || d.predictor_rank % ggml_blck_size(out) != 0) {
+        return "blocks of its predictor's type do not divide the row";
     }
     p.rank = d.predictor_rank;
     p.in   = row_kernel(in, d.n_embd);

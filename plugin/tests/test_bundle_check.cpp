@@ -111,7 +111,7 @@ void a_predictor_is_whole() {
     refused("not complete", with_predictor(), [](bundle & d) { d.predictor_bias = nullptr; });
     refused("predictor's type", with_predictor(), [](bundle & d) { d.predictor_in_type = -1; });
     refused("predictor's type", with_predictor(), [](bundle & d) { d.predictor_out_type = GGML_TYPE_FLASH; });
-    refused("predictor's type", with_predictor(), [](bundle & d) { d.predictor_rank = 33; });
+    refused("blocks of its predictor's type", with_predictor(), [](bundle & d) { d.predictor_rank = 33; });
 }
 
 // code: of bind_weight, or if that is well of bind_end

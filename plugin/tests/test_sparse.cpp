@@ -136,7 +136,7 @@ int main() {
     random_source random(1);
     int           n_types = 0;
     for (int type = 0; type < GGML_TYPE_COUNT; type++) {
-        if (!row_type_supported((ggml_type) type)) {
+        if (!row_type_supported(type)) {
             continue;
         }
         values_are_those_of_ggml((ggml_type) type, random);
@@ -146,7 +146,7 @@ int main() {
         n_types++;
     }
     CHECK(n_types >= 20, "only %d types", n_types);
-    CHECK(!row_type_supported((ggml_type) -1) && !row_type_supported(GGML_TYPE_COUNT), "types that do not exist");
+    CHECK(!row_type_supported(-1) && !row_type_supported(GGML_TYPE_COUNT), "types that do not exist");
     sums_add_one_product_per_element();
     sums_do_not_depend_on_where_they_are_cut();
     each_column_is_one_threads();

@@ -18,11 +18,12 @@ void row_kernel::convert(const float * x, uint8_t * out) const {
     }
 }
 
-bool row_type_supported(ggml_type type) {
-    if ((uint32_t) type >= GGML_TYPE_COUNT || !ggml_get_type_traits_cpu(type)->vec_dot) {
-        return false;
+bool row_type_supported(int32_t number) {
+    if (number < 0 || number >= GGML_TYPE_COUNT) {
+        return false; // not to be made a ggml_type
     }
-    return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float;
+    const ggml_type type = (ggml_type) number;
+    return ggml_get_type_traits_cpu(type)->vec_dot && (type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float);
 }
 
 void sum_columns(ggml_type type, int64_t n, int ith, int nth, int64_t & first, int64_t & last) {

@@ -30,8 +30,8 @@ struct row_kernel {
     }
 };
 
-// whether rows of this type can be computed on
-bool row_type_supported(ggml_type type);
+// Whether rows of this type, a ggml_type or any other number, can be computed on.
+bool row_type_supported(int32_t type);
 
 // Columns that a weighted sum deals in at once: a multiple of every type's block.
 constexpr int64_t SUM_COLUMNS = 256;
