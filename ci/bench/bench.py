@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import machine, tables
+from benchlib import against, machine, tables
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop_on_signals()
     console = Console()
     chosen = _chosen(options.cases)
+    if options.against:
+        return _compare(chosen, options, console)
     outcomes: list[Outcome] = []
     results: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "routing": {}, "read_rates": {}}
     try:
@@ -81,6 +84,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="tokens decoded per run, instead of each case's number")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file (default: bench.json)")
     parser.add_argument("--models", type=Path, default=_MODELS, help="folder for the models")
+    parser.add_argument(
+        "--against",
+        metavar="PYTHON",
+        help="of the environment of another build: nothing but both builds in turns, decoding and prompts with flash",
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of turns for each case, with --against")
     parser.add_argument("--keep-models", action="store_true", help="do not delete the models at the end")
     parser.add_argument(
         "--quick", action="store_true", help="models of two layers or 1 GB, one run, no targets worth reading"
@@ -144,6 +153,35 @@ def _measure_model(
     finally:
         if not options.keep_models:
             files.remove()
+
+
+def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Console) -> int:
+    """This build beside that of --against."""
+    found: list[against.Comparison] = []
+    error = ""
+    try:
+        for model in dict.fromkeys(case.model for case in chosen):
+            files = model.ensure(options.models, 2 if options.quick else None)
+            try:
+                for case in chosen:
+                    if case.model == model and against.can_compare(case):
+                        with console.status("") as status:
+                            say = partial(_report, console, status)
+                            found.append(against.compare(case, files, options.against, options.seconds, say))
+                        console.print(against.table(found[-1:]))
+            finally:
+                if not options.keep_models:
+                    files.remove()
+    except KeyboardInterrupt:
+        error = "stopped"
+    except (FlashError, GgufToolsError, OSError, RealModelError) as problem:
+        error = str(problem)
+    options.out.write_text(json.dumps({"against": [each.to_json() for each in found], "error": error}, indent=2))
+    console.print(against.table(found))
+    if error:
+        console.print(f"[red]error:[/] {escape(error)}", highlight=False, soft_wrap=True)
+    console.print(f"written to {options.out}")
+    return 1 if error else 0
 
 
 def _report(console: Console, status: Any, text: str) -> None:

@@ -81,3 +81,54 @@ def test_answers_to_real_prompts_are_residents_and_only_they_are_measured(tmp_pa
     assert flash["flash_counters"]["calls"] == flash["tokens"] and flash["hit_rate"] > 0
     drafted = answers(tmp_path, "flash", flash={"what": "experts"}, draft=4)
     assert drafted["tokens"] >= 20 and drafted["tokens_per_pass"] > 1
+
+
+COMPARED = """
+import json, sys
+from benchlib.against import Comparison
+one = Comparison("case", 1, *json.loads(sys.argv[1]))
+print(json.dumps([one.ratio(), *one.interval()]))
+"""
+
+
+def compared(other: list[float], this: list[float]) -> list[float]:
+    command = [sys.executable, "-c", COMPARED, json.dumps([other, this])]
+    return json.loads(subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60).stdout)  # type: ignore[no-any-return]
+
+
+def test_a_drift_of_the_machine_is_no_difference_of_builds() -> None:
+    drift = [1.0 + 0.1 * i for i in range(30)]  # to four times the time
+    assert compared(drift, drift) == [1.0, 1.0, 1.0]
+    ratio, low, high = compared([1.1 * seconds for seconds in drift], drift)
+    assert low <= ratio <= high
+    assert abs(low - 1.1) < 1e-9 > abs(high - 1.1)  # less time: faster
+
+
+def test_the_interval_is_as_wide_as_the_pairs_differ() -> None:
+    ratio, low, high = compared([0.9, 1.0, 1.1] * 5, [1.0] * 15)
+    assert ratio == 1.0
+    assert 0.9 <= low < 1.0 < high <= 1.1
+
+
+@pytest.mark.full
+def test_builds_take_turns(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "bench.py", "--quick", "--cases", "moe-50,moe-prompt-50,moe-first-50", "--seconds", "2"]
+    command += ["--against", sys.executable, "--models", str(tmp_path), "--out", str(out)]
+    subprocess.run(command, cwd=BENCH, check=True, capture_output=True, timeout=600)
+    found = json.loads(out.read_text())["against"]
+    assert [case["case"] for case in found] == ["moe-50", "moe-prompt-50"]  # a first token has no turns
+    assert all(len(case["this"]) == len(case["other"]) >= 6 for case in found)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_build_that_cannot_load_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no engine here >&2\nexit 3\n")
+    python.chmod(0o755)
+    command = [sys.executable, "bench.py", "--quick", "--cases", "moe-50", "--models", str(tmp_path)]
+    command += ["--against", str(python), "--out", str(out)]
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert str(python) in done.stdout.replace("\n", "") and "no engine here" in done.stdout.replace("\n", " ")

@@ -1,0 +1,74 @@
+"""One of two builds that take turns (against.py): loads a model once, and computes when it is asked to.
+
+    python ci/bench/benchlib/taker.py SPEC.json
+
+Reads a number of tokens per line of its input, computes so many, and answers with the seconds that it took. Ends with
+its input. Work "decode": the spec's tokens one after the other, from the beginning again where the context is full.
+Work "prompt": a prompt of so many random tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from child import Spec, _load
+
+_PREFIX = 16  # tokens of a context that are evaluated together, unmeasured
+
+
+def main(argv: list[str]) -> int:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a build says of itself is no answer
+    spec = Spec(**json.loads(Path(argv[0]).read_text()))
+    llm = _load(spec)
+    turn = _Decoding(llm, spec).turn if spec.work == "decode" else _Prompts(llm).turn
+    print(0.0, file=answers)
+    for line in sys.stdin:
+        print(turn(int(line)), file=answers)
+    llm.close()
+    return 0
+
+
+class _Decoding:
+    def __init__(self, llm: Any, spec: Spec) -> None:
+        self._llm, self._n_ctx = llm, spec.n_ctx
+        if spec.stream:
+            self._stream = json.loads(Path(spec.stream).read_text())[: spec.n_ctx]
+        else:
+            self._stream = np.random.default_rng(1).integers(0, llm.n_vocab(), spec.n_ctx).tolist()
+        self._next = len(self._stream)
+
+    def turn(self, n_tokens: int) -> float:
+        seconds = 0.0
+        for _ in range(n_tokens):
+            if self._next == len(self._stream):
+                self._llm.reset()
+                self._llm.eval(self._stream[:_PREFIX])
+                self._next = _PREFIX
+            started = time.perf_counter()
+            self._llm.eval([self._stream[self._next]])
+            seconds += time.perf_counter() - started
+            self._next += 1
+        return seconds
+
+
+class _Prompts:
+    def __init__(self, llm: Any) -> None:
+        self._llm, self._rng = llm, np.random.default_rng(1)
+
+    def turn(self, n_tokens: int) -> float:
+        tokens = self._rng.integers(0, self._llm.n_vocab(), n_tokens).tolist()
+        self._llm.reset()
+        started = time.perf_counter()
+        self._llm.eval(tokens)
+        return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
