@@ -67,8 +67,8 @@ bool llama_flash_session::bind(const ggml_tensor * tensor, int fd, uint64_t offs
         return true;
     }
     if (!lies_within(*file, offset, ggml_nbytes(tensor))) {
-        flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short",
-                   tensor->name, (unsigned long long) (offset + ggml_nbytes(tensor)), file->path.c_str(),
+        flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s has %zu bytes from byte %llu on, but %s has %llu: the file is cut short",
+                   tensor->name, ggml_nbytes(tensor), (unsigned long long) offset, file->path.c_str(),
                    (unsigned long long) file->size);
         reads.refuse(e);
         return true;
@@ -132,8 +132,8 @@ bool llama_flash_session::bind_part(const ggml_tensor * tensor, const flash_file
         return true;
     }
     if (!lies_within(*file, offset, b.tensor_bytes())) {
-        flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s ends at byte %llu, but %s has %llu: the file is cut short", b.name.c_str(),
-                   (unsigned long long) (offset + b.tensor_bytes()), file->path.c_str(), (unsigned long long) file->size);
+        flash_fail(&e, LLAMA_FLASH_E_FORMAT, "tensor %s has %zu bytes from byte %llu on, but %s has %llu: the file is cut short",
+                   b.name.c_str(), (size_t) b.tensor_bytes(), (unsigned long long) offset, file->path.c_str(), (unsigned long long) file->size);
         reads.refuse(e);
         return true;
     }

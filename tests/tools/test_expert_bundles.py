@@ -423,7 +423,7 @@ keys = st.sampled_from(sorted(flash_model().values))
 
 @many
 @given(changes=st.dictionaries(keys, st.none() | key_values, min_size=1, max_size=3))
-def test_any_key_values_are_no_error_or_one_of_ours(changes: dict[str, KeyValue | None]) -> None:
+def test_any_key_values_of_expert_bundles_are_no_error_or_one_of_ours(changes: dict[str, KeyValue | None]) -> None:
     model = flash_model().with_values(**changes)
     try:
         read_flash(model, "a.gguf")
