@@ -167,7 +167,8 @@ def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Conso
                     if case.model == model and against.can_compare(case):
                         with console.status("") as status:
                             say = partial(_report, console, status)
-                            found.append(against.compare(case, files, options.against, options.seconds, say))
+                            rounds = 1 if options.quick else options.repeats
+                            found.append(against.compare(case, files, options.against, options.seconds, rounds, say))
                         console.print(against.table(found[-1:]))
             finally:
                 if not options.keep_models:

@@ -86,7 +86,7 @@ def test_answers_to_real_prompts_are_residents_and_only_they_are_measured(tmp_pa
 COMPARED = """
 import json, sys
 from benchlib.against import Comparison
-one = Comparison("case", 1, *json.loads(sys.argv[1]))
+one = Comparison("case", 1, *json.loads(sys.argv[1]), [])
 print(json.dumps([one.ratio(), *one.interval()]))
 """
 

@@ -2,7 +2,8 @@
 
 What a machine does differently from minute to minute, its device and its clock, meets both alike. What a turn takes is
 compared with the other build's next to it; the median of these ratios counts, with the interval in which it lies for
-95 of 100 draws of as many pairs (bootstrap).
+95 of 100 draws of as many pairs (bootstrap). A process keeps its luck, in where its pages lie, so there are several of
+each build, one after the other; how far their medians are apart is told, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,7 @@ class Comparison:
     tokens: int  # of each turn
     other: list[float]
     this: list[float]
+    rounds: list[float]  # the median ratio of each pair of processes
 
     @property
     def ratios(self) -> np.ndarray:
@@ -75,36 +78,58 @@ def can_compare(case: Case) -> bool:
 
 
 def compare(
-    case: Case, files: Files, python: str, seconds: float, report: Callable[[str], None], **overrides: Any
+    case: Case,
+    files: Files,
+    python: str,
+    seconds: float,
+    rounds: int,
+    report: Callable[[str], None],
 ) -> Comparison:
-    """This build and that of `python` in turns, for about so many seconds.
+    """This build and that of `python` in turns, for about so many seconds, in processes that are new in each round.
 
     Raises:
         BuildError: one could not load the model, or ended.
     """
+    other: list[float] = []
+    this: list[float] = []
+    medians = []
+    tokens = 0
+    for i in range(rounds):
+
+        def told(text: str, i: int = i) -> None:
+            report(f"{case.name}: round {i + 1} of {rounds}, {text}")
+
+        pairs, tokens = _round(case, files, python, seconds / rounds, -(-_LEAST_PAIRS // rounds), tokens, told)
+        other += [pair[0] for pair in pairs]
+        this += [pair[1] for pair in pairs]
+        medians.append(statistics.median(pair[0] / pair[1] for pair in pairs))
+    return Comparison(case.name, tokens, other, this, medians)
+
+
+def _round(
+    case: Case, files: Files, python: str, seconds: float, least: int, tokens: int, report: Callable[[str], None]
+) -> tuple[list[tuple[float, float]], int]:
+    """Seconds of the other build and of this one, by pair; tokens of a turn, chosen if 0."""
     cap = int(files.flash.stat().st_size * case.cap_share)
-    spec = {**case.spec, **overrides}
+    spec = dict(case.spec)
     if files.stream and case.work == "decode":
         spec["stream"] = str(files.stream)
-    tokens = int(spec.get("tokens", 0)) if case.work == "prompt" else 1
+    machine.drop_caches(files.flash)
     with _build(python, files, case, cap, spec) as other, _build(sys.executable, files, case, cap, spec) as this:
-        machine.drop_caches(files.flash)
+        begun = tokens or (int(spec.get("tokens", 0)) if case.work == "prompt" else 4)
         for taker in (other, this):
-            took = [taker.turn(tokens) for _ in range(_WARM_TURNS)]
-        if case.work == "decode":
-            tokens = max(1, round(_TURN / min(took)))
-            for taker in (other, this):
-                took = [taker.turn(tokens) for _ in range(_WARM_TURNS)]
-            tokens = max(1, round(_TURN * tokens / min(took)))
+            took = [taker.turn(begun) for _ in range(_WARM_TURNS)]
+        if not tokens:
+            tokens = begun if case.work == "prompt" else max(1, round(_TURN * begun / min(took)))
         pairs: list[tuple[float, float]] = []
         end = time.monotonic() + seconds
-        while time.monotonic() < end or len(pairs) < _LEAST_PAIRS:
-            report(f"{case.name}: pair {len(pairs) + 1}, {max(0.0, end - time.monotonic()):.0f} s left")
+        while time.monotonic() < end or len(pairs) < least:
+            report(f"pair {len(pairs) + 1}, {max(0.0, end - time.monotonic()):.0f} s left")
             # whoever was second is first: half of the pairs meet what came before from the other side
             both = (other, this) if len(pairs) % 2 == 0 else (this, other)
             took = [taker.turn(tokens) for taker in both]
             pairs.append((took[0], took[1]) if both[0] is other else (took[1], took[0]))
-    return Comparison(case.name, tokens, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    return pairs, tokens
 
 
 class _Taker:
@@ -168,13 +193,19 @@ def _build(python: str, files: Files, case: Case, cap: int, spec: dict[str, Any]
 def table(comparisons: list[Comparison]) -> Table:
     """Speed of this build over the other's."""
     shown = Table(title="this build beside the other, both under the case's cap, in turns", title_justify="left")
-    for column in ("case", "tokens per turn", "pairs", "other", "this", "this / other", "95 %"):
+    for column in ("case", "tokens per turn", "pairs", "other", "this", "this / other", "95 %", "by process"):
         shown.add_column(column, justify="left" if column == "case" else "right")
     for found in comparisons:
         low, high = found.interval()
         speeds = [f"{found.tokens / float(np.median(took)):.2f} tok/s" for took in (found.other, found.this)]
         n_pairs = str(len(found.this))
         shown.add_row(
-            found.case, str(found.tokens), n_pairs, *speeds, f"{found.ratio():.3f}", f"{low:.3f} to {high:.3f}"
+            found.case,
+            str(found.tokens),
+            n_pairs,
+            *speeds,
+            f"{found.ratio():.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{min(found.rounds):.3f} to {max(found.rounds):.3f}",
         )
     return shown
