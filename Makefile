@@ -16,9 +16,6 @@ build:  ## .venv with the patched engine, the plugin and the Python packages, fr
 wheel:  ## dist/: a wheel for every x86-64 CPU with AVX2, not only for this one
 	@$(PYTHON) $(ENGINE)/wheel.py
 
-# threads that wait for others do not spin: on a machine that is also used otherwise they would be in each other's way
-export OMP_WAIT_POLICY ?= passive
-
 # two at once: half of the time is programs that start. What is left of one queue is taken from the other
 JOBS ?= 2
 

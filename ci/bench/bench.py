@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import against, machine, tables
+from benchlib import against, machine, neighbours, tables
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     stop_on_signals()
     console = Console()
+    if options.cases == "neighbours":
+        return _measure_neighbours(options, console)
     chosen = _chosen(options.cases)
     if options.against:
         return _compare(chosen, options, console)
@@ -76,7 +78,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     groups = (
         "naive (flash offload beside naive), limits (beside the physical limit), "
         "real (text and routing of real models), matrix (of caps), all of these; "
-        "whole (a model of 13 GB: 27 GB of disk)"
+        "whole (a model of 13 GB: 27 GB of disk), neighbours (alone: a machine that is shared)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
@@ -87,7 +89,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--against",
         metavar="PYTHON",
-        help="of the environment of another build: nothing but both builds in turns, decoding and prompts with flash",
+        help="of the environment of another build: nothing but both in turns, decoding and prompts with flash, or neighbours",
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="of turns for each case, with --against")
     parser.add_argument("--keep-models", action="store_true", help="do not delete the models at the end")
@@ -183,6 +185,25 @@ def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Conso
         console.print(f"[red]error:[/] {escape(error)}", highlight=False, soft_wrap=True)
     console.print(f"written to {options.out}")
     return 1 if error else 0
+
+
+def _measure_neighbours(options: argparse.Namespace, console: Console) -> int:
+    found = []
+    try:
+        with console.status("") as status:
+            for result in neighbours.measure(
+                options.models,
+                1 if options.quick else options.repeats,
+                options.against,
+                lambda text: _report(console, status, text),
+                options.keep_models,
+            ):
+                found.append(result)
+                console.print(neighbours.table(result))
+    finally:
+        options.out.write_text(json.dumps({"neighbours": [result.to_json() for result in found]}, indent=2))
+        console.print(f"written to {options.out}")
+    return 0
 
 
 def _report(console: Console, status: Any, text: str) -> None:

@@ -2,25 +2,13 @@
 
 #include "base/clock.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 
 // life
 
 static std::atomic<uint64_t> n_forks{ 0 };
 
-// OpenMP keeps its threads for the next graph. A child has none of them, but would wait for them in its first graph, even of a model of
-// its own. So a thread ends those that it has started before it forks. The next graph starts new ones.
-static int (*const pause_openmp)(int) = (int (*)(int)) dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
-
-static void before_fork() {
-    constexpr int omp_pause_hard = 2;
-    if (pause_openmp) {
-        pause_openmp(omp_pause_hard);
-    }
-}
-
-[[maybe_unused]] static const int watching_forks = pthread_atfork(before_fork, nullptr, [] { n_forks++; });
+[[maybe_unused]] static const int watching_forks = pthread_atfork(nullptr, nullptr, [] { n_forks++; });
 
 bool llama_flash_session::forked() const {
     return n_forks.load(std::memory_order_relaxed) != process;

@@ -35,6 +35,7 @@ DOORS = {
     "simulate": "observe.simulate",
     "snapshot": "observe.snapshot",
     "stats": "observe.stats",
+    "threads": "budget.cores",
     "trace": "observe.trace",
     "turns": "session.turns",
 }

@@ -1,6 +1,6 @@
-"""Memory limits and usage as the kernel tells them: cgroup v1, v2, hybrid mounts, containers, the machine.
+"""Limits and usage of memory and CPU time as the kernel tells them: cgroup v1, v2, hybrid mounts, containers, machine.
 
-Only reads. What follows from the numbers is rooms.py's business; capped.py makes groups.
+Only reads. What follows from the numbers is the business of rooms.py and cores.py; capped.py makes groups.
 Every function takes the root of the file system, so that recorded trees can be read as well as the live one.
 """
 
@@ -16,11 +16,13 @@ from typing import Literal
 
 __all__ = [
     "Controller",
+    "CpuGroup",
     "Gauge",
     "Machine",
     "MemoryGroup",
     "PressureWatch",
     "ProcessMemory",
+    "cpu_groups",
     "machine_memory",
     "memory_controller",
     "memory_groups",
@@ -34,7 +36,7 @@ _UNLIMITED_V1 = 1 << 62
 
 @dataclass(frozen=True)
 class Controller:
-    """Where this process' memory is accounted."""
+    """Where a resource of this process is accounted."""
 
     version: Literal[1, 2]
     mount: Path  # of the hierarchy, below the given root
@@ -63,6 +65,16 @@ class MemoryGroup:
     def held(self) -> int:
         """Usage that cannot be reclaimed without swapping."""
         return max(0, self.usage - self.droppable)
+
+
+@dataclass(frozen=True)
+class CpuGroup:
+    """One CPU cgroup that has a quota, descendants included."""
+
+    path: Path
+    cores: float  # that may be busy, on average over a period
+    throttled: int  # periods in which the quota was used up, and the group stopped
+    throttled_seconds: float  # for which it was stopped, as the kernel adds it up
 
 
 @dataclass(frozen=True)
@@ -230,9 +242,14 @@ def parse_limit(text: str) -> int | None:
 
 
 def memory_controller(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> Controller | None:
-    """The memory controller of process `pid`, None where there is none (or none is visible).
+    """The memory controller of process `pid`, None where there is none (or none is visible)."""
+    return _controller("memory", "memory.current", root, pid)
 
-    A v1 memory hierarchy wins over v2, because a controller can be in one of them only.
+
+def _controller(name: str, file: str, root: Path, pid: int | Literal["self"]) -> Controller | None:
+    """Of `name`; file: that its groups have in v2.
+
+    A v1 hierarchy wins over v2, because a controller can be in one of them only.
     """
     groups: dict[str, str] = {}  # controller ("" for v2) -> path of the group
     for line in _lines(root / "proc" / str(pid) / "cgroup"):
@@ -248,17 +265,45 @@ def memory_controller(root: Path = Path("/"), pid: int | Literal["self"] = "self
         if len(left) < 5 or len(right) < 3:
             continue
         mount_root, mount = _unescape(left[3]), root / _unescape(left[4]).lstrip("/")
-        if v1 is None and right[0] == "cgroup" and "memory" in right[2].split(",") and "memory" in groups:
-            v1 = Controller(1, mount, _below(mount, mount_root, groups["memory"]))
+        if v1 is None and right[0] == "cgroup" and name in right[2].split(",") and name in groups:
+            v1 = Controller(1, mount, _below(mount, mount_root, groups[name]))
         if v2 is None and right[0] == "cgroup2" and "" in groups:
             v2 = Controller(2, mount, _below(mount, mount_root, groups[""]))
     if v1 is not None:
         return v1
-    if v2 is not None and "memory" in _read(v2.mount / "cgroup.controllers").split():
+    if v2 is not None and name in _read(v2.mount / "cgroup.controllers").split():
         return v2
-    if v2 is not None and any((path / "memory.current").exists() for path in v2.lineage()):
+    if v2 is not None and any((path / file).exists() for path in v2.lineage()):
         return v2
     return None
+
+
+def cpu_groups(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> list[CpuGroup]:
+    """The groups with a quota that `pid` counts in, innermost first. Each of them stops it: the tightest decides."""
+    controller = _controller("cpu", "cpu.max", root, pid)
+    if controller is None:
+        return []
+    result: list[CpuGroup] = []
+    for path in controller.lineage():
+        cores = _quota_v1(path) if controller.version == 1 else _quota_v2(path)
+        if cores is not None:
+            stat = _table(_read(path / "cpu.stat"))
+            seconds = stat.get("throttled_time", 0) / 1e9 + stat.get("throttled_usec", 0) / 1e6  # v1, v2
+            result.append(CpuGroup(path, cores, stat.get("nr_throttled", 0), seconds))
+    return result
+
+
+def _quota_v1(path: Path) -> float | None:
+    quota, period = _number(path / "cpu.cfs_quota_us"), _number(path / "cpu.cfs_period_us")  # -1: no quota
+    return quota / period if quota and period else None
+
+
+def _quota_v2(path: Path) -> float | None:
+    fields = _read(path / "cpu.max").split()  # "max 100000": no quota
+    if len(fields) != 2 or not all(field.isascii() and field.isdigit() for field in fields):
+        return None
+    quota, period = map(int, fields)
+    return quota / period if quota and period else None
 
 
 def memory_groups(

@@ -40,7 +40,7 @@ def addresses_hint() -> str:
 
 
 def check_threads(n_threads: int) -> None:
-    """That as many threads can be started as a decode needs: OpenMP ends the process if they cannot.
+    """That as many threads can be started as a decode needs: the engine would go on with fewer.
 
     Raises:
         FlashError: they cannot.
@@ -49,7 +49,7 @@ def check_threads(n_threads: int) -> None:
         return
     running, done, threads = _n_running(), threading.Event(), []
     try:
-        for _ in range(n_threads):  # one more than OpenMP starts: others may come, too
+        for _ in range(n_threads):  # one more than the engine starts: others may come, too
             thread = threading.Thread(target=done.wait, daemon=True)
             thread.start()
             threads.append(thread)

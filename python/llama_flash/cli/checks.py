@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..budget.capped import run_capped
-from ..budget.cgroup import memory_controller
+from ..budget.cgroup import cpu_groups, memory_controller
+from ..budget.cores import choose_threads, explain_throttling
 from ..budget.rooms import rooms
 from ..device.identity import device_of
 from ..errors import FlashBudgetError, FlashCapError, FlashError, FlashFormatError
@@ -102,6 +103,7 @@ def examine(path: Path) -> Iterator[Finding]:
         _wheel,
         engine.finding,
         lambda: _cpu(engine.system),
+        _threads,
         _memory,
         _controller,
         _cap,
@@ -217,6 +219,15 @@ def _cpu(system: str) -> Finding:
             "it computes slower than it could: build it on this machine (pip install . in the source tree)",
         )
     return Finding("CPU", "ok", f"{', '.join(has) or 'no vector instructions'}: the engine was built for all of it")
+
+
+def _threads() -> Finding:
+    """How many compute by default, and whether a quota has stopped this process' group before."""
+    chosen = choose_threads()
+    stopped = max(((group.throttled, group.throttled_seconds) for group in cpu_groups()), default=(0, 0.0))
+    if stopped[0]:
+        return Finding("threads", "warning", str(chosen), f"since it was made: {explain_throttling(*stopped)}")
+    return Finding("threads", "ok", str(chosen))
 
 
 def _memory() -> Finding:

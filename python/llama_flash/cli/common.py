@@ -141,7 +141,9 @@ TypeK = Annotated[
 ]
 TypeV = Annotated[str, _context("--type-v", help="The same, for V.", autocompletion=_words(_KV_TYPES))]
 FlashAttn = Annotated[bool, _context("--flash-attn", help="As Llama(flash_attn=True).")]
-Threads = Annotated[int, _context("-t", "--threads", min=0, help="0: one per core.")]
+Threads = Annotated[
+    int, _context("-t", "--threads", min=0, help="0: one per physical core, as affinity and CPU quota allow.")
+]
 
 Tokens = Annotated[int, _text("-n", "--tokens", min=1, help="Tokens to generate.")]
 Temperature = Annotated[float, _text("--temp", min=0.0, help="0: always the likeliest token.")]

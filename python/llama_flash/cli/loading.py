@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..budget.cores import default_threads
 from ..model.gguf import GgufMeta
 from ..model.shape import KV_TYPES
 from ..observe.stats import Counters, FlashStats
@@ -54,7 +54,7 @@ def kv_type(option: str, name: str) -> int:
 
 def open_model(path: Path, meta: GgufMeta, params: Mapping[str, Any], flash: FlashOffload | None) -> Any:
     """The `llama_cpp.Llama` that a command's parameters ask for. flash: None loads it as stock llama.cpp does."""
-    n_threads = params["threads"] or len(os.sched_getaffinity(0))
+    n_threads = params["threads"] or default_threads()
     settings = {
         "n_ctx": context_tokens(meta, params["n_ctx"]),
         "n_batch": params["n_batch"],

@@ -92,6 +92,7 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
         others.add_row(*_option(other))
     console.print(others)
     console.print(f"rates: {describe_profile(plan.profile)}", soft_wrap=True)
+    console.print(f"{plan.threads}", soft_wrap=True)
     console.print(f"assumed: {'; '.join(cost.assumptions)}", soft_wrap=True)
 
 

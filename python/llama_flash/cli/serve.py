@@ -73,7 +73,13 @@ def serve(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option("-t", "--threads", min=1, help="Default: one per core.", rich_help_panel=_MODEL),
+        typer.Option(
+            "-t",
+            "--threads",
+            min=1,
+            help="Default: one per physical core, as affinity and CPU quota allow.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's log and the requests.")] = False,
 ) -> None:

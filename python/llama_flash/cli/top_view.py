@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..budget import status
+from ..budget.cores import explain_throttling
 from ..sizes import format_size
 
 __all__ = ["Rates", "show", "table"]
@@ -44,7 +45,7 @@ def table(processes: list[dict[str, Any]], rates: Rates) -> RenderableType:
     result = Table(box=None, header_style="bold", pad_edge=False)
     result.add_column("PID", no_wrap=True)
     result.add_column("MODEL", no_wrap=True, overflow="ellipsis", max_width=32)
-    for name in ("TOK/S", "HITS", "B/TOKEN", "FLASH MEMORY", "PROCESS", "MAY TAKE", "PRESSURE"):
+    for name in ("TOK/S", "HITS", "B/TOKEN", "FLASH MEMORY", "PROCESS", "MAY TAKE", "PRESSURE", "THROTTLED"):
         result.add_column(name, justify="right", no_wrap=True)
     for process in processes:
         held = f"{format_size(process['held'])}"
@@ -60,8 +61,13 @@ def table(processes: list[dict[str, Any]], rates: Rates) -> RenderableType:
                 "" if i else held,
                 "" if i else format_size(process["room"]),
                 "" if i else _ago(process.get("pressure")),
+                f"{model['throttled']} times" if model.get("throttled") else "-",
             )
-    return result
+    stopped = max(
+        ((m.get("throttled", 0), m.get("throttled_seconds", 0.0)) for p in processes for m in p["models"]),
+        default=(0, 0.0),
+    )
+    return Group(result, Text(explain_throttling(*stopped))) if stopped[0] else result
 
 
 def _ago(seconds: float | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from rich.text import Text
 
 from ..archives import check_target
+from ..budget.cores import default_threads
 from ..file_kind import kind_of_file
 from ..model.gguf import check_vocabulary, read_gguf
 from ..observe.trace import Recorder, Trace
@@ -106,7 +106,7 @@ def _load(path: Path, options: FlashOffload, n_ctx: int, threads: int, seed: int
     with stderr.status(Text(f"loading {path.name}")):
         import llama_cpp
 
-        n_threads = threads or len(os.sched_getaffinity(0))
+        n_threads = threads or default_threads()
         return llama_cpp.Llama(
             str(path),
             flash_offload=options,

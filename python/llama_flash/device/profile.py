@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..budget.cores import default_threads
 from ..budget.rooms import held_by_process, resolve_budget
 from ..errors import FlashError
 from ..native import bindings
@@ -252,7 +253,7 @@ def measure_dram(n_bytes: int = _DRAM_BYTES) -> float:
     n_bytes = min(n_bytes, _room())
     if n_bytes < _LEAST_DRAM_BYTES:
         return _DEFAULT_DRAM
-    n_threads = len(os.sched_getaffinity(0))
+    n_threads = default_threads()
     parts = [np.ones(n_bytes // n_threads // 8, np.uint64) for _ in range(n_threads)]
     best = math.inf
     with ThreadPoolExecutor(n_threads) as pool:

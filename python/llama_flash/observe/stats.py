@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..budget.cores import explain_throttling
 from ..budget.rooms import Breakdown, Budget
 from ..native import bindings
 from ..sizes import format_size
@@ -129,6 +130,8 @@ class FlashStats:
     prompt: Counters = field(default_factory=Counters)
     decode: Counters = field(default_factory=Counters)
     last: Counters = field(default_factory=Counters)  # the last call
+    throttled: int = 0  # periods since the load in which a CPU quota has stopped the process
+    throttled_seconds: float = 0.0  # for which it has, of all cores together
 
     def active_neurons(self, counters: Counters) -> str:
         """Active neurons per token, and their share of all; "" where none were counted."""
@@ -148,6 +151,8 @@ class FlashStats:
             "resident_weights": self.resident_weights,
             "flash_weights": self.flash_weights,
             "n_neurons": self.n_neurons,
+            "throttled": self.throttled,
+            "throttled_seconds": self.throttled_seconds,
             **{name: getattr(self, name).as_dict() for name in ("total", "prompt", "decode", "last")},
         }
 
@@ -167,4 +172,6 @@ class FlashStats:
                 f"({format_size(int(counters.bytes_per_token))} per token){active}{rate}, "
                 f"waited {counters.wait_seconds:.2f} s"
             )
+        if self.throttled:
+            lines.append(explain_throttling(self.throttled, self.throttled_seconds))
         return "\n".join(lines)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from ..budget.cores import Threads, choose_threads
 from ..budget.held import held_by_all
 from ..budget.rooms import GROWTH, KERNEL, Breakdown, Budget, refuse, reserve_of, resolve_budget
 from ..device.kept import profile_for
@@ -77,6 +78,7 @@ class LoadPlan:
     cost: Cost  # of a decoded token
     profile: DeviceProfile
     others: tuple[Option, ...]  # what other budgets would give
+    threads: Threads  # that compute, where no number is given
 
     @property
     def bytes_per_token(self) -> float:
@@ -95,6 +97,7 @@ class LoadPlan:
         values["memory"] = self.memory.as_dict()
         values["cost"] = self.cost.as_dict()
         values["profile"] = self.profile.as_dict()
+        values["threads"] = asdict(self.threads)
         values["others"] = [
             {**asdict(other), "cost": other.cost.as_dict() if other.cost else None} for other in self.others
         ]
@@ -195,6 +198,7 @@ def _load_plan(
         cost=cost,
         profile=profile,
         others=others,
+        threads=choose_threads(),
     )
 
 

@@ -12,6 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from ..budget.cores import Throttling
 from .clients import Clients
 from .models import EVENTS, Models
 
@@ -41,6 +42,7 @@ _COUNTERS = (
 class Metrics(Collector):
     def __init__(self, models: Models, clients: Clients) -> None:
         self._models, self._clients = models, clients
+        self._throttling = Throttling()
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -93,6 +95,13 @@ class Metrics(Collector):
         for (path, status), n in sorted(self._clients.answered.items()):
             requests.add_metric([path, str(status)], n)
         yield requests
+
+        times, seconds = self._throttling.since()
+        hint = "use fewer threads, or raise the quota."
+        yield CounterMetricFamily("llama_flash_throttled", f"Periods in which a CPU quota stopped it: {hint}", times)
+        yield CounterMetricFamily(
+            "llama_flash_throttled_seconds", "Time for which a CPU quota stopped it, of all cores together.", seconds
+        )
         yield GaugeMetricFamily(
             "llama_flash_requests_in_flight", "POST requests that run or wait.", self._clients.in_flight
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from llama_cpp.server.settings import ModelSettings, ServerSettings
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from ..budget.cores import default_threads
 from ..options import FlashOffload
 
 __all__ = ["ENV_PREFIX", "ServedModel", "Service", "read_settings"]
@@ -34,8 +34,8 @@ class ServedModel(ModelSettings):  # type: ignore[misc]
     flash_offload: dict[str, Any] | bool = Field(default=True, description="True, False or FlashOffload's options.")
     logits_all: bool = Field(default=False, description="Keep the logits of all tokens: for logprobs; takes memory.")
     use_mlock: bool = Field(default=False, description="Has no effect together with flash_offload.")
-    n_threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
-    n_threads_batch: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
+    n_threads: int = Field(default_factory=default_threads, ge=1)
+    n_threads_batch: int = Field(default_factory=default_threads, ge=1)
     verbose: bool = Field(default=False, description="Show the engine's log.")
 
     @field_validator("flash_offload", mode="before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..budget.cores import Throttling
 from ..budget.rooms import Breakdown, Budget
 from ..native.handle import Session
 from ..native.library import IO_ENGINES
@@ -35,6 +36,7 @@ class Account:
         self.predictor = "none"  # how active neurons are found
         self.history = History()  # of the last calls
         self.history.reset(None)
+        self._throttling = Throttling()
         self._progress = _Progress()
         self._final: FlashStats | None = None
 
@@ -70,6 +72,7 @@ class Account:
             raw = native.stats()
             now, in_use, io_engine = Counters.from_struct(raw), raw.resident_bytes, _IO_NAMES.get(raw.io_engine, "?")
         done = progress.prompt + progress.decode
+        throttled, throttled_seconds = self._throttling.since()
         return FlashStats(
             mode=self.plan.mode,
             predictor=self.predictor,
@@ -84,6 +87,8 @@ class Account:
             prompt=progress.prompt,
             decode=progress.decode,
             last=progress.last,
+            throttled=throttled,
+            throttled_seconds=throttled_seconds,
         )
 
     def finish(self, budget: Budget, memory: Breakdown, native: Session) -> None:

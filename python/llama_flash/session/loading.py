@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..budget.controller import Controller
+from ..budget.cores import describe_threads
 from ..budget.held import held_by_all, promised_by_all
 from ..budget.limits import check_addresses, check_threads, explain_files
 from ..budget.rooms import Breakdown, held_by_process, refuse, resolve_budget
@@ -316,9 +317,9 @@ class Load:
     def line(self) -> str:
         """About the model as it is now."""
         share = self._share
-        return line_about(
-            self.name, self.meta, self._plan, share.budget, share.memory, self._account.predictor, share.neuron_slots
-        )
+        model = (self.name, self.meta, self._plan, share.budget, share.memory)
+        said = line_about(*model, self._account.predictor, share.neuron_slots)
+        return f"{said}; {describe_threads(int(self._context_params.n_threads))}"
 
     def _say(self, line: str) -> None:
         """One line, through logging if somebody listens, else on stderr."""
