@@ -117,7 +117,7 @@ def test_a_forked_child_is_refused_by_every_call(form: str, model_file: ModelFil
     numbers = {"session_hot", "session_trace_take", "session_tensors", "session_free"}
     silent = {"session_requirements", "session_memory", "session_trace_tensor", "session_stats"}
     with open_flash(model_file(form, "Q4_0"), share=LEAST) as llm:
-        expected = logits_of(llm, PROMPT, DECODED)  # so that this thread has had a team of OpenMP's
+        expected = logits_of(llm, PROMPT, DECODED)  # so that there is a pool of threads
         calls = calls_of(llm)
         token = (llama_cpp.llama_token * 1)(1)
         # of a context of its own: that of llm is computing
@@ -189,7 +189,7 @@ def test_a_forked_child_gets_an_error_or_the_last_numbers(model_file: ModelFile)
 
 
 def test_a_model_that_a_child_loads_itself_works(model_file: ModelFile) -> None:
-    """OpenMP's threads, with which the forking thread has computed, are not there in the child."""
+    """The engine's threads, with which the parent has computed, are not there in the child."""
     path = model_file("qwen3moe", "Q4_0")
     with open_flash(path, share=LEAST) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
@@ -202,6 +202,28 @@ def test_a_model_that_a_child_loads_itself_works(model_file: ModelFile) -> None:
         for _ in range(3):
             in_child(child)
             assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+
+
+def test_a_stock_model_goes_on_in_a_child(model_file: ModelFile) -> None:
+    """It starts threads of its own, and waits for none of its parent's, also where those were computing."""
+    with Model(str(model_file("llama", "Q4_0")), n_ctx=128, logits_all=True, verbose=False, n_threads=3) as llm:
+        expected = logits_of(llm, PROMPT, DECODED)
+        other = llama_cpp.llama_init_from_model(llm._model.model, llm.context_params)
+        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * 4)(1, 2, 3, 4), 4)
+        assert llama_cpp.llama_decode(other, batch) == 0
+
+        def child() -> None:
+            assert llama_cpp.llama_decode(other, batch) == 0
+            llama_cpp.llama_free(other)
+
+        def decode() -> None:
+            assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
+
+        with meanwhile(decode):
+            for _ in range(20):
+                in_child(child)
+        decode()
+        llama_cpp.llama_free(other)
 
 
 def test_a_child_loads_a_model_while_a_thread_of_its_parent_loads_one(model_file: ModelFile) -> None:

@@ -83,7 +83,7 @@ def test_too_few_open_files(more: int, place: Path) -> None:
 
 @pytest.mark.parametrize(("more", "part"), [(4, "reader threads"), (9, "n_threads"), (10, "n_threads")])
 def test_too_few_threads(more: int, part: str, place: Path) -> None:
-    """For the pool of readers (8), or for computing: OpenMP would end the process."""
+    """For the pool of readers (8), or for computing: the engine would go on with fewer than were asked for."""
     if os.getuid() != 0:
         pytest.skip("only root can become a user that runs nothing else")
     said = run(place, "NPROC", more, "pread")

@@ -45,7 +45,7 @@ def table(processes: list[dict[str, Any]], rates: Rates) -> RenderableType:
     result = Table(box=None, header_style="bold", pad_edge=False)
     result.add_column("PID", no_wrap=True)
     result.add_column("MODEL", no_wrap=True, overflow="ellipsis", max_width=32)
-    for name in ("TOK/S", "HITS", "B/TOKEN", "FLASH MEMORY", "PROCESS", "MAY TAKE", "PRESSURE", "THROTTLED"):
+    for name in ("TOK/S", "HITS", "B/TOKEN", "FLASH MEMORY", "PROCESS", "MAY TAKE", "PRESSURE"):
         result.add_column(name, justify="right", no_wrap=True)
     for process in processes:
         held = f"{format_size(process['held'])}"
@@ -61,13 +61,14 @@ def table(processes: list[dict[str, Any]], rates: Rates) -> RenderableType:
                 "" if i else held,
                 "" if i else format_size(process["room"]),
                 "" if i else _ago(process.get("pressure")),
-                f"{model['throttled']} times" if model.get("throttled") else "-",
             )
-    stopped = max(
-        ((m.get("throttled", 0), m.get("throttled_seconds", 0.0)) for p in processes for m in p["models"]),
-        default=(0, 0.0),
-    )
-    return Group(result, Text(explain_throttling(*stopped))) if stopped[0] else result
+    return Group(result, *(hint for process in processes for hint in _throttled(process)))
+
+
+def _throttled(process: dict[str, Any]) -> list[Text]:
+    """What a CPU quota has done to it, and what to do."""
+    stopped = max((model.get("throttled", 0), model.get("throttled_seconds", 0.0)) for model in process["models"])
+    return [Text(f"{process['pid']}: {explain_throttling(*stopped)}", style="yellow")] if stopped[0] else []
 
 
 def _ago(seconds: float | None) -> str:
