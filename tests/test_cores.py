@@ -38,7 +38,9 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def v1(tmp_path: Path) -> Path:
     """The recorded process of /batch/job 7/step."""
-    return unpack_all(tmp_path) / "v1_nested"
+    root = unpack_all(tmp_path) / "v1_nested"
+    (root / V1 / "batch/job 7/step").mkdir(parents=True)
+    return root
 
 
 @pytest.fixture
