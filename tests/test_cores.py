@@ -149,7 +149,7 @@ def test_never_more_than_cores_or_quota_and_never_none(
     names = ("batch", "job 7", "step") if version == 1 else ("user.slice", "user-1000.slice", "app.scope")
     for i, quota in enumerate(quotas):
         absent = -1 if version == 1 else None
-        write_quota(root, "/".join(names[: i + 1]), absent if quota is None else quota)  # type: ignore[operator]
+        write_quota(root, "/".join(names[: i + 1]), absent if quota is None else quota)  # type: ignore[arg-type]
     cpus(root, [str(i) for i in range(cores)], f"0-{cores - 1}")
     chosen = choose_threads(root, allowed=range(cores))
     limits = [math.ceil(quota / PERIOD) for quota in quotas if quota is not None]

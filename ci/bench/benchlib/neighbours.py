@@ -135,7 +135,7 @@ def measure(
         files = model.ensure(folder, _LAYERS)
         try:
             for mode in ("flash", "resident"):
-                yield _measure(model, files.flash, mode, repeats, ways(against), report)  # type: ignore[arg-type]
+                yield _measure(model, files.flash, mode, repeats, ways(against), report)
         finally:
             if not keep:
                 files.remove()
