@@ -209,7 +209,8 @@ def test_a_stock_model_goes_on_in_a_child(model_file: ModelFile) -> None:
     with Model(str(model_file("llama", "Q4_0")), n_ctx=128, logits_all=True, verbose=False, n_threads=3) as llm:
         expected = logits_of(llm, PROMPT, DECODED)
         other = llama_cpp.llama_init_from_model(llm._model.model, llm.context_params)
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * 4)(1, 2, 3, 4), 4)
+        text = (llama_cpp.llama_token * 4)(1, 2, 3, 4)
+        batch = llama_cpp.llama_batch_get_one(text, 4)
         assert llama_cpp.llama_decode(other, batch) == 0
 
         def child() -> None:
