@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -89,9 +89,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--against",
         metavar="PYTHON",
-        help="of the environment of another build: nothing but both in turns, decoding and prompts with flash, or neighbours",
+        help="of another build's environment: both in turns, decoding and prompts with flash, or neighbours",
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="of turns for each case, with --against")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="of turns for each case, with --against; for each situation of neighbours",
+    )
     parser.add_argument("--keep-models", action="store_true", help="do not delete the models at the end")
     parser.add_argument(
         "--quick", action="store_true", help="models of two layers or 1 GB, one run, no targets worth reading"
@@ -160,50 +165,57 @@ def _measure_model(
 def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Console) -> int:
     """This build beside that of --against."""
     found: list[against.Comparison] = []
-    error = ""
-    try:
+
+    def run(say: Callable[[str], None]) -> None:
         for model in dict.fromkeys(case.model for case in chosen):
             files = model.ensure(options.models, 2 if options.quick else None)
+            rounds = 1 if options.quick else options.repeats
             try:
                 for case in chosen:
                     if case.model == model and against.can_compare(case):
-                        with console.status("") as status:
-                            say = partial(_report, console, status)
-                            rounds = 1 if options.quick else options.repeats
-                            found.append(against.compare(case, files, options.against, options.seconds, rounds, say))
+                        found.append(against.compare(case, files, options.against, options.seconds, rounds, say))
                         console.print(against.table(found[-1:]))
             finally:
                 if not options.keep_models:
                     files.remove()
+
+    code = _in_turns(run, options, console, lambda: {"against": [each.to_json() for each in found]})
+    console.print(against.table(found))
+    return code
+
+
+def _measure_neighbours(options: argparse.Namespace, console: Console) -> int:
+    found: list[neighbours.Result] = []
+
+    def run(say: Callable[[str], None]) -> None:
+        seconds = 3.0 if options.quick else options.seconds
+        for result in neighbours.measure(options.models, seconds, options.against, say, options.keep_models):
+            found.append(result)
+            console.print(neighbours.table(result))
+
+    return _in_turns(run, options, console, lambda: {"neighbours": [result.to_json() for result in found]})
+
+
+def _in_turns(
+    run: Callable[[Callable[[str], None]], None],
+    options: argparse.Namespace,
+    console: Console,
+    results: Callable[[], dict[str, Any]],
+) -> int:
+    """Runs it, says what was wrong, and writes what there is by then."""
+    error = ""
+    try:
+        with console.status("") as status:
+            run(partial(_report, console, status))
     except KeyboardInterrupt:
         error = "stopped"
     except (FlashError, GgufToolsError, OSError, RealModelError) as problem:
         error = str(problem)
-    options.out.write_text(json.dumps({"against": [each.to_json() for each in found], "error": error}, indent=2))
-    console.print(against.table(found))
+    options.out.write_text(json.dumps({**results(), "error": error}, indent=2))
     if error:
         console.print(f"[red]error:[/] {escape(error)}", highlight=False, soft_wrap=True)
     console.print(f"written to {options.out}")
     return 1 if error else 0
-
-
-def _measure_neighbours(options: argparse.Namespace, console: Console) -> int:
-    found = []
-    try:
-        with console.status("") as status:
-            for result in neighbours.measure(
-                options.models,
-                1 if options.quick else options.repeats,
-                options.against,
-                lambda text: _report(console, status, text),
-                options.keep_models,
-            ):
-                found.append(result)
-                console.print(neighbours.table(result))
-    finally:
-        options.out.write_text(json.dumps({"neighbours": [result.to_json() for result in found]}, indent=2))
-        console.print(f"written to {options.out}")
-    return 0
 
 
 def _report(console: Console, status: Any, text: str) -> None:

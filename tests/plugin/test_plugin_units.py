@@ -10,7 +10,14 @@ from plugin_parts import PLUGIN, built_plugin, compile_cpp, sources, uring_flags
 
 PROGRAMS = sorted((PLUGIN / "tests").glob("*.cpp"))
 # these compute with ggml: they are linked with the engine and the plugin's objects, as `make build` has left them
-ON_THE_ENGINE = {"test_bundle_check", "test_neuron_resize", "test_neuron_store", "test_predictor", "test_sparse", "test_threads"}
+ON_THE_ENGINE = {
+    "test_bundle_check",
+    "test_neuron_resize",
+    "test_neuron_store",
+    "test_predictor",
+    "test_sparse",
+    "test_threads",
+}
 
 
 @pytest.fixture(scope="module")

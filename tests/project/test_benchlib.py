@@ -1,4 +1,4 @@
-"""The benchmarks: which of their threads spin, and that what is measured of real text is the model's own."""
+"""The benchmarks: that they can be stopped, that drift is no result, and that real text is the model's own."""
 
 from __future__ import annotations
 
@@ -15,23 +15,6 @@ from repository import ROOT
 import llama_flash
 
 BENCH = ROOT / "ci/bench"
-CODE = """
-import os, sys
-from benchlib.runs import _execute
-print(os.environ["OMP_WAIT_POLICY"], "GOMP_SPINCOUNT" in os.environ, flush=True)
-show = "import os; print(os.environ['OMP_WAIT_POLICY'], 'GOMP_SPINCOUNT' in os.environ, flush=True)"
-_execute([sys.executable, "-c", show], int(sys.argv[1]) or None, True)
-"""
-
-
-@pytest.mark.parametrize("cap", [0, 256 << 20])
-def test_only_what_is_measured_spins(cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
-    command = [sys.executable, "-c", CODE, str(cap)]
-    output = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert output.split() == ["passive", "False", "active", "False"]
-
 
 STOPPED = """
 import sys
@@ -108,6 +91,42 @@ def test_the_interval_is_as_wide_as_the_pairs_differ() -> None:
     ratio, low, high = compared([0.9, 1.0, 1.1] * 5, [1.0] * 15)
     assert ratio == 1.0
     assert 0.9 <= low < 1.0 < high <= 1.1
+
+
+JUDGED = """
+import json, sys
+from benchlib.neighbours import Result
+print(json.dumps(Result("model", "flash", json.loads(sys.argv[1]), {}).verdicts()))
+"""
+
+
+def judged(tok_s: dict[str, dict[str, list[float]]]) -> list[tuple[str, bool]]:
+    command = [sys.executable, "-c", JUDGED, json.dumps(tok_s)]
+    return [
+        tuple(each) for each in json.loads(subprocess.run(command, cwd=BENCH, capture_output=True, check=True).stdout)
+    ]
+
+
+def test_what_a_shared_machine_leaves_is_judged_by_turns_that_were_next_to_each_other() -> None:
+    # the machine gets twice as fast; the last situation's speeds are compared with the quiet ones
+    quiet = {"this build": [10.0, 20.0], "1 thread": [5.0, 10.0], "other build": [10.0, 20.0]}
+    quiet["other build, passive"] = [8.0, 16.0]
+    one = {**quiet, "this build": [4.0, 9.0], "other build": [1.0, 2.0], "1 thread": [5.0, 10.0]}
+    each = {**quiet, "this build": [3.0, 3.0]}
+    said = judged({"quiet": quiet, "one neighbour": one, "a neighbour on each core": each})
+    assert [reached for _, reached in said] == [True, False, False]
+    assert "quiet: 1.00 of the other build" in said[0][0]
+    assert "0.53" in said[1][0] and "0.20 of quiet" in said[2][0]
+
+
+@pytest.mark.full
+def test_neighbours_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "bench.py", "--quick", "--cases", "neighbours", "--models", str(tmp_path)]
+    subprocess.run([*command, "--out", str(out)], cwd=BENCH, check=True, capture_output=True, timeout=900)
+    found = json.loads(out.read_text())["neighbours"]
+    assert [case["mode"] for case in found] == ["flash", "resident"] * 2
+    assert all(len(case["tok_s"]) + len(case["left_out"]) == 4 for case in found)
 
 
 @pytest.mark.full

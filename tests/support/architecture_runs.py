@@ -84,7 +84,7 @@ def run_all(cases: Sequence[Case]) -> list[Outcome]:
 def _run(cases: Sequence[Case]) -> Iterator[Outcome]:
     """Outcomes of as many cases as one worker manages; of the one that it dies of, too."""
     command = [sys.executable, __file__, json.dumps([asdict(case) for case in cases])]
-    environment = {**os.environ, "LLAMA_FLASH_WARM_START": "0", "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}
+    environment = {**os.environ, "LLAMA_FLASH_WARM_START": "0", "GGML_NO_BACKTRACE": "1"}
     n_done = 0
     with (
         tempfile.TemporaryFile("w+") as noise,

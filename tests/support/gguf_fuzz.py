@@ -114,7 +114,7 @@ class _Worker:
 
     def ask(self, base: str, seed: int) -> Case:
         if self._process is None:
-            environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "OMP_WAIT_POLICY": "passive"}
+            environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(self._path)],
                 stdin=subprocess.PIPE,

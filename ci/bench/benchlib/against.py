@@ -9,38 +9,29 @@ each build, one after the other; how far their medians are apart is told, too.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 
 from benchlib import machine
 from benchlib.cases import Case
 from benchlib.child import Spec
 from benchlib.models import Files
-from llama_flash.errors import FlashError
+from benchlib.turns import Taker, spec_file
 
-_TAKER = Path(__file__).with_name("taker.py")
 _WORKS = ("decode", "prompt")
 _TURN = 1.0  # seconds, about; a prompt takes as long as it does
 _WARM_TURNS = 3  # of each, that do not count
 _LEAST_PAIRS = 6
 _DRAWS = 2000
-
-
-class BuildError(FlashError):
-    """One of the builds could not load or compute."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +45,9 @@ class Comparison:
     rounds: list[float]  # the median ratio of each pair of processes
 
     @property
-    def ratios(self) -> np.ndarray:
+    def ratios(self) -> npt.NDArray[np.float64]:
         """Speed of this build over the other's, of each pair."""
-        return np.array(self.other) / np.array(self.this)
+        return np.divide(self.other, self.this)
 
     def ratio(self) -> float:
         return float(np.median(self.ratios))
@@ -132,61 +123,11 @@ def _round(
     return pairs, tokens
 
 
-class _Taker:
-    """A process that computes when it is told to."""
-
-    def __init__(self, python: str, spec: Path, cap: int) -> None:
-        self._python = python
-        command = [sys.executable, "-m", "llama_flash", "cap", str(cap), "--", python, str(_TAKER), str(spec)]
-        environment = {**os.environ, "LLAMA_FLASH_WARM_START": "0"}
-        # threads that never stop spinning would take a core from the other build
-        environment.pop("OMP_WAIT_POLICY", None)
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
-        )
-        self._answer()
-
-    def turn(self, tokens: int) -> float:
-        """Seconds that it took to compute so many."""
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            print(tokens, file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> float:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            said = " | ".join(self._errors.read().strip().splitlines()[-3:])
-            raise BuildError(f"{self._python}: {said or 'ended'}")
-        return float(line)
-
-    def __enter__(self) -> _Taker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        try:
-            self._process.wait(30.0)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait()
-        self._errors.close()
-
-
 @contextlib.contextmanager
-def _build(python: str, files: Files, case: Case, cap: int, spec: dict[str, Any]) -> Iterator[_Taker]:
+def _build(python: str, files: Files, case: Case, cap: int, spec: dict[str, Any]) -> Iterator[Taker]:
     with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as folder:
-        file = Path(folder) / "spec.json"
         child = Spec(model=str(files.flash), mode="flash", work=case.work, out="", flash=case.flash, **spec)
-        file.write_text(json.dumps(asdict(child)))
-        with _Taker(python, file, cap) as taker:
+        with Taker(python, spec_file(folder, child), cap) as taker:
             yield taker
 
 

@@ -59,7 +59,7 @@ class Spec:
 def main(argv: list[str]) -> int:
     spec = Spec(**json.loads(Path(argv[0]).read_text()))
     started = time.perf_counter()
-    llm = _load(spec)
+    llm = load(spec)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
     works = {"decode": _decode, "prompt": _prompt, "generate": _generate, "chat": _chat, "first": _first, "copy": _copy}
     works["text"] = _text
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _load(spec: Spec) -> Any:
+def load(spec: Spec) -> Any:
     import llama_cpp
 
     options: dict[str, Any] = {}

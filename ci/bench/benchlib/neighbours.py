@@ -1,40 +1,41 @@
 """A machine that is shared: tokens per second beside busy neighbours, and under a CPU quota.
 
-A neighbour is a process that counts, pinned to one core; it ends by itself after a fixed number of steps, or when the
-run that it disturbs has ended. All ways to run are measured in turns in every situation, medians count. With another
-build's Python (`--against`) there are its default, its threads that sleep at once (OMP_WAIT_POLICY=passive) and its
-single thread to compare with.
+A neighbour is a process that counts, pinned to one core; it ends by itself after a fixed number of steps, or when what
+it disturbs has been measured. All ways to run have the model loaded and take turns, medians count. With another build's
+Python (`--against`) there are its default, its threads that sleep at once (OMP_WAIT_POLICY=passive) and its single
+thread to compare with.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from benchlib import machine
 from benchlib.child import Mode, Spec
 from benchlib.models import DENSE_Q4, MOE_SKEWED, BenchModel
+from benchlib.turns import Taker, spec_file
 from llama_flash.budget.cores import default_threads
 
-_CHILD = Path(__file__).with_name("child.py")
-_STEPS = 4_000_000_000  # of a neighbour, in which it counts: a few minutes
+_STEPS = 30_000_000_000  # of a neighbour, in which it counts: longer than the longest situation
 _COUNT = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nfor _ in range(int(sys.argv[2])): pass"
-_TIMEOUT = 300.0  # seconds, of one run
 _PERIOD = 100_000  # microseconds, of a quota
 _LAYERS = 3
-_SPEC = {"n_ctx": 256, "n_ubatch": 64, "warm_up": 16, "tokens": 96, "max_seconds": 6.0, "min_tokens": 3}
+_SPEC: dict[str, Any] = {"n_ctx": 512, "n_ubatch": 64}
 _BUDGET = "60%"  # of the model, for flash offload
+_WARM_TOKENS = 100
+_TURN = 0.6  # seconds, about
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Way:
 
     name: str
     python: str
-    threads: int | None  # None: as the build chooses
+    threads: int
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,6 +58,7 @@ class Situation:
 
 
 QUIET = "quiet"
+_THIS, _OTHER, _PASSIVE, _ONE = "this build", "other build", "other build, passive", "1 thread"
 
 
 def situations() -> list[Situation]:
@@ -70,27 +72,21 @@ def situations() -> list[Situation]:
 
 
 def ways(against: str | None) -> list[Way]:
-    """This build, alone or beside another."""
+    """This build, alone or beside another. What has one thread is the other build's."""
     n = default_threads()
-    mine = [Way("this build", sys.executable, None), Way(f"this build, {n} threads", sys.executable, n)]
+    mine = [Way(_THIS, sys.executable, n), Way(_ONE, against or sys.executable, 1)]
     if against is None:
-        return [*mine, Way("1 thread", sys.executable, 1)]
-    spinning = {"OMP_WAIT_POLICY": ""}  # removed: OpenMP's default
-    return [
-        *mine,
-        Way("other build", against, n, spinning),
-        Way("other build, passive", against, n, {"OMP_WAIT_POLICY": "passive"}),
-        Way("other build, 1 thread", against, 1, spinning),
-    ]
+        return mine
+    return [*mine, Way(_OTHER, against, n), Way(_PASSIVE, against, n, {"OMP_WAIT_POLICY": "passive"})]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians of one model in one mode: by situation, by way; None where no run ended."""
+    """Speeds of one model in one mode, in tokens per second: by situation, by way, one for each turn."""
 
     model: str
     mode: Mode
-    tok_s: dict[str, dict[str, float | None]]
+    tok_s: dict[str, dict[str, list[float]]]
     left_out: dict[str, str]  # situations, and why
 
     def verdicts(self) -> list[tuple[str, bool]]:
@@ -98,87 +94,93 @@ class Result:
         found = []
         quiet = self.tok_s[QUIET]
         for name, speeds in self.tok_s.items():
-            mine = _best(speeds, "this build")
             if name == QUIET:
-                found.append((name, mine, _best(speeds, "other build"), 0.98))
+                found.append((name, _ratio(speeds, _OTHER), "of the other build", 0.98))
             elif name == "one neighbour":
-                others = (
-                    _best(speeds, "other build, passive"),
-                    _best(speeds, "other build, 1"),
-                    _best(speeds, "1 thread"),
-                )
-                found.append((name, mine, max(others), 0.9))
+                best = min(_ratio(speeds, _PASSIVE), _ratio(speeds, _ONE))
+                found.append((name, best, "of one thread or of threads that sleep", 0.9))
             else:
-                found.append((name, mine, _best(quiet, "this build"), 0.4))
+                found.append(
+                    (name, statistics.median(speeds[_THIS]) / statistics.median(quiet[_THIS]), "of quiet", 0.4)
+                )
         return [
-            (f"{name}: {mine / other:.2f} (at least {least})", mine >= least * other)
-            for name, mine, other, least in found
-            if other
+            (f"{name}: {ratio:.2f} {what} (at least {least})", ratio >= least)
+            for name, ratio, what, least in found
+            if ratio != float("inf")
         ]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"verdicts": [{"what": what, "reached": ok} for what, ok in self.verdicts()]}
 
 
-def _best(speeds: dict[str, float | None], beginning: str) -> float:
-    return max((speed or 0.0 for name, speed in speeds.items() if name.startswith(beginning)), default=0.0)
+def _ratio(speeds: dict[str, list[float]], way: str) -> float:
+    """Of this build's speed and that of `way`: the median over the turns, which were next to each other. inf: none."""
+    if way not in speeds:
+        return float("inf")
+    return statistics.median(mine / other for mine, other in zip(speeds[_THIS], speeds[way], strict=True))
 
 
 def measure(
-    folder: Path, repeats: int, against: str | None, report: Callable[[str], None], keep: bool = False
+    folder: Path,
+    seconds: float,
+    against: str | None,
+    report: Callable[[str], None],
+    keep: bool = False,
 ) -> Iterator[Result]:
-    """A mixture and a dense model, with flash offload and resident.
+    """A mixture and a dense model, with flash offload and resident; so many seconds of turns in each situation.
 
-    against: the Python of another build's environment. Raises OSError where the disk has no room for a model.
+    against: the Python of another build's environment. Raises OSError where the disk has no room for a model,
+    BuildError where a process failed.
     """
     for model in (MOE_SKEWED, DENSE_Q4):
         files = model.ensure(folder, _LAYERS)
         try:
             for mode in ("flash", "resident"):
-                yield _measure(model, files.flash, mode, repeats, ways(against), report)
+                yield _measure(model, files.flash, mode, seconds, ways(against), report)
         finally:
             if not keep:
                 files.remove()
 
 
 def _measure(
-    model: BenchModel, path: Path, mode: Mode, repeats: int, chosen: Sequence[Way], report: Callable[[str], None]
+    model: BenchModel, path: Path, mode: Mode, seconds: float, chosen: Sequence[Way], report: Callable[[str], None]
 ) -> Result:
-    speeds: dict[str, dict[str, float | None]] = {}
+    speeds: dict[str, dict[str, list[float]]] = {}
     left_out: dict[str, str] = {}
-    for situation in situations():
-        try:
-            with _quota(situation.quota) as group:
-                runs: dict[str, list[float]] = {way.name: [] for way in chosen}
-                for i in range(repeats):
-                    for way in chosen if i % 2 == 0 else chosen[::-1]:
-                        report(f"{model.name}, {mode}, {situation.name}: {way.name}, run {i + 1} of {repeats}")
-                        speed = _run(path, mode, way, situation, group)
-                        runs[way.name] += [] if speed is None else [speed]
-        except OSError as error:
-            left_out[situation.name] = str(error)
-            continue
-        speeds[situation.name] = {name: statistics.median(found) if found else None for name, found in runs.items()}
+    flash = {"dram_budget": _BUDGET, "follow": False} if mode == "flash" else {}
+    with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as specs, contextlib.ExitStack() as running:
+        takers = {}
+        for way in chosen:
+            report(f"{model.name}, {mode}: loading, {way.name}")
+            spec = Spec(str(path), mode, "decode", "", n_threads=way.threads, flash=flash, **_SPEC)
+            takers[way.name] = running.enter_context(
+                Taker(way.python, spec_file(specs, spec), environment=way.environment)
+            )
+            takers[way.name].turn(_WARM_TOKENS)
+        for situation in situations():
+            try:
+                with _quota(situation.quota, [taker.pid for taker in takers.values()]), _neighbours(situation.cores):
+                    title = f"{model.name}, {mode}, {situation.name}"
+                    speeds[situation.name] = _turns(takers, seconds, title, report)
+            except OSError as error:
+                left_out[situation.name] = str(error)
     return Result(model.name, mode, speeds, left_out)
 
 
-def _run(path: Path, mode: Mode, way: Way, situation: Situation, group: Path | None) -> float | None:
-    """Tokens per second of one process; None if it failed."""
-    machine.wait_until_idle(0.4, 20.0)
-    with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as folder, _neighbours(situation.cores):
-        out, spec_file = Path(folder) / "out.json", Path(folder) / "spec.json"
-        flash = {"dram_budget": _BUDGET, "follow": False} if mode == "flash" else {}
-        spec = Spec(model=str(path), mode=mode, work="decode", out=str(out), flash=flash, **_SPEC)  # type: ignore[arg-type]
-        spec = replace(spec, n_threads=way.threads or 0)  # 0: the engine's default
-        spec_file.write_text(json.dumps(asdict(spec)))
-        argv = [way.python, str(_CHILD), str(spec_file)]
-        if group is not None:
-            argv = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *argv]
-        environment = {**os.environ, "LLAMA_FLASH_WARM_START": "0", **way.environment}
-        environment = {name: value for name, value in environment.items() if value or name not in way.environment}
-        with contextlib.suppress(subprocess.SubprocessError):
-            subprocess.run(argv, env=environment, timeout=_TIMEOUT, check=True, capture_output=True)
-        return float(json.loads(out.read_text())["tok_s"]) if out.exists() else None
+def _turns(
+    takers: dict[str, Taker], seconds: float, title: str, report: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Tokens per second of each turn."""
+    tokens = {name: max(1, round(4 * _TURN / taker.turn(4))) for name, taker in takers.items()}
+    found: dict[str, list[float]] = {name: [] for name in takers}
+    end = time.monotonic() + seconds
+    order = list(takers)
+    while time.monotonic() < end or len(found[order[0]]) < 2:
+        report(f"{title}: {max(0.0, end - time.monotonic()):.0f} s left")
+        random.shuffle(order)
+        for name in order:
+            found[name].append(tokens[name] / takers[name].turn(tokens[name]))
+    return found
 
 
 @contextlib.contextmanager
@@ -194,14 +196,14 @@ def _neighbours(cores: Sequence[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quota(cores: float | None) -> Iterator[Path | None]:
-    """A group of that quota, removed at the end.
+def _quota(cores: float | None, pids: Sequence[int]) -> Iterator[None]:
+    """These processes in a group of that quota, which is removed at the end.
 
     Raises:
         OSError: there is no controller for CPU time here, or no right to make a group.
     """
     if cores is None:
-        yield None
+        yield
         return
     v1, v2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
     root = v1 if (v1 / "cgroup.procs").exists() else v2
@@ -216,9 +218,17 @@ def _quota(cores: float | None) -> Iterator[Path | None]:
             (group / "cpu.cfs_quota_us").write_text(str(quota))
         else:
             (group / "cpu.max").write_text(f"{quota} {_PERIOD}")
-        yield group
+        _move(pids, group)
+        yield
+        _move(pids, root)
     finally:
-        group.rmdir()
+        with contextlib.suppress(OSError):  # processes that are in it end with us
+            group.rmdir()
+
+
+def _move(pids: Sequence[int], group: Path) -> None:
+    for pid in pids:
+        (group / "cgroup.procs").write_text(str(pid))
 
 
 def _text(path: Path) -> str:
@@ -229,16 +239,20 @@ def _text(path: Path) -> str:
 
 
 def table(result: Result) -> Table:
-    """tok/s by situation and way."""
+    """tok/s by situation and way, and this build over each."""
     shown = Table(title=f"{result.model}, {result.mode}: tok/s on a machine that is shared", title_justify="left")
     shown.add_column("")
     names = list(result.tok_s[QUIET])
     for name in names:
         shown.add_column(name, justify="right")
     for situation, speeds in result.tok_s.items():
-        shown.add_row(situation, *("failed" if (speed := speeds[name]) is None else f"{speed:.2f}" for name in names))
+        cells = [f"{statistics.median(speeds[_THIS]):.2f}"]
+        cells += [f"{statistics.median(speeds[name]):.2f} ({_ratio(speeds, name):.2f})" for name in names[1:]]
+        shown.add_row(f"{situation}, {len(speeds[_THIS])} turns", *cells)
     for situation, why in result.left_out.items():
         shown.add_row(situation, why)
-    shown.caption = "; ".join(f"{what}: {'yes' if reached else 'no'}" for what, reached in result.verdicts())
+    shown.caption = "in brackets this build over that; " + "; ".join(
+        f"{what}: {'yes' if reached else 'no'}" for what, reached in result.verdicts()
+    )
     shown.caption_justify = "left"
     return shown

@@ -25,10 +25,6 @@ os.environ["LLAMA_FLASH_WARM_START"] = "0"
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# Threads of the measured process spin at barriers, as OpenMP's default is: woken by the kernel instead, a token of
-# 12 ms takes 30.
-_SPINNING = {"OMP_WAIT_POLICY": "active"}
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -75,12 +71,11 @@ def run(
     patience: float = 60.0,
     timeout: float = _TIMEOUT,
     show: bool = False,
-    spin: bool = True,
     **spec: Any,
 ) -> Run:
     """Runs `model` once. spec: fields of child.Spec. show: the child's output goes to the terminal.
 
-    patience: seconds to wait until at most `busy_limit` CPUs are busy. spin: threads spin at barriers. Raises
+    patience: seconds to wait until at most `busy_limit` CPUs are busy. Raises
     KeyboardInterrupt when the run was stopped by a signal, FlashCapError where memory cannot be limited.
     """
     other_cpus = machine.wait_until_idle(busy_limit, patience)
@@ -93,7 +88,7 @@ def run(
         child = Spec(model=str(model), mode=setting.mode, out=str(out), **spec)
         spec_file.write_text(json.dumps(dataclasses.asdict(child)))
         try:
-            ended = _execute([sys.executable, str(_CHILD), str(spec_file)], cap, show, timeout, spin)
+            ended = _execute([sys.executable, str(_CHILD), str(spec_file)], cap, show, timeout)
         except subprocess.TimeoutExpired:
             ended = _Ended(-1, f"not done after {timeout:.0f} s", 0, 0)
         measured = json.loads(out.read_text()) if out.exists() else {}
@@ -119,14 +114,11 @@ class _Ended:
     oom_kills: int
 
 
-def _execute(argv: list[str], cap: int | None, show: bool, timeout: float = _TIMEOUT, spin: bool = True) -> _Ended:
-    env = os.environ | (_SPINNING if spin else {})
+def _execute(argv: list[str], cap: int | None, show: bool, timeout: float = _TIMEOUT) -> _Ended:
     if cap is None:
-        done = subprocess.run(
-            argv, timeout=timeout, check=False, capture_output=not show, text=True, errors="replace", env=env
-        )
+        done = subprocess.run(argv, timeout=timeout, check=False, capture_output=not show, text=True, errors="replace")
         return _Ended(done.returncode, done.stderr or "", 0, 0)
-    capped = run_capped(cap, argv, timeout=timeout, capture_output=not show, env=env)
+    capped = run_capped(cap, argv, timeout=timeout, capture_output=not show)
     # run_capped passes signals on to what it runs, which ends; here they end all that was to follow as well
     if capped.interrupted or -capped.returncode in _STOPPING:
         raise KeyboardInterrupt

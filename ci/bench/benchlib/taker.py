@@ -1,6 +1,6 @@
-"""One of two builds that take turns (against.py): loads a model once, and computes when it is asked to.
+"""One of those that take turns (turns.py): loads a model once, and computes when it is asked to.
 
-    python ci/bench/benchlib/taker.py SPEC.json
+    PYTHONPATH=ci/bench python ci/bench/benchlib/taker.py SPEC.json
 
 Reads a number of tokens per line of its input, computes so many, and answers with the seconds that it took. Ends with
 its input. Work "decode": the spec's tokens one after the other, from the beginning again where the context is full.
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from child import Spec, _load
+
+from benchlib.child import Spec, load
 
 _PREFIX = 16  # tokens of a context that are evaluated together, unmeasured
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a build says of itself is no answer
     spec = Spec(**json.loads(Path(argv[0]).read_text()))
-    llm = _load(spec)
+    llm = load(spec)
     turn = _Decoding(llm, spec).turn if spec.work == "decode" else _Prompts(llm).turn
     print(0.0, file=answers)
     for line in sys.stdin:

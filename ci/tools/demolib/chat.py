@@ -43,7 +43,6 @@ def _generated(screen: Screen, model: Path, work: str, prompt: str, tokens: int)
         patience=0.0,
         timeout=_TIMEOUT,
         show=True,
-        spin=False,
         work=work,
         prompt=prompt,
         tokens=tokens,

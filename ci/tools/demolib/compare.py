@@ -103,8 +103,7 @@ def compare(screen: Screen, model: Path, *, seconds: float, no_limit: str) -> Co
     limit = max(size // 2, int(smallest * 1.1))
     shape = {"n_ctx": _CTX, "n_ubatch": _UBATCH}
     spec: dict[str, Any] = {"work": "decode", "answers": True, "max_seconds": seconds, **shape, **_TOKENS}
-    # where others compute, threads that spin are in each other's way for whole slices of time
-    spin = machine.wait_until_idle(_BUSY, _PATIENCE) <= _BUSY
+    machine.wait_until_idle(_BUSY, _PATIENCE)
     naive = None
     if no_limit:
         screen.say(f"Left out, {_STOCK} in {limit / 1e9:.2f} GB: {no_limit}", "yellow")
@@ -112,15 +111,15 @@ def compare(screen: Screen, model: Path, *, seconds: float, no_limit: str) -> Co
         settings = naive_settings(model)
         if len(settings) == 1 and machine.readahead_kb(model) != machine.LINUX_READAHEAD_KB:
             screen.say("Left out, a second readahead setting: it cannot be set here", "yellow")
-        naive = _best(screen, _STOCK, settings, model, limit, spec, spin)
+        naive = _best(screen, _STOCK, settings, model, limit, spec)
     # where the kernel keeps no limit, flash offload keeps its own
     own = {"flash": {"dram_budget": limit}} if no_limit else {}
-    flash = _best(screen, _OURS, [FLASH], model, limit, spec | own, spin, enforced=not no_limit)
+    flash = _best(screen, _OURS, [FLASH], model, limit, spec | own, enforced=not no_limit)
     resident = None
     if resolve_budget("auto", None, model_bytes=size).total < size * _REPACKED:
         screen.say(f"Left out, {_STOCK} with all memory: there is not enough free", "yellow")
     else:
-        resident = _best(screen, _STOCK, [RESIDENT], model, None, spec, spin)
+        resident = _best(screen, _STOCK, [RESIDENT], model, None, spec)
     busy = max(run.other_cpus for run in (naive, flash, resident) if run)
     if busy > _BUSY:
         screen.say(f"Other programs kept {busy:.1f} CPUs busy: the figures suffer from it", "yellow")
@@ -134,7 +133,6 @@ def _best(
     model: Path,
     limit: int | None,
     spec: dict[str, Any],
-    spin: bool,
     *,
     enforced: bool = True,
 ) -> Run:
@@ -144,7 +142,7 @@ def _best(
         which = "" if setting.readahead_kb is None else f", readahead {setting.readahead_kb} KiB"
         title = f"{name}, {memory}{which}"
         with screen.busy(title):
-            result = run(setting, model, limit if enforced else None, patience=0.0, timeout=_TIMEOUT, spin=spin, **spec)
+            result = run(setting, model, limit if enforced else None, patience=0.0, timeout=_TIMEOUT, **spec)
         screen.say(f"{title}: {_figures(result)[0]}{' tokens per second' if result.ok else ''}")
         results.append(result)
     return max(results, key=lambda result: result.tok_s)
