@@ -148,7 +148,7 @@ class FlashSession:
         Raises:
             FlashError: the process is a child of the one that has loaded the model.
         """
-        self._check_process()
+        self.check_process()
         self.history.begin()
 
     def after_call(self, n_tokens: int) -> None:
@@ -157,7 +157,7 @@ class FlashSession:
         Raises:
             FlashReadError: a read failed during the call. Its results are void; the model can be used again.
         """
-        self._check_process()
+        self.check_process()
         native = self.native
         self.account.add(n_tokens, native)
         if native is not None:
@@ -167,7 +167,8 @@ class FlashSession:
         for callback in self._after_calls:
             callback()
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raises FlashError in a forked child: what its parent's other threads were changing is half changed there."""
         native = self.native
         if native is not None and native.forked:
             raise FlashError(
@@ -263,7 +264,7 @@ class FlashSession:
             FlashError: the session does not follow limits (`follow=False`), or has nothing on flash.
             ValueError: not a budget.
         """
-        self._check_process()
+        self.check_process()
         self.share.set_budget(dram_budget, self.meta.file_bytes)
 
     def on_event(self, callback: Callback) -> None:

@@ -87,7 +87,7 @@ class Turn:
         Raises:
             FlashError: the model is closed, or nobody asks for what is waited for.
         """
-        if self._pid != os.getpid():  # a forked child has nobody to wait for, and the guard may never open
+        if self.forked:  # a child has nobody to wait for, and the guard may never open
             return _Hold()
         with self._guard:
             self._refuse_if_closed()
@@ -113,7 +113,7 @@ class Turn:
 
     def give_back(self, hold: _Hold) -> None:
         """Whoever waits longest is called when nobody shares the turn any more."""
-        if self._pid != os.getpid():
+        if self.forked:
             return
         with self._guard:
             hold.users -= 1
@@ -146,6 +146,11 @@ class Turn:
             finally:
                 hold.rests_since = time.monotonic()
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that has made it."""
+        return self._pid != os.getpid()
+
     def works_here(self) -> bool:
         """Whether this thread computes already, and calls itself."""
         return self._working == threading.get_ident()
@@ -164,7 +169,7 @@ class Turn:
     def last(self) -> Iterator[None]:
         """For closing: waits for what is being computed, not for streams that rest, and refuses what would follow."""
         with self._computing():
-            with self._guard if self._pid == os.getpid() else contextlib.nullcontext():
+            with contextlib.nullcontext() if self.forked else self._guard:
                 self._closed = True
                 while self._waiters:
                     self._waiters.popleft().called.release()
@@ -172,7 +177,7 @@ class Turn:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        if self.works_here() or self._pid != os.getpid():
+        if self.works_here() or self.forked:
             yield
             return
         with self._work:
@@ -276,11 +281,18 @@ def take_turns(cls: type[_T]) -> type[_T]:
     return cls
 
 
+def _check_process(llm: Any) -> None:
+    """Before the engine is asked: a forked child finds its state as it was, whoever was changing it."""
+    if llm._turn.forked and llm.flash is not None:
+        llm.flash.check_process()
+
+
 def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._turn.works_here():  # for each token, several times
             return method(self, *args, **kwargs)
+        _check_process(self)
         with self._turn.held():
             return method(self, *args, **kwargs)
 
@@ -290,6 +302,7 @@ def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
 def _streamed(method: Callable[..., Generator[Any, Any, None]]) -> Callable[..., _Stream]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> _Stream:
+        _check_process(self)
         return _Stream(self._turn, method(self, *args, **kwargs))
 
     return call
