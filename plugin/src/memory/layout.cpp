@@ -7,6 +7,7 @@
 
 constexpr uint64_t NEURON_PAGES  = 2 * HUGE_PAGE; // the neurons' mappings may end in a huge page of which a part only is used
 constexpr uint64_t MAPPING_PAGES = 4 * HUGE_PAGE; // so may all others, when every record has its place
+constexpr uint64_t NEURONS_PART  = 4;             // of what is left beside the minimum: neurons, where panels need the rest
 
 // needs
 
@@ -187,6 +188,18 @@ static void divide_slots(const memory_needs & n, uint64_t room, memory_layout & 
     }
 }
 
+// the most that panels and experts use
+static uint64_t other_bytes(const memory_needs & n) {
+    uint64_t sum = 0;
+    for (const auto & p : n.panels) {
+        sum += p.span();
+    }
+    for (const auto & c : n.classes) {
+        sum += (uint64_t) c.records * c.slot_bytes;
+    }
+    return sum;
+}
+
 static memory_layout divide(const memory_needs & n, uint64_t bytes, const standing_parts * standing) {
     memory_layout l;
     l.total = bytes;
@@ -204,9 +217,11 @@ static memory_layout divide(const memory_needs & n, uint64_t bytes, const standi
         l.standing.panel_ring  = ring_bytes(n.panel_ring_least(), beside, n.panel_bytes);
     }
     left -= l.standing.expert_ring + l.standing.panel_ring;
-    if (!n.bundles.empty()) { // all there is, or beside panels that stream, half of it
-        const bool others = n.expert_bytes + n.panel_bytes > 0;
-        left -= divide_neurons(n, others && !everything ? left / 2 : left, standing, l);
+    if (!n.bundles.empty()) {
+        // What panels and experts have no use for, and a part of it all: a panel that is pinned saves its bytes on every token, a neuron's
+        // slot only on a hit, and most hits are of few neurons.
+        const uint64_t beside = left - std::min(left, other_bytes(n));
+        left -= divide_neurons(n, everything ? left : std::max(left / NEURONS_PART, beside), standing, l);
     }
     left -= pin_panels(n, left, l);
     divide_slots(n, left, l);
