@@ -113,6 +113,9 @@ def _chosen(names: str) -> list[Case]:
         "all": [*CASES, *LIMITS, *REAL, *MATRIX],
     }
     known |= {"real": list(REAL), "whole": list(WHOLE)}
+    known["neighbours"] = []  # no cases: another kind of measurement
+    if "neighbours" in names.split(",") and names != "neighbours":
+        sys.exit("error: neighbours are measured alone")
     chosen: list[Case] = []
     for name in names.split(","):
         if name not in known:
