@@ -137,9 +137,48 @@ void a_size_has_one_layout_however_it_was_reached(const memory_needs & n, random
           (unsigned long long) begin);
 }
 
+// 400 MB of neurons in slots, beside panels of 4 MiB each
+memory_needs neurons_and_panels(uint32_t n_panels) {
+    memory_needs n;
+    panel_needs  p;
+    p.panels        = n_panels;
+    p.panel_bytes   = 4 << 20;
+    p.bytes         = n_panels * p.panel_bytes;
+    n.panel_bytes   = p.bytes;
+    n.largest_panel = p.panel_bytes;
+    n.panels.push_back(p);
+    bundle_needs b;
+    b.record_bytes = 4096;
+    b.neurons      = 100000;
+    n.bundles.push_back(b);
+    n.in_slots    = true;
+    n.run         = 256;
+    n.longest_run = 256 * b.record_bytes;
+    n.neuron_slot = b.record_bytes;
+    return n;
+}
+
+void panels_that_stream_come_before_neurons() {
+    const memory_needs       n    = neurons_and_panels(64);
+    const uint64_t           left = 100 << 20;
+    const llama_flash_memory m    = describe(n, divide(n, n.minimum() + left));
+    CHECK(m.slots < left * 3 / 10, "%llu bytes of slots", (unsigned long long) m.slots);
+    CHECK(m.pinned > left / 2, "%llu bytes of panels", (unsigned long long) m.pinned);
+}
+
+void neurons_have_what_panels_do_not_need() {
+    const memory_needs       n    = neurons_and_panels(2);
+    const uint64_t           all  = n.minimum() + (100 << 20);
+    const llama_flash_memory m    = describe(n, divide(n, all));
+    const uint64_t           used = m.slots + m.pinned + m.stream + m.bookkeeping;
+    CHECK(used + (8 << 20) > all, "%llu of %llu bytes are used", (unsigned long long) used, (unsigned long long) all);
+}
+
 } // namespace
 
 int main() {
+    panels_that_stream_come_before_neurons();
+    neurons_have_what_panels_do_not_need();
     for (uint64_t seed = 0; seed < 400; seed++) {
         random_source      random(seed);
         const memory_needs n = some_needs(random);

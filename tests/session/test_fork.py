@@ -204,6 +204,24 @@ def test_a_model_that_a_child_loads_itself_works(model_file: ModelFile) -> None:
             assert_same_logits(logits_of(llm, PROMPT, DECODED), expected, N)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [lambda llm: llm.eval([1]), lambda llm: llm.reset(), lambda llm: llm.sample(), lambda llm: next(llm.generate([1]))],
+    ids=["eval", "reset", "sample", "generate"],
+)
+def test_a_child_is_refused_before_the_engine_is_asked(call: Callable[[Any], object], model_file: ModelFile) -> None:
+    """What another thread of the parent was changing, cells of the KV cache above all, is half changed in the child."""
+    with open_flash(model_file("llama", "Q4_0"), share=LEAST) as llm:
+        llm.eval([1, 2])
+
+        def child() -> None:
+            llm._ctx = llm._model = None  # whoever asks one of them fails
+            with pytest.raises(FlashError, match="fork"):
+                call(llm)
+
+        in_child(child)
+
+
 def test_a_stock_model_goes_on_in_a_child(model_file: ModelFile) -> None:
     """It starts threads of its own, and waits for none of its parent's, also where those were computing."""
     with Model(str(model_file("llama", "Q4_0")), n_ctx=128, logits_all=True, verbose=False, n_threads=3) as llm:

@@ -43,6 +43,17 @@ uint64_t memory_needs::neuron_bytes() const {
     return sum;
 }
 
+uint64_t memory_needs::other_bytes() const {
+    uint64_t sum = 0;
+    for (const auto & p : panels) {
+        sum += p.span();
+    }
+    for (const auto & c : classes) {
+        sum += (uint64_t) c.records * c.slot_bytes;
+    }
+    return sum;
+}
+
 static uint64_t resident_bytes(const memory_needs & n) {
     uint64_t sum = 0;
     for (const auto & b : n.bundles) {
@@ -71,14 +82,8 @@ uint64_t memory_needs::minimum() const {
 }
 
 uint64_t memory_needs::maximum() const {
-    uint64_t sum = minimum() + MAPPING_PAGES + panels.size() * 2 * FLASH_SECTOR;
-    for (const auto & p : panels) {
-        sum += p.span();
-    }
-    for (const auto & c : classes) {
-        sum += (uint64_t) c.records * c.slot_bytes;
-    }
-    bool pinnable = true;
+    uint64_t sum      = minimum() + MAPPING_PAGES + panels.size() * 2 * FLASH_SECTOR + other_bytes();
+    bool     pinnable = true;
     for (const auto & b : bundles) {
         sum += std::max(b.neurons * b.record_bytes, b.neurons * (neuron_slot + SLOT_ENTRY)) + 4 * FLASH_SECTOR;
         pinnable = pinnable && b.pinnable;
@@ -188,18 +193,6 @@ static void divide_slots(const memory_needs & n, uint64_t room, memory_layout & 
     }
 }
 
-// the most that panels and experts use
-static uint64_t other_bytes(const memory_needs & n) {
-    uint64_t sum = 0;
-    for (const auto & p : n.panels) {
-        sum += p.span();
-    }
-    for (const auto & c : n.classes) {
-        sum += (uint64_t) c.records * c.slot_bytes;
-    }
-    return sum;
-}
-
 static memory_layout divide(const memory_needs & n, uint64_t bytes, const standing_parts * standing) {
     memory_layout l;
     l.total = bytes;
@@ -220,7 +213,7 @@ static memory_layout divide(const memory_needs & n, uint64_t bytes, const standi
     if (!n.bundles.empty()) {
         // What panels and experts have no use for, and a part of it all: a panel that is pinned saves its bytes on every token, a neuron's
         // slot only on a hit, and most hits are of few neurons.
-        const uint64_t beside = left - std::min(left, other_bytes(n));
+        const uint64_t beside = left - std::min(left, n.other_bytes());
         left -= divide_neurons(n, everything ? left : std::max(left / NEURONS_PART, beside), standing, l);
     }
     left -= pin_panels(n, left, l);

@@ -79,6 +79,7 @@ struct memory_needs {
 
     uint64_t n_neurons() const;
     uint64_t neuron_bytes() const;
+    uint64_t other_bytes() const; // the most that panels and slots of experts use
 
     // one of its entries is computed while the next is read
     uint64_t expert_ring_least() const { return 2 * largest_expert; }
