@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from ..budget.rooms import Breakdown
 from ..device.profile import DeviceProfile
 from ..model.gguf import GgufMeta
 from ..native.params import Requirements
-from .misses import SHARED_TOKENS, expert_misses, expert_slots, neuron_misses, neurons_held
+from .misses import SHARED_TOKENS, USUAL_SKEW, expert_misses, expert_slots, neuron_misses, neurons_held
 from .placed import Plan
 from .placement import expert_bytes
 from .usage import Usage
@@ -57,6 +57,7 @@ class Cost:
     compute_seconds: float  # at least to read those from DRAM; if a run was measured, as it was
     assumptions: tuple[str, ...]
     waited_seconds: float = 0.0  # of io_seconds, that computing did not hide in a run that was measured
+    usual: Cost | None = None  # if the routing, even here, is as most mixtures show; None: it is known, or no matter
 
     @property
     def bytes_per_token(self) -> float:
@@ -78,10 +79,24 @@ class Cost:
     def bound_by(self) -> Literal["flash", "DRAM"]:
         return "flash" if self.io_seconds > self.compute_seconds else "DRAM"
 
+    @property
+    def tokens_per_second_range(self) -> tuple[float, float]:
+        """The least and the most to expect: the same where nothing is left open."""
+        return self.tokens_per_second, (self.usual or self).tokens_per_second
+
+    @property
+    def bytes_per_token_range(self) -> tuple[float, float]:
+        """The least and the most to expect: the same where nothing is left open."""
+        return (self.usual or self).bytes_per_token, self.bytes_per_token
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         names = ("bytes_per_token", "reads_per_token", "io_seconds", "tokens_per_second", "bound_by")
-        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+        ranges = ("tokens_per_second_range", "bytes_per_token_range")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["traffic"] = [asdict(part) for part in self.traffic]
+        values["usual"] = self.usual.as_dict() if self.usual else None
+        return {**values, **{name: getattr(self, name) for name in (*names, *ranges)}}
 
 
 def expect(
@@ -97,7 +112,7 @@ def expect(
     lookahead: int = 0,
     usage: Usage | None = None,
 ) -> Cost:
-    """Expected cost of a token.
+    """Expected cost of a token; a range (`usual`) where experts are read and their routing was never seen.
 
     Args:
         memory: how the budget is divided; slots, pinned and stream are used, in bytes.
@@ -109,7 +124,17 @@ def expect(
     """
     if usage and usage.predictor != predictor:
         usage = None
-    load = _Load(meta, plan, memory, needs, predictor, window, io_depth, lookahead, usage)
+    skew = usage.skew if usage else None
+    load = _Load(meta, plan, memory, needs, predictor, window, io_depth, lookahead, usage, skew)
+    cost = _expect(load, profile)
+    if skew is None and any(part.kind == "experts" for part in cost.traffic):
+        return replace(cost, usual=_expect(replace(load, skew=USUAL_SKEW), profile))
+    return cost
+
+
+def _expect(load: _Load, profile: DeviceProfile) -> Cost:
+    """One figure: by the skew that `load` has, else by even routing."""
+    plan, usage = load.plan, load.usage
     assumptions = ["one token at a time, slots warm, an empty KV cache"]
     parts: list[Traffic] = []
     if plan.mode == "flash":
@@ -117,8 +142,8 @@ def expect(
             parts += _neurons(load, profile, assumptions)
         parts += _panels(load, profile)
         for name in plan.tables:  # each is waited for before the next is asked for
-            table = meta.tensors[name]
-            parts.append(_records("rows", 1, table.size / table.shape[1], 1, io_depth, profile, 0.0))
+            table = load.meta.tensors[name]
+            parts.append(_records("rows", 1, table.size / table.shape[1], 1, load.io_depth, profile, 0.0))
         parts += _experts(load, profile, assumptions)
     parts = [part for part in parts if part.reads > 0]
     touched = _touched(load)
@@ -143,6 +168,7 @@ class _Load:
     io_depth: int
     lookahead: int
     usage: Usage | None
+    skew: float | None  # of the routing; None: even
 
     @property
     def flash(self) -> Requirements:
@@ -197,15 +223,16 @@ def _experts(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Ite
     held = min(1.0, load.memory.slots / expert_slots(load.flash))
     used = n_records * n_used / n_expert
     layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
-    skew = load.usage.skew if load.usage else None
-    missed = expert_misses(held, skew or 0.0)
+    missed = expert_misses(held, load.skew or 0.0)
     together = used * missed / max(1, layers) * max(1.0, size / _PIECE)
     in_vain = n_records / n_expert * min(load.lookahead, n_used * missed * _LIKELY) * _WRONG
     yield _records("experts", used * missed + in_vain, size, together, load.io_depth, profile, 1 - missed)
-    if held < 1 and skew is None:
-        assumptions.append("experts are used evenly: most models read less")
-    elif held < 1:
+    if held < 1 and load.skew is None:
+        assumptions.append("experts are used evenly, or as most mixtures use them (the faster figure)")
+    elif held < 1 and load.usage and load.usage.skew is not None:
         assumptions.append("experts are used as in the last run")
+    elif held < 1:
+        assumptions.append("experts are used as most mixtures use them")
 
 
 def _neurons(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Iterator[Traffic]:

@@ -82,13 +82,26 @@ class LoadPlan:
 
     @property
     def bytes_per_token(self) -> float:
-        """Expected from flash for a decoded token."""
+        """Expected from flash for a decoded token; of a mixture that never ran the most, see bytes_per_token_range."""
         return self.cost.bytes_per_token
 
     @property
+    def bytes_per_token_range(self) -> tuple[float, float]:
+        """The least and the most: routing as most mixtures show it, and even routing. The same once a run was seen."""
+        return self.cost.bytes_per_token_range
+
+    @property
     def tokens_per_second(self) -> float:
-        """Expected of decoding, if the device keeps to its profile and nothing but reading and DRAM takes time."""
+        """Expected of decoding, if the device keeps to its profile and nothing but reading and DRAM takes time.
+
+        Of a mixture that never ran the least, see tokens_per_second_range.
+        """
         return self.cost.tokens_per_second
+
+    @property
+    def tokens_per_second_range(self) -> tuple[float, float]:
+        """The least and the most: even routing, and routing as most mixtures show it. The same once a run was seen."""
+        return self.cost.tokens_per_second_range
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -101,7 +114,8 @@ class LoadPlan:
         values["others"] = [
             {**asdict(other), "cost": other.cost.as_dict() if other.cost else None} for other in self.others
         ]
-        return {**values, "bytes_per_token": self.bytes_per_token, "tokens_per_second": self.tokens_per_second}
+        derived = ("bytes_per_token", "bytes_per_token_range", "tokens_per_second", "tokens_per_second_range")
+        return {**values, **{name: getattr(self, name) for name in derived}}
 
 
 def plan(
