@@ -40,7 +40,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 6
+#define LLAMA_FLASH_API_VERSION 7
 
 // how far llama_flash_session_reuse looks back, in tokens
 #define LLAMA_FLASH_REUSE_TOKENS 256
@@ -79,6 +79,7 @@ struct llama_flash_params {
     uint32_t read_bytes;  // a record is read in pieces of at most this many bytes; 0: 1 MiB
     uint32_t panel_bytes; // a panel is a run of rows of about this many bytes; 0: 4 MiB
     uint32_t lookahead;   // most experts of the next layer that are read ahead of its router; 0: none
+    uint32_t tries_ahead; // 1: only while that makes tokens faster, which is tried out now and then; 0: always
 };
 
 // the function between up (gate) and down, see docs/reference/format.md
@@ -204,6 +205,7 @@ struct llama_flash_stats {
     uint64_t neurons_newly_active; // of these, not active for any of the 5 tokens before
     uint64_t neurons_expected;     // read ahead
     uint64_t experts_expected;     // records read ahead of a router
+    uint64_t experts_foreseen;     // of these, those that the router then chose while they were there
     uint64_t layers_repeated;      // passes made again because the graph's activations were not the expected ones
     uint64_t predict_ns;           // finding active sets
     uint64_t manage_ns;            // memory management: slots, copies into them
@@ -212,8 +214,8 @@ struct llama_flash_stats {
     uint64_t resident_bytes; // slots, pins and ring touched so far
     uint64_t slots_used;     // of experts
     uint64_t neuron_slots_used;
-    uint32_t io_engine; // the I/O engine in use
-    uint32_t reserved;
+    uint32_t io_engine;   // the I/O engine in use
+    uint32_t reads_ahead; // 1: experts of the next layer are read ahead; 0: none are, or tokens are faster without
 };
 
 enum llama_flash_kind {

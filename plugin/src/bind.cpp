@@ -208,7 +208,7 @@ int32_t llama_flash_session::end_binding(llama_flash_error * err) {
     neuron_params = { LLAMA_FLASH_NEURONS_OFF, UINT32_MAX, 512, 0, 0, 0 };
     neurons.lay_out(neuron_params.mode);
     note_needs(neuron_params.n_ubatch);
-    expert_ops.reserve(params.lookahead);
+    expert_ops.reserve(params);
     notes.first_bundle = (uint32_t) table.tensors.size();
     bound              = true;
     return LLAMA_FLASH_OK;

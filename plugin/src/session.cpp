@@ -97,13 +97,14 @@ void llama_flash_session::begin_op(const std::string & tensor) {
 }
 
 void llama_flash_session::end_op() {
-    notes.stats.op_ns += (uint64_t) (flash_now_ns() - op_begin_ns);
+    spent_ns += (uint64_t) (flash_now_ns() - op_begin_ns);
     const session_lock ended = std::move(op_lock);
 }
 
 llama_flash_stats llama_flash_session::statistics() const {
     llama_flash_stats s = notes.stats;
     reads.tell(s);
+    s.op_ns             = spent_ns;
     s.slots_used        = experts.used();
     s.neuron_slots_used = neurons.used();
     s.resident_bytes    = memory.pinned + memory.resident + memory.bookkeeping + experts.stream().touched() + panels.stream().touched() +

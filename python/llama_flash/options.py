@@ -33,7 +33,8 @@ class FlashOffload:
             "auto": exact where the budget allows, else lowrank where there are predictors.
         window: tokens before the current one whose neurons stay in slots; None: as many as have room.
         lookahead: read ahead the experts that the next layer's router will probably choose, and the neurons that its
-            predictor expects ("lowrank").
+            predictor expects ("lowrank"). "auto": experts only while that makes tokens faster, which is tried out while
+            decoding; neurons always.
         follow: give memory back and take it again while the model runs, as limits and neighbours move.
         warm_start: remember which weights were hot, in a small file of the user's cache folder, and
             read them in the background after the next load (needs `follow`); and how they were used, for plans.
@@ -54,7 +55,7 @@ class FlashOffload:
     what: What = "auto"
     predictor: Predictor = "auto"
     window: int | None = None
-    lookahead: bool = True
+    lookahead: bool | Literal["auto"] = "auto"
     follow: bool = True
     warm_start: bool = True
     io_engine: IoEngine = "auto"
@@ -72,7 +73,9 @@ class FlashOffload:
         _one_of("predictor", self.predictor, get_args(Predictor))
         if self.window is not None:
             _in_range("window", self.window, 0, 1 << 20)
-        for name in ("lookahead", "follow", "warm_start"):
+        if self.lookahead != "auto" and not isinstance(self.lookahead, bool):
+            raise ValueError(f"lookahead: {self.lookahead!r} is not one of True, False, 'auto'")
+        for name in ("follow", "warm_start"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}: {value!r} is not one of True, False")
         if self.io_depth is not None:

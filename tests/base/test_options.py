@@ -153,11 +153,13 @@ def test_bad_values_name_the_option(option: dict[str, object]) -> None:
 
 
 def test_neurons_are_found_and_kept_as_there_is_room_unless_told_otherwise() -> None:
-    assert (FlashOffload().predictor, FlashOffload().window, FlashOffload().lookahead) == ("auto", None, True)
+    assert (FlashOffload().predictor, FlashOffload().window, FlashOffload().lookahead) == ("auto", None, "auto")
     for predictor in ("auto", "exact", "lowrank", "off"):
         for window in (None, 0, 5, 1 << 20):
-            options = FlashOffload.coerce({"predictor": predictor, "window": window, "lookahead": False})
-            assert options == FlashOffload(predictor=predictor, window=window, lookahead=False)  # type: ignore[arg-type]
+            for lookahead in ("auto", True, False):
+                chosen = {"predictor": predictor, "window": window, "lookahead": lookahead}
+                options = FlashOffload.coerce(chosen)
+                assert options == FlashOffload(**chosen)  # type: ignore[arg-type]
 
 
 def test_options_are_frozen_and_pickle() -> None:

@@ -53,7 +53,7 @@ def open_flash(
     what: Any = "auto",
     share: float = QUARTER,
     io_engine: Any = "auto",
-    lookahead: bool = True,
+    lookahead: Any = True,
     **options: Any,
 ) -> Model:
     """Opens a model whose weights stay on flash although they would fit, with a cache far smaller than they are.

@@ -6,7 +6,7 @@
 // a prompt's wave is at least so many experts (each wave quantises the activations again)
 constexpr size_t PROMPT_WAVE = 8;
 
-void expert_op::reserve(uint32_t most) {
+void expert_op::reserve(const llama_flash_params & params) {
     const uint32_t n      = table.n_expert_max;
     size_t         widest = 0; // records of one layer
     for (const auto & group : table.groups) {
@@ -16,13 +16,13 @@ void expert_op::reserve(uint32_t most) {
         }
         widest = std::max(widest, records);
     }
-    most_ahead = most;
     addresses.resize(n);
     seen.assign(n, 0);
     count.assign(n, 0);
     counts.reserve(n);
     distinct.reserve(n);
     early.reserve(n);
+    look.reserve(params.lookahead, params.tries_ahead != 0);
     schedule.reserve(widest);
     waiting.reserve(n + 1);
     wave.reserve(n + 1);
@@ -159,6 +159,7 @@ void expert_op::hold_what_is_there(const flash_tensor & t) {
         const uint32_t index = t.first_record + e;
         flash_record & r     = table.records[index];
         experts.hold(index);
+        notes.stats.experts_foreseen += r.fetched && r.warmed;
         if (!r.is_there() || r.fetched) {
             notes.stats.misses++;
             wave.read = &r;
@@ -319,7 +320,7 @@ struct expert_op::this_run {
 
     void first() {
         o.first_wave(t, op);
-        o.look.begin(t, op, o.most_ahead);
+        o.look.begin(t, op, o.gate.spent_ns);
     }
 
     void compute() {

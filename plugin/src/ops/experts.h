@@ -17,8 +17,8 @@ class expert_op {
               expert_store & experts_, panel_store & panels_) : gate(gate_), reads(reads_), notes(notes_), table(table_), needs(needs_), clock(clock_), experts(experts_), panels(panels_),
                                                                 wave(gate_, reads_, notes_, table_), look(table_, reads_, notes_, experts_) {}
 
-    // Room for what an op shares, so that nothing is allocated while decoding. most: experts of the next layer that may be read ahead.
-    void reserve(uint32_t most);
+    // Room for what an op shares, so that nothing is allocated while decoding.
+    void reserve(const llama_flash_params & params);
     void forget();
 
     // Entered by all threads of the pool. op->src[0] is the tensor. On failure the session has an error, op's data is undefined.
@@ -64,7 +64,6 @@ class expert_op {
     waves      wave;
     early_rows early;
     lookahead  look;
-    uint32_t   most_ahead = 0;
 
     std::vector<const void *> addresses;         // [experts], of this wave
     bool                      now_early = false; // the wave is for the layer's second op

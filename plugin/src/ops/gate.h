@@ -13,7 +13,8 @@ class op_gate {
     // the work space for neurons has grown to so many tokens
     virtual void note_ubatch(uint32_t n_tokens) = 0;
 
-    uint64_t stamp = 0; // number of the op in progress among the session's
+    uint64_t stamp    = 0; // number of the op in progress among the session's
+    uint64_t spent_ns = 0; // in the ops before it
 
   protected:
     ~op_gate() = default;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/router.h"
+#include "ops/trial.h"
 #include "store/experts.h"
 
 #include <cstdint>
@@ -14,11 +15,13 @@ class lookahead {
   public:
     lookahead(record_table & table_, read_queue & reads_, instruments & notes_, expert_store & experts_) : table(table_), reads(reads_), notes(notes_), experts(experts_) {}
 
-    void forget(); // what was learnt of the graph
+    // most_experts: that may be read ahead, of a layer. tries: only while that makes tokens faster.
+    void reserve(uint32_t most_experts, bool tries);
+    void forget(); // what was learnt of the graph, and whether it pays
 
     // Thread 0, an op on t begins: if it is the first of its layer and has a single token, the next layer's experts can be scored.
-    // most: experts that may be read ahead.
-    void begin(const flash_tensor & t, const ggml_tensor * op, uint32_t most);
+    // spent_ns: in all ops before it.
+    void begin(const flash_tensor & t, const ggml_tensor * op, uint64_t spent_ns);
 
     // All threads: scores them, if that is still to be done. Thread 0 gets true then, after all threads are through.
     bool score(const ggml_compute_params * params);
@@ -28,6 +31,7 @@ class lookahead {
 
   private:
     void find_next(const flash_tensor & t, const ggml_tensor * op);
+    void note_token(const flash_tensor & t, bool one, uint64_t spent_ns);
     void rank(uint32_t n);
     void hold(const std::vector<uint32_t> & tensors, uint32_t n);
     bool uses_them(const flash_tensor & t) const { return t.n_records == scores.size() && t.order != 0; }
@@ -37,12 +41,18 @@ class lookahead {
     instruments &  notes;
     expert_store & experts;
 
-    uint32_t              most = 0;    // experts that may be read
-    std::vector<router>   routers;     // by group, found on the first pass
-    std::vector<int32_t>  next;        // by group: the one that is used after it; -1: not yet known, or the last
-    int32_t               last   = -1; // group of the op before
-    int32_t               group  = -1; // whose experts are scored; -1: none
-    uint32_t              n_used = 0;  // experts of a token
+    uint32_t              most     = 0;     // experts that may be read
+    bool                  may_stop = false; // only while it pays
+    trial                 pays;
+    bool                  on    = true;  // for this token
+    uint64_t              token = 0;     // its number
+    bool                  timed = false; // it is one, not several, so that its time tells
+    uint64_t              begun = 0;     // nanoseconds in ops before it
+    std::vector<router>   routers;       // by group, found on the first pass
+    std::vector<int32_t>  next;          // by group: the one that is used after it; -1: not yet known, or the last
+    int32_t               last   = -1;   // group of the op before
+    int32_t               group  = -1;   // whose experts are scored; -1: none
+    uint32_t              n_used = 0;    // experts of a token
     bool                  scored = false;
     std::vector<float>    input;
     std::vector<float>    scores; // by expert

@@ -83,7 +83,7 @@ def bench(
     what: c.What = "auto",
     predictor: c.Predictor = "auto",
     window: c.Window = None,
-    lookahead: c.Lookahead = True,
+    lookahead: c.Lookahead = None,
     follow: c.Follow = True,
     warm_start: c.WarmStart = False,
     io_engine: c.IoEngine = "auto",

@@ -119,7 +119,12 @@ Window = Annotated[
     _flash("--window", help="Tokens whose neurons stay in memory.", show_default="as many as have room"),
 ]
 Lookahead = Annotated[
-    bool, _flash("--lookahead/--no-lookahead", help="Read ahead what the next layer will probably use.")
+    bool | None,
+    _flash(
+        "--lookahead/--no-lookahead",
+        help="Read ahead what the next layer will probably use.",
+        show_default="while it pays",
+    ),
 ]
 Follow = Annotated[
     bool, _flash("--follow/--no-follow", help="Give memory back and take it again as limits and neighbours move.")

@@ -32,6 +32,8 @@ def flash_options(params: Mapping[str, Any]) -> FlashOffload:
     chosen = {field.name: params[field.name] for field in fields(FlashOffload) if field.name in params}
     if chosen.get("reserve") == "0":
         chosen["reserve"] = 0
+    if chosen.get("lookahead", False) is None:
+        chosen["lookahead"] = "auto"
     return FlashOffload(**chosen)
 
 
@@ -90,8 +92,17 @@ def print_statistics(stats: FlashStats, title: str) -> None:
     if stats.n_neurons:
         table.add_row("neurons per token", *(stats.active_neurons(c) or "-" for c in columns))
     table.add_row("hit rate", *("-" if c.hit_rate is None else f"{c.hit_rate:.1%}" for c in columns))
+    if stats.total.experts_expected:
+        table.add_row("parts of experts read ahead, of these used", *(_foreseen(c) for c in columns))
     table.add_row("waited for reads", *(f"{c.wait_seconds:.2f} s" for c in columns))
     stderr.print(table)
+    if stats.total.experts_expected and not stats.reads_ahead:
+        stderr.print("reading ahead has stopped: tokens are faster without it")
     if stats.predictor != "none":
         stderr.print(f"predictor {stats.predictor}; neurons are of all layers")
     stderr.print(f"budget {format_size(stats.budget.total)} ({stats.budget.reason}): {stats.memory}", soft_wrap=True)
+
+
+def _foreseen(counters: Counters) -> str:
+    read = counters.experts_expected
+    return f"{read}, {counters.experts_foreseen / read:.0%}" if read else "-"

@@ -24,7 +24,7 @@ def plan(
     what: c.What = "auto",
     predictor: c.Predictor = "auto",
     window: c.Window = None,
-    lookahead: c.Lookahead = True,
+    lookahead: c.Lookahead = None,
     io_engine: c.IoEngine = "auto",
     n_ctx: c.Ctx = 0,
     n_batch: c.NBatch = 512,

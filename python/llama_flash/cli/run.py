@@ -55,7 +55,7 @@ def run(
     what: c.What = "auto",
     predictor: c.Predictor = "auto",
     window: c.Window = None,
-    lookahead: c.Lookahead = True,
+    lookahead: c.Lookahead = None,
     follow: c.Follow = True,
     warm_start: c.WarmStart = True,
     io_engine: c.IoEngine = "auto",

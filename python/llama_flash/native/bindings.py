@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 6
+LLAMA_FLASH_API_VERSION = 7
 LLAMA_FLASH_REUSE_TOKENS = 256
 
 
@@ -81,6 +81,7 @@ class llama_flash_params(ctypes.Structure):
         ("read_bytes", ctypes.c_uint32),
         ("panel_bytes", ctypes.c_uint32),
         ("lookahead", ctypes.c_uint32),
+        ("tries_ahead", ctypes.c_uint32),
     ]
 
     io_engine: int  # enum llama_flash_io_engine
@@ -89,6 +90,7 @@ class llama_flash_params(ctypes.Structure):
     read_bytes: int  # a record is read in pieces of at most this many bytes; 0: 1 MiB
     panel_bytes: int  # a panel is a run of rows of about this many bytes; 0: 4 MiB
     lookahead: int  # most experts of the next layer that are read ahead of its router; 0: none
+    tries_ahead: int  # 1: only while that makes tokens faster, which is tried out now and then; 0: always
 
 
 class llama_flash_bundle_part(ctypes.Structure):
@@ -290,6 +292,7 @@ class llama_flash_stats(ctypes.Structure):
         ("neurons_newly_active", ctypes.c_uint64),
         ("neurons_expected", ctypes.c_uint64),
         ("experts_expected", ctypes.c_uint64),
+        ("experts_foreseen", ctypes.c_uint64),
         ("layers_repeated", ctypes.c_uint64),
         ("predict_ns", ctypes.c_uint64),
         ("manage_ns", ctypes.c_uint64),
@@ -299,7 +302,7 @@ class llama_flash_stats(ctypes.Structure):
         ("slots_used", ctypes.c_uint64),
         ("neuron_slots_used", ctypes.c_uint64),
         ("io_engine", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("reads_ahead", ctypes.c_uint32),
     ]
 
     bytes_read: int  # from flash, as asked of the device (whole sectors)
@@ -319,6 +322,7 @@ class llama_flash_stats(ctypes.Structure):
     neurons_newly_active: int  # of these, not active for any of the 5 tokens before
     neurons_expected: int  # read ahead
     experts_expected: int  # records read ahead of a router
+    experts_foreseen: int  # of these, those that the router then chose while they were there
     layers_repeated: int  # passes made again because the graph's activations were not the expected ones
     predict_ns: int  # finding active sets
     manage_ns: int  # memory management: slots, copies into them
@@ -328,7 +332,7 @@ class llama_flash_stats(ctypes.Structure):
     slots_used: int  # of experts
     neuron_slots_used: int
     io_engine: int  # the I/O engine in use
-    reserved: int
+    reads_ahead: int  # 1: experts of the next layer are read ahead; 0: none are, or tokens are faster without
 
 
 class llama_flash_tensor(ctypes.Structure):

@@ -31,7 +31,7 @@ class Session:
     """`struct llama_flash_session`. To be closed.
 
     Args:
-        io_depth, io_threads, lookahead, panel_bytes: as in struct llama_flash_params; 0: the plugin's default.
+        io_depth, io_threads, lookahead, tries_ahead, panel_bytes: as in struct llama_flash_params; 0: its default.
 
     Raises:
         FlashError: the plugin is missing, or refuses.
@@ -44,6 +44,7 @@ class Session:
         io_depth: int = 0,
         io_threads: int = 0,
         lookahead: int = 0,
+        tries_ahead: bool = False,
         panel_bytes: int = 0,
     ) -> None:
         self._in_use = 0
@@ -56,6 +57,7 @@ class Session:
             io_depth=io_depth,
             io_threads=io_threads,
             lookahead=lookahead,
+            tries_ahead=tries_ahead,
             panel_bytes=panel_bytes,
         )
         error = bindings.llama_flash_error()

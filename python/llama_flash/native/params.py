@@ -107,7 +107,7 @@ def neuron_params(
         window=_NO_WINDOW if options.window is None else options.window,
         n_ubatch=max(n_ubatch, 16),
         merge_gap=int(_MERGE_GAP * record_bytes),
-        lookahead=options.lookahead,
+        lookahead=bool(options.lookahead),
     )
 
 

@@ -35,6 +35,7 @@ class Counters:
     neurons_newly_active: int = 0  # of these, not active for any of the 5 tokens before
     neurons_expected: int = 0  # read ahead
     experts_expected: int = 0  # records (parts of experts) read ahead of the next layer's router
+    experts_foreseen: int = 0  # of these, those that it then chose, and that were there
     layers_repeated: int = 0  # passes made again because the graph's activations were not the expected ones
     predict_seconds: float = 0.0  # finding active sets
     manage_seconds: float = 0.0  # memory management: slots, copies into them
@@ -91,6 +92,7 @@ class Counters:
             neurons_newly_active=raw.neurons_newly_active,
             neurons_expected=raw.neurons_expected,
             experts_expected=raw.experts_expected,
+            experts_foreseen=raw.experts_foreseen,
             layers_repeated=raw.layers_repeated,
             predict_seconds=raw.predict_ns / 1e9,
             manage_seconds=raw.manage_ns / 1e9,
@@ -126,6 +128,7 @@ class FlashStats:
     resident_weights: int  # bytes
     flash_weights: int  # bytes
     n_neurons: int = 0  # in bundles, of all layers
+    reads_ahead: bool = False  # experts of the next layer; with lookahead="auto" as it was found to be faster
     total: Counters = field(default_factory=Counters)
     prompt: Counters = field(default_factory=Counters)
     decode: Counters = field(default_factory=Counters)
@@ -153,6 +156,7 @@ class FlashStats:
             "n_neurons": self.n_neurons,
             "throttled": self.throttled,
             "throttled_seconds": self.throttled_seconds,
+            "reads_ahead": self.reads_ahead,
             **{name: getattr(self, name).as_dict() for name in ("total", "prompt", "decode", "last")},
         }
 

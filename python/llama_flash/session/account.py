@@ -67,10 +67,11 @@ class Account:
         if self._final is not None:
             return self._final
         progress = self._progress
-        now, in_use, io_engine = progress.seen, 0, "none"
+        now, in_use, io_engine, ahead = progress.seen, 0, "none", False
         if native is not None and not native.forked:
             raw = native.stats()
             now, in_use, io_engine = Counters.from_struct(raw), raw.resident_bytes, _IO_NAMES.get(raw.io_engine, "?")
+            ahead = bool(raw.reads_ahead)
         done = progress.prompt + progress.decode
         throttled, throttled_seconds = self._throttling.since()
         return FlashStats(
@@ -83,6 +84,7 @@ class Account:
             resident_weights=self.plan.resident_bytes,
             flash_weights=self.plan.flash_bytes,
             n_neurons=self.plan.n_neurons,
+            reads_ahead=ahead,
             total=replace(now, tokens=done.tokens, calls=done.calls),
             prompt=progress.prompt,
             decode=progress.decode,

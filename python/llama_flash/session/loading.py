@@ -179,6 +179,7 @@ class Load:
             io_depth=self.io_depth,
             io_threads=self.options.io_threads,
             lookahead=experts_ahead(self.options),
+            tries_ahead=self.options.lookahead == "auto",
             panel_bytes=parse_size(self.options.panel_bytes),
         )
         self._share.adopt(native)
