@@ -8,6 +8,12 @@ constexpr size_t PER_OUTLIER = 8;
 // a trial counts so many times as much as the one before it
 constexpr double EARLIER = 4;
 
+trial::trial() {
+    for (auto & times : seen) {
+        times.reserve(size_t(WINDOWS / 2) * WINDOW);
+    }
+}
+
 bool trial::next(int64_t ns) {
     if (begun) {
         if (in_trial && at >= SETTLE && ns >= 0) {
@@ -33,7 +39,6 @@ void trial::begin() {
     at       = 0;
     for (auto & times : seen) {
         times.clear();
-        times.reserve(size_t(WINDOWS / 2) * WINDOW);
     }
 }
 

@@ -17,6 +17,8 @@ class trial {
     static constexpr uint32_t LONG    = 1024; // and at most so many
     static constexpr double   MARGIN  = 1.03; // so much faster is better
 
+    trial();
+
     // A token begins; ns: what the one before it has taken, or UNKNOWN. Whether it is to be done for this token.
     bool next(int64_t ns);
 
