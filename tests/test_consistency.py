@@ -216,10 +216,10 @@ def test_tokens_decoded_in_pairs_have_no_routing_to_speak_of(said: Said, tmp_pat
     assert "advised" not in said(path)
 
 
-def test_what_is_counted_is_what_the_policies_count(trace_file: Path) -> None:
+def test_what_knows_the_next_tokens_lies_between_lru_and_the_optimum(trace_file: Path) -> None:
     trace = Trace.load(trace_file)
-    (result,) = simulate(trace, 0.5, ["optimum"])
+    lru, best = simulate(trace, 0.5, ["lru", "optimum"])
     here = routing_of(trace)
     assert here is not None
-    skipped = here.n_tokens - result.tokens
-    assert hit_rate(here, slots_of(here, 0.5), 64, skip=skipped) == pytest.approx(result.hit_rate, abs=0.08)
+    rate = hit_rate(here, slots_of(here, 0.5), 4, skip=here.n_tokens - best.tokens)
+    assert lru.hit_rate < rate <= best.hit_rate + 0.02, "of the same tokens"
