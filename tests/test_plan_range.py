@@ -43,7 +43,9 @@ def test_of_a_first_run_the_range_goes_from_even_to_usual_routing(held: float) -
     assert cost.usual.bytes_per_token == pytest.approx(cost.bytes_per_token * math.exp(-USUAL_SKEW * held))
     assert cost.bytes_per_token_range == (cost.usual.bytes_per_token, cost.bytes_per_token)
     assert cost.tokens_per_second_range == (cost.tokens_per_second, cost.usual.tokens_per_second)
-    assert cost.tokens_per_second < cost.usual.tokens_per_second
+    assert cost.tokens_per_second <= cost.usual.tokens_per_second
+    if cost.bound_by == "flash":
+        assert cost.tokens_per_second < cost.usual.tokens_per_second
     seen = expected(held, Usage(tokens=24, computing=0.0, skew=USUAL_SKEW))
     assert seen.traffic == cost.usual.traffic, "the same as if it had been seen"
     assert any("most mixtures" in text for text in cost.assumptions)
@@ -102,11 +104,11 @@ def test_the_command_prints_the_range_and_says_what_it_is_of(
     budget = ("--dram-budget", str(smallest + path.stat().st_size // 2))
     values = json.loads(said("--json", *budget))
     low, high = values["tokens_per_second_range"]
-    assert low == values["tokens_per_second"] < high
+    assert low == values["tokens_per_second"] <= high, "the same where DRAM is slower than the device"
     assert values["bytes_per_token_range"][0] < values["bytes_per_token_range"][1] == values["bytes_per_token"]
     text = said(*budget)
-    (row,) = [line for line in text.splitlines() if "tokens per second" in line]
-    assert " to " in row and "most mixtures" in text
+    (row,) = [line for line in text.splitlines() if "experts from flash" in line]
+    assert row.count(" to ") == 3 and "most mixtures" in text, "hit rate, bytes and reads"
 
 
 @pytest.mark.parametrize("share", [0.25, 0.45])

@@ -105,8 +105,8 @@ def _print_run(run: tuple[Run, Run] | None) -> None:
 
 def _print_consistency(shares: list[float], measured: list[Consistency]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("segment")
-    for name in ("SRP", "of layers", "size", *(f"SCH {100 * part:g}%" for part in shares)):
+    table.add_column("segment", no_wrap=True)
+    for name in ("SRP", "of layers", "size", *(f"SCH\n{100 * part:g}%" for part in shares)):
         table.add_column(name, justify="right", no_wrap=True)
     for one in measured:
         least, most = one.layers
