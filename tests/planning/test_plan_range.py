@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import ModelFile
 from engines import give_memory
-from test_budget import DENSE, MIB, model
+from model_heads import DENSE, MIB, model
 from test_cost import device, needs, placed
 
 import llama_flash

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_shim import SETTINGS
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cache_properties import SETTINGS
 from test_simulate import make_trace
 
 from llama_flash.cli import main
