@@ -21,7 +21,7 @@
 //
 // Fork: in a child of the process that has made it, a session cannot be used, and nothing waits for what its parent's threads held when
 // they were left behind. Calls that return a code (bind_begin, bind_end, add_bundle, add_rows, bind_weight, set_neurons, requirements,
-// divide, set_memory, resize, memory, warm, trace, trace_tensor, residency, reuse, take_error, stats) return LLAMA_FLASH_E_INVALID, with a zeroed
+// divide, set_memory, resize, few_tokens, memory, warm, trace, trace_tensor, residency, reuse, take_error, stats) return LLAMA_FLASH_E_INVALID, with a zeroed
 // result where they have one; those that return a number (hot, tensors, trace_take) return 0. abort returns true, so that llama_decode
 // stops before it begins; its results would be void. free closes the files. Sessions that the child makes itself work as any.
 //
@@ -40,7 +40,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 7
+#define LLAMA_FLASH_API_VERSION 8
 
 // how far llama_flash_session_reuse looks back, in tokens
 #define LLAMA_FLASH_REUSE_TOKENS 256
@@ -287,6 +287,11 @@ LLAMA_FLASH_API int32_t llama_flash_session_set_memory(struct llama_flash_sessio
 // at once, even if what is dropped for it would have been worth keeping.
 LLAMA_FLASH_API int32_t llama_flash_session_resize(struct llama_flash_session * session, uint64_t bytes, bool urgent, struct llama_flash_resize * out, struct llama_flash_error * err);
 
+// few: from now on ops compute 16 tokens at once at most, until it is said otherwise. What of the ring of experts only longer ops need
+// becomes slots; !few: it is a ring again. The memory given stays the same. Like a resize it is reached in steps: llama_flash_session_resize
+// with the same bytes says when. A longer op that comes too soon computes the same, with fewer reads in flight.
+LLAMA_FLASH_API int32_t llama_flash_session_few_tokens(struct llama_flash_session * session, bool few, struct llama_flash_error * err);
+
 LLAMA_FLASH_API int32_t llama_flash_session_memory(const struct llama_flash_session * session, struct llama_flash_memory * out);
 
 // Warm start: which records are in slots (experts and neurons), the most used first. Returns how many there are, fills the first
@@ -357,6 +362,10 @@ LLAMA_FLASH_API int32_t llama_flash_session_take_error(struct llama_flash_sessio
 LLAMA_FLASH_API int32_t llama_flash_session_stats(const struct llama_flash_session * session, struct llama_flash_stats * out);
 
 LLAMA_FLASH_API int32_t llama_flash_get_context_memory(const struct llama_context * ctx, struct llama_flash_context_memory * out);
+
+// Gives the memory of the context's graph buffers back to the system, until the next graph needs it: what a prompt has touched, a token
+// has no use for. Between two llama_decode or llama_encode, in the thread that calls them.
+LLAMA_FLASH_API int32_t llama_flash_discard_compute(struct llama_context * ctx);
 
 // what a device gives, by llama_flash_probe_reads
 struct llama_flash_probe {

@@ -120,6 +120,10 @@ int32_t llama_flash_session_resize(llama_flash_session * session, uint64_t bytes
     return with_session(session, "resize", err, [&] { return session->resize(bytes, urgent, *out, err); });
 }
 
+int32_t llama_flash_session_few_tokens(llama_flash_session * session, bool few, llama_flash_error * err) {
+    return with_session(session, "few_tokens", err, [&] { return session->few_tokens(few, err); });
+}
+
 uint64_t llama_flash_session_hot(const llama_flash_session * session, uint64_t * ids, uint64_t capacity) {
     uint64_t n = 0;
     with_session(session, "hot", nullptr, [&] {
@@ -231,6 +235,16 @@ int32_t llama_flash_get_context_memory(const llama_context * ctx, llama_flash_co
             out->context += entry.second.context;
             out->compute += entry.second.compute;
         }
+        return LLAMA_FLASH_OK;
+    });
+}
+
+int32_t llama_flash_discard_compute(llama_context * ctx) {
+    if (!ctx) {
+        return LLAMA_FLASH_E_INVALID;
+    }
+    return guarded(nullptr, [&] {
+        llama_discard_compute(ctx);
         return LLAMA_FLASH_OK;
     });
 }

@@ -58,6 +58,21 @@ int32_t llama_flash_session::resize(uint64_t bytes, bool urgent, llama_flash_res
     return LLAMA_FLASH_OK;
 }
 
+int32_t llama_flash_session::few_tokens(bool few, llama_flash_error * err) {
+    if (memory.total == 0) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "few_tokens: before set_memory");
+    }
+    const uint64_t ring = few ? needs.expert_ring_least() : prompt_ring;
+    if (failed() || ring == standing.expert_ring) {
+        return LLAMA_FLASH_OK;
+    }
+    standing.expert_ring = ring;
+    experts.shorten_ring(ring);
+    set_target(memory.total);
+    resizing.active = true;
+    return LLAMA_FLASH_OK;
+}
+
 // Between two ops: nothing computes on any record.
 void llama_flash_session::resize_step(int64_t until_ns) {
     bool stuck = false;
@@ -79,6 +94,9 @@ void llama_flash_session::resize_step(int64_t until_ns) {
         panels.give_back_pages();
     }
     bool more = !less && !stuck;
+    if (more) {
+        experts.lengthen_ring(standing.expert_ring);
+    }
     while (more && flash_now_ns() < until_ns && !failed()) {
         more = take_one();
         if (!more && !failed()) { // after a failure it goes on once the error has been taken

@@ -100,6 +100,7 @@ struct llama_flash_session final : op_gate {
     // resize.cpp. resize() is made of the other three, which tests call, too: the target, and one step towards it
 
     int32_t resize(uint64_t bytes, bool urgent, llama_flash_resize & out, llama_flash_error * err);
+    int32_t few_tokens(bool few, llama_flash_error * err);
     void    set_target(uint64_t bytes);
     bool    give_back_one(bool & stuck);
     bool    take_one();
@@ -121,6 +122,7 @@ struct llama_flash_session final : op_gate {
     memory_needs              needs;       // from end_binding on
     llama_flash_memory        memory = {}; // in use now; but its total is the target of a resize under way
     standing_parts            standing;    // of `memory`
+    uint64_t                  prompt_ring = 0; // bytes of the ring of experts, unless few tokens are computed at once
 
     std::unique_ptr<weight_loader>                                  loader; // until end_binding
     std::vector<std::unique_ptr<flash_file>>                        files;

@@ -89,8 +89,9 @@ int32_t llama_flash_session::set_memory(uint64_t bytes, llama_flash_error * err)
     const memory_layout to = divide(needs, bytes);
     drop_all();
     reads.forget_error(); // of records that are dropped here: it no longer matters
-    memory   = describe(needs, to);
-    standing = to.standing;
+    memory      = describe(needs, to);
+    standing    = to.standing;
+    prompt_ring = to.standing.expert_ring;
 
     uint64_t     refused = 0; // bytes
     const char * what    = neurons.make(to, neuron_params, refused);

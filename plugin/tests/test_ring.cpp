@@ -80,6 +80,14 @@ class observed_ring {
         }
     }
 
+    // shorter, or longer again
+    void resize(size_t bytes) {
+        r.resize(bytes);
+        capacity   = bytes;
+        high_water = high_water < bytes ? high_water : bytes;
+        CHECK(r.bytes() == bytes && r.touched() == high_water, "%zu bytes, %zu touched", r.bytes(), r.touched());
+    }
+
     void check() const {
         CHECK(r.empty() == alive.empty(), "%zu entries alive", alive.size());
         const int32_t oldest = alive.empty() ? ring::NONE : alive.front().entry;
@@ -89,7 +97,7 @@ class observed_ring {
         }
     }
 
-    const size_t     capacity;
+    size_t           capacity;
     const uint32_t   max_entries;
     std::deque<live> alive;
     uint64_t         n_taken   = 0;
@@ -106,6 +114,7 @@ class observed_ring {
 void random_operations(uint64_t seed) {
     random_source random(seed);
     observed_ring r(random);
+    const size_t  most    = r.capacity;
     const size_t  typical = 1 + random.below(r.capacity);
     for (int step = 0; step < 3000; step++) {
         now_trying = { seed, step };
@@ -114,6 +123,9 @@ void random_operations(uint64_t seed) {
         } else if (!r.alive.empty()) {
             // mostly in order, as records are computed; sometimes not, as reads fail
             r.release(random.chance(70) ? 0 : random.below(r.alive.size()));
+        }
+        if (r.alive.empty() && random.chance(5)) {
+            r.resize(1 + random.below(most));
         }
         r.check();
     }

@@ -89,6 +89,7 @@ class Model:
     asked: int | None = None
     fixed, interpreter = 60 * MiB, 40 * MiB
     certain, touched = 40 * MiB, 0
+    decoding, grows = False, 0
 
     def __init__(self, granted: int, least: int = 50, most: int = 2000) -> None:
         self.granted, self.least, self.most = granted * MiB, least * MiB, most * MiB
@@ -96,8 +97,13 @@ class Model:
         self.urgent: list[bool] = []
         self.budget = 0
 
-    def reserve(self, total: int) -> int:
-        return 40 * MiB
+    def soon(self, now: float) -> int:
+        return self.grows
+
+    def reserve(self, total: int, rise: int | None = None) -> int:
+        return 40 * MiB if rise is None else min(40 * MiB, self.steady * MiB + 2 * rise)
+
+    steady = 40
 
     def move(self, n_bytes: int, urgent: bool) -> bool:
         if n_bytes != self.granted:
@@ -293,6 +299,84 @@ def test_what_the_user_asked_for_is_the_most(tree: Tree) -> None:
     assert model.granted == (300 - 40 - 160) * MiB
     clock.controller.ask(model, None, needs.append)
     assert model.granted == (1000 - 40 - 160) * MiB
+
+
+def test_while_models_decode_what_only_prompts_need_is_lent(tree: Tree) -> None:
+    tree.set(own=70)
+    model = Model(granted=860)
+    model.certain = 20 * MiB
+    clock = Clock(tree, model)
+    clock.look()
+    assert model.granted == (1000 - 40 - 100) * MiB, "as planned: a prompt may come"
+    model.decoding, model.grows = True, 5 * MiB
+    clock.controller.look_soon()
+    clock.look()
+    assert model.granted == (1000 - 40 - 70 - 5) * MiB
+    tree.set(own=90)
+    clock.look()
+    assert model.granted == (1000 - 40 - 90 - 5) * MiB, "it follows a context that fills"
+    tree.set(own=130)
+    clock.look()
+    assert model.granted == (1000 - 40 - 110) * MiB, "no less than without"
+    tree.set(own=70)
+    clock.look()
+    model.decoding = False
+    clock.controller.recall()
+    assert model.granted == (1000 - 40 - 100) * MiB, "before the prompt begins"
+
+
+def test_nothing_is_lent_while_one_of_the_models_may_get_a_prompt(tree: Tree) -> None:
+    tree.set(own=100)
+    decodes, waits = Model(granted=400, most=450), Model(granted=400, most=450)
+    decodes.decoding = True
+    clock = Clock(tree, decodes, waits)
+    clock.look()
+    before = decodes.granted
+    waits.decoding = True
+    clock.controller.look_soon()
+    clock.look()
+    assert decodes.granted > before
+
+
+def test_the_reserve_of_models_that_decode_follows_what_is_taken(tree: Tree) -> None:
+    tree.set(own=100)
+    model = Model(granted=860)
+    model.decoding, model.steady = True, 10
+    clock = Clock(tree, model)
+    clock.look(0.75)
+    assert model.granted == (1000 - 40 - 100) * MiB, "too little was seen"
+    clock.look(3.0)
+    assert model.granted == (1000 - 10 - 100) * MiB
+    tree.set(others=4)
+    clock.look(0.5)
+    assert model.granted == (1000 - 10 - 2 * 4 - 4 - 100) * MiB, "a neighbour that moves"
+    model.decoding = False
+    clock.controller.recall()
+    assert model.granted == (1000 - 40 - 4 - 100) * MiB
+
+
+def test_of_the_machines_memory_the_whole_reserve_is_left(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    (tree.root / "proc/self/cgroup").write_text("")
+    tree.set(own=100)
+    (tree.root / "proc/meminfo").write_text("MemTotal: 1024000 kB\nMemAvailable: 400000 kB\n")
+    model = Model(granted=860)
+    model.decoding, model.steady = True, 10
+    clock = Clock(tree, model)
+    clock.look(3.0)
+    assert model.granted == pytest.approx(400000 * 1024 + 100 * MiB - (40 + 100) * MiB, abs=MiB)
+
+
+def test_what_is_planned_and_not_in_use_counts_for_another_load(tree: Tree) -> None:
+    tree.set(own=100)
+    model = Model(granted=300)
+    clock = Clock(tree, model)
+    clock.look()
+    assert clock.controller.idle(70 * MiB) == 30 * MiB
+    model.touched = 200 * MiB
+    assert clock.controller.idle(270 * MiB) == 30 * MiB and clock.controller.idle(400 * MiB) == 0
+    clock.controller.leave(model)
+    assert clock.controller.idle(70 * MiB) == 0
 
 
 def test_gauge(tree: Tree) -> None:

@@ -10,6 +10,12 @@ void ring::configure(uint8_t * memory_, size_t bytes, uint32_t max_entries) {
     entries.assign(max_entries, entry{ 0, 0, 0, false });
 }
 
+void ring::resize(size_t bytes) {
+    size       = bytes;
+    head       = 0;
+    high_water = high_water < bytes ? high_water : bytes;
+}
+
 int32_t ring::take(size_t bytes, uint32_t record) {
     if (bytes > size || n_entries == entries.size()) {
         return NONE;

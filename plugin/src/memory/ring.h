@@ -12,6 +12,9 @@ class ring {
     // memory of `bytes` bytes, at most max_entries taken at once; memory is not owned
     void configure(uint8_t * memory, size_t bytes, uint32_t max_entries);
 
+    // Its bytes from now on, no more than its memory has; it is empty. What is beyond them counts as untouched.
+    void resize(size_t bytes);
+
     // Room for `bytes` contiguous bytes: an entry, or NONE if the ring is full.
     int32_t take(size_t bytes, uint32_t record);
 

@@ -132,6 +132,21 @@ bool record_store::make_ring(uint64_t bytes) {
     return bytes == 0 || ring_memory.data;
 }
 
+void record_store::shorten_ring(uint64_t bytes) {
+    if (bytes < through.bytes()) {
+        drop_ring();
+        through.resize(bytes);
+        ring_memory.give_back_beyond(bytes);
+    }
+}
+
+void record_store::lengthen_ring(uint64_t bytes) {
+    if (bytes > through.bytes()) {
+        drop_ring();
+        through.resize(bytes);
+    }
+}
+
 bool record_store::to_ring(uint32_t index) {
     flash_record & r     = record(index);
     const int32_t  entry = through.take(r.span(), index);

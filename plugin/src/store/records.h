@@ -125,6 +125,10 @@ class record_store : public read_owner {
     void release(uint32_t index); // a ring record has been computed
     void drop_ring();             // empties the ring; waits for reads into it
 
+    // The ring within its memory: no longer than so many bytes, the rest of its pages is given back; at least so many.
+    void shorten_ring(uint64_t bytes);
+    void lengthen_ring(uint64_t bytes);
+
     const ring & stream() const { return through; }
 
   protected:

@@ -20,18 +20,18 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
 
 from ..sizes import format_size
 from .cgroup import Controller as Group
 from .cgroup import Gauge, PressureWatch, memory_controller
 from .limits import threads_hint
-from .rooms import Room, held_by_process, rooms
+from .rooms import LIBRARIES_MAX, MACHINE, Room, held_by_process, rooms
+from .shares import Callback, EventKind, FlashEvent, Session, beside_flash, divide
 from .status import StatusFile
+from .steady import Steady
 
-__all__ = ["Callback", "Controller", "FlashEvent", "Session", "divide"]
+__all__ = ["Callback", "Controller", "EventKind", "FlashEvent", "Session", "divide"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -53,70 +53,6 @@ _GROW_MIN = 4 << 20  # bytes that are worth growing by
 _TIGHT = 0.05  # share of a limit: with less left, a group's pressure is about us
 _LONGEST_LOAD = 120.0  # seconds after which a load is no longer waited for
 _NEVER = -1e9
-
-EventKind = Literal["shrink", "grow", "pressure", "short"]
-
-
-@dataclass(frozen=True)
-class FlashEvent:
-    """Something happened to a model's flash memory. Callbacks of `llm.flash.on_event` get these.
-
-    kind: "shrink" or "grow": it moves from `before` to `after` bytes; "pressure": the kernel found it hard to free
-    memory; "short": the limit leaves less than what cannot be given back while the model is loaded, `after` is that.
-    """
-
-    kind: EventKind
-    before: int
-    after: int
-    reason: str  # what set the limit
-    time: float  # time.time()
-
-
-Callback = Callable[[FlashEvent], None]
-
-
-class Session(Protocol):
-    """What the controller knows of a model: its flash memory, in bytes."""
-
-    @property
-    def asked(self) -> int | None: ...  # budget of the process, as this model's user set it; None: what limits allow
-    def reserve(self, total: int) -> int: ...  # of a budget of so many bytes: to be left unused
-    @property
-    def fixed(self) -> int: ...  # of this model, beside flash and interpreter
-    @property
-    def certain(self) -> int: ...  # of that, what is in memory for sure: weights and KV cache
-    @property
-    def interpreter(self) -> int: ...  # and all else that was there when the model was loaded
-    @property
-    def granted(self) -> int: ...  # flash memory it is on the way to
-    @property
-    def least(self) -> int: ...  # flash memory that it cannot give back
-    @property
-    def most(self) -> int: ...  # flash memory from which on nothing need be read
-    @property
-    def touched(self) -> int: ...  # flash memory in use now
-
-    def move(self, n_bytes: int, urgent: bool) -> bool: ...  # a step on the way; True: arrived
-    def warm(self) -> bool: ...  # reads records that were hot in an earlier process; False: nothing left to read
-    def limited(self, total: int, reserve: int, beside: int, reason: str) -> None: ...
-    # the budget in force; beside: of the process, other models and their flash memory, without this model
-    def tell(self, event: FlashEvent) -> None: ...  # called without the controller's lock
-    def describe(self) -> dict[str, object]: ...
-
-
-def divide(pool: int, sessions: Sequence[tuple[int, int]]) -> list[int]:
-    """Shares of `pool` bytes for sessions with (least, most) bytes: the least for all, then alike in proportion.
-
-    The shares add up to no more than the pool, unless the least do.
-    """
-    shares = [least for least, _ in sessions]
-    left = pool - sum(shares)
-    wants = [max(0, most - least) for least, most in sessions]
-    total = sum(wants)
-    if left > 0 and total > 0:
-        scale = min(1.0, left / total)
-        shares = [share + int(want * scale) for share, want in zip(shares, wants, strict=True)]
-    return shares
 
 
 class Controller:
@@ -155,6 +91,7 @@ class Controller:
         self._interpreter = 0  # bytes, before the first session's model was loaded
         self._asked = None
         self._neighbours: deque[tuple[float, dict[str, int]]] = deque()  # (time, others by room)
+        self._steady = Steady()
         self._ceiling: float | None = None  # of the pool, because of pressure
         self._pressed = False  # since the last look
         self._last_pressure = _NEVER
@@ -213,11 +150,32 @@ class Controller:
         with self._lock:
             sessions = self._sessions()
             reserve = self._reserve(asked or 0, sessions)
-            check(self._fixed(sessions, reserve) + sum(other.least for other in sessions))
+            measured = held_by_process(self._root) - sum(other.touched for other in sessions)
+            check(self._fixed(sessions, reserve, measured) + sum(other.least for other in sessions))
             self._asked = asked
             self._look(time.monotonic())
             self._finish()
         self._deliver()
+
+    def recall(self) -> None:
+        """A model is about to compute many tokens at once, and is `decoding` no more: what was lent is given back."""
+        with self._lock:
+            self._look(time.monotonic())
+            self._finish()
+        self._deliver()
+
+    def look_soon(self) -> None:
+        """A model has begun to decode: there may be more to divide."""
+        with self._lock:
+            self._unsettled = True
+        self._call()
+
+    def idle(self, held: int) -> int:
+        """Bytes of those planned for models beside flash that are not in use; held: by the process, these models'."""
+        with self._lock:
+            sessions = self._sessions()
+            planned = self._interpreter + sum(session.fixed for session in sessions)
+            return max(0, planned + sum(session.touched for session in sessions) - held) if sessions else 0
 
     # loads: one at a time, each sees what the others take
 
@@ -409,15 +367,21 @@ class Controller:
             return
         self._find_groups(now)
         found = self._found = rooms(self._root, controller=self._groups)
-        room, reason = self._tightest(found, now)
+        room, tightest = self._tightest(found, now)
+        reason, libraries = tightest.name, tightest.libraries
         self._note_limits(found)
         if self._asked is not None and self._asked < room:
-            room, reason = self._asked, "dram_budget"
-        reserve = self._reserve(room, sessions)
-        self._watch(found, reserve)
+            room, reason, libraries = self._asked, "dram_budget", LIBRARIES_MAX
         touched = sum(session.touched for session in sessions)
+        decoding = all(session.decoding for session in sessions)
+        measured = held_by_process(self._root, libraries=libraries if decoding else LIBRARIES_MAX) - touched
+        # of the machine's memory neighbours take what they like, and nobody tells us
+        steady = decoding and reason != MACHINE
+        reserve = self._reserve(room, sessions, self._steady.look(now, measured + tightest.others, steady))
+        self._watch(found, reserve)
         pressed = self._note_pressure(now, sessions, touched, reason)
-        fixed = self._fixed(sessions, reserve)
+        soon = sum(session.soon(now) for session in sessions) if decoding else None
+        fixed = self._fixed(sessions, reserve, measured, soon)
         pool = room - reserve - fixed
         short = pool < sum(session.least for session in sessions)
         if self._ceiling is not None:
@@ -488,7 +452,7 @@ class Controller:
             self._ceiling, self._last_pressure = None, _NEVER
         self._limits = limits
 
-    def _tightest(self, found: Sequence[Room], now: float) -> tuple[int, str]:
+    def _tightest(self, found: Sequence[Room], now: float) -> tuple[int, Room]:
         """The least that a limit leaves, beside the most that neighbours have held lately."""
         others = {room.key: room.others for room in found}
         if self._neighbours and now - self._neighbours[-1][0] < _TICK:
@@ -501,20 +465,19 @@ class Controller:
         most = {room.key: max(held.get(room.key, 0) for _, held in self._neighbours) for room in found}
         left = {room.key: max(0, room.limit - most[room.key]) for room in found}
         tightest = min(found, key=lambda room: left[room.key])
-        return left[tightest.key], tightest.name
+        return left[tightest.key], tightest
 
     @staticmethod
-    def _reserve(room: int, sessions: Sequence[Session]) -> int:
-        return max((session.reserve(room) for session in sessions), default=0)
+    def _reserve(room: int, sessions: Sequence[Session], rise: int | None = None) -> int:
+        return max((session.reserve(room, rise) for session in sessions), default=0)
 
-    def _fixed(self, sessions: Sequence[Session], reserve: int) -> int:
-        """What the process takes beside flash: as planned, or as it is, if that eats too much of the reserve."""
-        measured = held_by_process(self._root) - sum(session.touched for session in sessions)
+    def _fixed(self, sessions: Sequence[Session], reserve: int, measured: int, soon: int | None = None) -> int:
+        """What the process takes beside flash, see beside_flash."""
         # what was there before the first model may be gone since
         rest = measured - sum(session.certain for session in sessions)
         self._interpreter = min(self._interpreter, max(0, rest))
         planned = self._interpreter + sum(session.fixed for session in sessions)
-        return max(planned, measured - reserve // 2)
+        return beside_flash(planned, measured, reserve, soon)
 
     def _note_pressure(self, now: float, sessions: Sequence[Session], touched: int, reason: str) -> bool:
         if self._pressure is not None and self._pressure.poll(now, self._tight_groups):

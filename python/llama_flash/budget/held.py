@@ -24,10 +24,15 @@ granted: weakref.WeakSet[Granted] = weakref.WeakSet()  # all models of this proc
 def held_by_all(asking: Granted | None = None) -> int:
     """Bytes that this process holds before a model is loaded, with those that were granted to other models."""
     trim_heap()
-    return held_by_process() + promised_by_all(asking)
+    held = held_by_process()
+    return held + promised_by_all(asking, held)
 
 
-def promised_by_all(asking: Granted | None) -> int:
-    """Bytes that were granted to models and are not in use, without those of the model that asks."""
-    with Controller.of_process().locked():
-        return sum(model.promised() for model in list(granted) if model is not asking)
+def promised_by_all(asking: Granted | None, held: int) -> int:
+    """Bytes that are planned for or granted to models and not in use, without those of the model that asks.
+
+    held: by the process, without what the model that asks has taken.
+    """
+    controller = Controller.of_process()
+    with controller.locked():
+        return controller.idle(held) + sum(model.promised() for model in list(granted) if model is not asking)

@@ -22,6 +22,8 @@ from ..sizes import format_size, parse_size
 from .cgroup import Controller, machine_memory, memory_groups, process_memory
 
 __all__ = [
+    "LIBRARIES_MAX",
+    "MACHINE",
     "Breakdown",
     "Budget",
     "Room",
@@ -31,6 +33,7 @@ __all__ = [
     "resolve_budget",
     "rooms",
     "smallest_budget",
+    "steady_reserve",
 ]
 
 # Left unused within the budget, for what is charged to us and cannot be asked for beforehand: page tables (2 MB per
@@ -39,9 +42,16 @@ __all__ = [
 RESERVE_MIN = 32 << 20
 RESERVE_SHARE = 0.03
 
+# While all models decode, what they take beside flash is measured, and so is how it moves: less is left unused then.
+STEADY_MIN = 12 << 20
+STEADY_SHARE = 0.01
+STEADY_RISES = 2  # times what was seen to be taken from one look to the next
+
 # Beside what one load was seen to need, for a budget that is named: it must work in the next try, and as a cap.
 GROWTH = 1 << 20  # of the process from one refusal to the next: what Python keeps
 KERNEL = 2 << 20  # of the kernel, charged to a process' group and not to the process: stacks, inodes, batches
+
+MACHINE = "free memory"  # the limit that is no group's
 
 # Mapped files that count as ours: code of the interpreter and of libraries, which is needed all the time. What is
 # mapped beyond that is another model's file, which the kernel can drop.
@@ -62,7 +72,7 @@ class Budget:
 class Room:
     """What one limit leaves to this process, in bytes."""
 
-    name: str  # "cgroup NAME" or "free memory"
+    name: str  # "cgroup NAME", or MACHINE
     limit: int
     others: int  # held by others, below the same limit
     held: int = 0  # by all below the limit
@@ -72,6 +82,11 @@ class Room:
     @property
     def bytes(self) -> int:
         return max(0, self.limit - self.others)
+
+    @property
+    def libraries(self) -> int:
+        """Bytes of mapped files that may be ours and count here: what was first touched elsewhere counts there."""
+        return LIBRARIES_MAX if self.group is None else min(self.droppable, LIBRARIES_MAX)
 
     @property
     def key(self) -> str:
@@ -119,15 +134,33 @@ def default_reserve(total: int) -> int:
     return max(RESERVE_MIN, int(total * RESERVE_SHARE))
 
 
-def reserve_of(total: int, reserve: int | str | None) -> int:
-    """Bytes of a budget of `total` bytes that are left alone; reserve: as in FlashOffload."""
-    return default_reserve(total) if reserve is None else 0 if reserve == 0 else parse_size(reserve)
+def steady_reserve(total: int, rise: int) -> int:
+    """Reserve of a budget of `total` bytes while models decode.
+
+    rise: bytes, the most that was taken beside flash from one look to the next.
+    """
+    return min(default_reserve(total), max(STEADY_MIN, int(total * STEADY_SHARE)) + STEADY_RISES * rise)
 
 
-def held_by_process(root: Path = Path("/"), pid: int | Literal["self"] = "self") -> int:
-    """Bytes that the process takes now: anonymous and shared memory, page tables, code in use."""
+def reserve_of(total: int, reserve: int | str | None, rise: int | None = None) -> int:
+    """Bytes of a budget of `total` bytes that are left alone.
+
+    Args:
+        reserve: as in FlashOffload.
+        rise: see steady_reserve; None: models do not decode, or too little was seen.
+    """
+    if reserve is None:
+        return default_reserve(total) if rise is None else steady_reserve(total, rise)
+    return 0 if reserve == 0 else parse_size(reserve)
+
+
+def held_by_process(root: Path = Path("/"), pid: int | Literal["self"] = "self", libraries: int = LIBRARIES_MAX) -> int:
+    """Bytes that the process takes now: anonymous and shared memory, page tables, code in use.
+
+    libraries: of mapped files, so many bytes at most.
+    """
     memory = process_memory(root, pid)
-    return memory.held + min(memory.file, LIBRARIES_MAX)
+    return memory.held + min(memory.file, libraries)
 
 
 def rooms(
@@ -137,7 +170,7 @@ def rooms(
     own = process_memory(root, pid).held
     machine = machine_memory(root)
     held = max(0, machine.total - machine.available)
-    result = [Room("free memory", machine.total, max(0, held - own), held)]
+    result = [Room(MACHINE, machine.total, max(0, held - own), held)]
     for group in memory_groups(root, pid, controller):
         if group.limit is not None:
             others = max(0, group.held - own)

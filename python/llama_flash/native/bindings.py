@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 7
+LLAMA_FLASH_API_VERSION = 8
 LLAMA_FLASH_REUSE_TOKENS = 256
 
 
@@ -527,6 +527,14 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.POINTER(llama_flash_error),
         ],
     ),
+    "llama_flash_session_few_tokens": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_bool,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
     "llama_flash_session_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_memory)]),
     "llama_flash_session_hot": (ctypes.c_uint64, [ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_uint64]),
     "llama_flash_session_warm": (
@@ -594,6 +602,7 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "llama_flash_session_take_error": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
     "llama_flash_session_stats": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_stats)]),
     "llama_flash_get_context_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_context_memory)]),
+    "llama_flash_discard_compute": (ctypes.c_int32, [ctypes.c_void_p]),
     "llama_flash_probe_reads": (
         ctypes.c_int32,
         [

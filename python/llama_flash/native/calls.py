@@ -15,6 +15,7 @@ __all__ = [
     "abort_callback",
     "context_memory",
     "cpu_buffer_type",
+    "discard_compute",
     "flash_buffer_type",
     "graph_uses",
     "guarded",
@@ -74,6 +75,11 @@ def context_memory(context: Any) -> bindings.llama_flash_context_memory:
     if library().llama_flash_get_context_memory(context, ctypes.byref(buffers)) != 0:
         raise FlashError("the engine does not tell the sizes of its buffers")
     return buffers
+
+
+def discard_compute(context: Any) -> None:
+    """Gives back the memory that the context's graph buffers have touched, between two calls of the engine."""
+    library().llama_flash_discard_compute(context)
 
 
 def graph_uses(context: Any, n_tokens: int, graph: int) -> Iterator[tuple[str, int]]:

@@ -140,6 +140,10 @@ class Session:
         self._call("llama_flash_session_resize", n_bytes, urgent, ctypes.byref(state))
         return state
 
+    def few_tokens(self, few: bool) -> None:
+        """Whether calls compute 16 tokens at most from now on, so that room of prompts is of use for others."""
+        self._call("llama_flash_session_few_tokens", few)
+
     def divide(self, n_bytes: int) -> Memory:
         """How set_memory would divide so many bytes."""
         given = Memory()

@@ -102,6 +102,11 @@ class Load:
         return self._account.plan
 
     @property
+    def n_ctx(self) -> int:
+        """Tokens that the context holds."""
+        return self._shape().n_ctx
+
+    @property
     def ubatches(self) -> int:
         """That a call is computed in, at most."""
         params = self._context_params
@@ -244,7 +249,7 @@ class Load:
             if self._share.memory.fixed > self._share.budget.total:
                 raise refuse(self._share.budget, self._share.memory, 0, self.options.reserve, advice=self._advice())
         else:
-            self._divide()
+            self._divide(context)
         self._say(self.line())
         if self._plan.mode == "flash" and self.options.follow:
             assert self._share.memento is not None
@@ -256,12 +261,12 @@ class Load:
         """The memory in use before flash tensors get any."""
         trim_heap()
         buffers = context_memory(context)
-        # weights and KV cache have been written, graph buffers not yet
-        held = held_by_process() - buffers.model - buffers.context
+        # weights have been written, KV cache and graph buffers not yet
+        held = held_by_process() - buffers.model
         shape = self._shape()
         n_outputs = shape.n_outputs * 4 * (self.meta.n_vocab + self.meta.number("embedding_length"))
         return Breakdown(
-            interpreter=max(self._base, held + promised_by_all(self._share)),
+            interpreter=max(self._base, held + promised_by_all(self._share, held)),
             weights=buffers.model,
             kv=buffers.context,
             compute=buffers.compute + work_bytes(self.meta, shape),
@@ -269,7 +274,7 @@ class Load:
             reserve=self._share.budget.reserve,
         )
 
-    def _divide(self) -> None:
+    def _divide(self, context: Any) -> None:
         native = self._share.native
         assert native is not None
         budget, memory = self._share.budget, self._share.memory
@@ -277,7 +282,7 @@ class Load:
         needs = self.choose_predictor(left) if self._plan.bundles else native.requirements()
         if left < needs.min_memory:
             raise refuse(budget, memory, needs.min_memory, self.options.reserve, advice=self._advice())
-        self._share.give(left, needs)
+        self._share.give(left, needs, context, self._shape())
         self._account.begin(native)
 
     def choose_predictor(self, left: int) -> Requirements:

@@ -142,14 +142,24 @@ class FlashSession:
 
     # calls of the engine
 
-    def before_call(self) -> None:
-        """Before each llama_decode or llama_encode.
+    def before_call(self, n_tokens: int) -> None:
+        """Before each llama_decode or llama_encode of `n_tokens` tokens.
 
         Raises:
             FlashError: the process is a child of the one that has loaded the model.
         """
         self.check_process()
+        self.share.before_call(n_tokens)
         self.history.begin()
+
+    def before_state(self) -> None:
+        """Before a saved state is loaded into the KV cache.
+
+        Raises:
+            FlashError: see before_call.
+        """
+        self.check_process()
+        self.share.before_call(self._load.n_ctx)
 
     def after_call(self, n_tokens: int) -> None:
         """After each llama_decode or llama_encode of `n_tokens` tokens, whatever it returned.
@@ -160,6 +170,7 @@ class FlashSession:
         self.check_process()
         native = self.native
         self.account.add(n_tokens, native)
+        self.share.after_call(n_tokens)
         if native is not None:
             native.raise_pending()
         if self.recorder is not None:
@@ -348,9 +359,10 @@ class FlashSession:
         Controller.of_process().leave(self.share)
         if not native.forked and native.postpone(self.close):  # in a child, the threads that use it are the parent's
             return
-        if not sys.is_finalizing() and not native.forked:  # at the end of the interpreter it was done before
-            self._keep()
-        self.account.finish(self.budget, self.memory, native)
+        if not sys.is_finalizing():  # at the end of the interpreter it was done before, and nobody asks for numbers
+            if not native.forked:
+                self._keep()
+            self.account.finish(self.budget, self.memory, native)
         _live.discard(self)
         self.share.close()
 

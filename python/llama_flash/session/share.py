@@ -7,16 +7,20 @@ import logging
 import os
 import time
 from dataclasses import replace
+from typing import Any
 
 from ..budget.controller import Callback, Controller, FlashEvent
 from ..budget.held import granted
 from ..budget.rooms import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from ..errors import FlashError
+from ..model.shape import ContextShape
+from ..native.calls import discard_compute
 from ..native.handle import Session
 from ..native.params import Requirements
 from ..options import FlashOffload
 from ..sizes import format_size
 from .account import Account
+from .lent import FEW_TOKENS, Growth
 from .memento import Memento
 
 __all__ = ["Share"]
@@ -43,6 +47,9 @@ class Share:
         self.settled = 0.0  # when memory was moved last, by time.monotonic()
         self._settled_bytes = 0  # of slots and pinned since
         self._beside = 0  # of this model beside flash and interpreter
+        self._growth: Growth
+        self._decoding = False
+        self._context: Any = None
         self._granted = self._least = self._most = 0  # flash memory: on the way to, at least, at most
         self._moving = self._urgent = self._short = False
         self._callbacks: list[Callback] = []
@@ -59,18 +66,50 @@ class Share:
         if native is not None:
             native.close()
 
-    def give(self, n_bytes: int, needs: Requirements) -> None:
+    def give(self, n_bytes: int, needs: Requirements, context: Any, shape: ContextShape) -> None:
         """The first memory, of `n_bytes` that there are for it: as much of them as is of use.
+
+        Args:
+            context: llama_context pointer; shape: of it.
 
         Raises:
             FlashReadError: filling pinned panels failed.
         """
         assert self.native is not None
+        self._context, self._growth = context, Growth(self.memory, shape)
         self._beside = self.memory.fixed - self.memory.interpreter
         self._granted, self._most = min(n_bytes, needs.max_memory), needs.max_memory
         self.native.set_memory(self._granted)
         self._least = self.native.resize(self._granted).least
         self.note_memory()
+
+    def before_call(self, n_tokens: int) -> None:
+        """Before the engine computes so many tokens: what only prompts need is lent to flash while there are few."""
+        if n_tokens <= FEW_TOKENS:
+            if not self._decoding and self._options.follow and self.native is not None:
+                discard_compute(self._context)
+                self._compute_few(True)
+        elif self._decoding:
+            self._decoding = False
+            self._compute_few(False)
+            Controller.of_process().recall()
+
+    def after_call(self, n_tokens: int) -> None:
+        """After it: what so few tokens take of the graph buffers has been touched."""
+        if self.native is None or not self._options.follow:
+            return
+        self._growth.add(n_tokens)
+        if n_tokens <= FEW_TOKENS and not self._decoding:
+            self._decoding = True
+            Controller.of_process().look_soon()
+
+    def _compute_few(self, few: bool) -> None:
+        native = self.native
+        if native is not None:
+            with native.using() as is_open:
+                if is_open:
+                    native.few_tokens(few)
+                    self._moving = True
 
     def note_memory(self) -> None:
         """Enters what the plugin has made of the memory into `memory`."""
@@ -128,8 +167,8 @@ class Share:
     def asked(self) -> int | None:
         return self.budget.asked
 
-    def reserve(self, total: int) -> int:
-        return reserve_of(total, self._options.reserve)
+    def reserve(self, total: int, rise: int | None = None) -> int:
+        return reserve_of(total, self._options.reserve, rise)
 
     @property
     def fixed(self) -> int:
@@ -137,7 +176,14 @@ class Share:
 
     @property
     def certain(self) -> int:
-        return self._beside - self.memory.compute - self.memory.outputs
+        return self._beside - self.memory.kv - self.memory.compute - self.memory.outputs
+
+    @property
+    def decoding(self) -> bool:
+        return self._decoding
+
+    def soon(self, now: float) -> int:
+        return self._growth.soon(now)
 
     @property
     def interpreter(self) -> int:

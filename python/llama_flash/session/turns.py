@@ -277,6 +277,7 @@ def take_turns(cls: type[_T]) -> type[_T]:
         setattr(cls, name, _in_turn(getattr(cls, name)))
     for name in _GENERATORS:
         setattr(cls, name, _streamed(getattr(cls, name)))
+    cls.load_state = _after_recall(cls.load_state)  # type: ignore[attr-defined]
     cls.create_chat_completion = _handled(cls.create_chat_completion)  # type: ignore[attr-defined]
     return cls
 
@@ -294,6 +295,20 @@ def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         _check_process(self)
         with self._turn.held():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def _after_recall(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The KV cache is about to be filled, as by a prompt."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.flash is None:
+            return method(self, *args, **kwargs)
+        with self._turn.held():
+            self.flash.before_state()
             return method(self, *args, **kwargs)
 
     return call

@@ -1,0 +1,64 @@
+"""What is planned for beside flash memory and idle while a model decodes.
+
+Graph buffers are as large as a prompt needs them, the KV cache and the caller's logits as large as the context can get.
+What of them is not in use while a token at a time is computed is lent to flash, and is given back before a prompt.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..budget.rooms import Breakdown
+from ..model.shape import ContextShape
+
+__all__ = ["FEW_TOKENS", "Growth"]
+
+FEW_TOKENS = 16  # computed at once at most, while the rest of the buffers is lent
+_LEAST_TOKENS = 2 * FEW_TOKENS  # that are expected from one look of the controller to the next
+_SECONDS = 2.0  # twice the time between two looks, if nothing calls for one sooner
+_PAGE_CELLS = 2048  # of one row of a V cache that lies across its rows: F16, 4 KiB a page
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+class Growth:
+    """Of what a model takes beside flash memory while it decodes, from how fast it does.
+
+    Args:
+        memory: as planned.
+        shape: of the context.
+    """
+
+    def __init__(self, memory: Breakdown, shape: ContextShape) -> None:
+        self._n_ctx = shape.n_ctx
+        self._cells = memory.kv + memory.outputs
+        self._most = memory.compute + self._cells
+        self._graphs = memory.compute * min(FEW_TOKENS, shape.n_ubatch) // shape.n_ubatch
+        if not shape.flash_attn and shape.n_ctx > _PAGE_CELLS:  # all rows reach their next page with the same token
+            self._graphs += memory.kv * _PAGE_CELLS // shape.n_ctx
+        self._huge_pages = "[always]" in _read(_HUGE_PAGES)  # one token touches a huge page of each layer
+        self._tokens = 0
+        self._last: tuple[float, int] | None = None  # (seconds, tokens)
+        self._rate = 0.0  # tokens per second
+
+    def add(self, n_tokens: int) -> None:
+        """So many more were computed."""
+        self._tokens += n_tokens
+
+    def soon(self, now: float) -> int:
+        """Bytes that may be touched until the next look. To be asked at each, with its time."""
+        tokens = self._tokens
+        if self._last is not None and now > self._last[0]:
+            rate = (tokens - self._last[1]) / (now - self._last[0])
+            self._rate = max(rate, self._rate / 2)
+        self._last = (now, tokens)
+        if self._huge_pages:
+            return self._most
+        expected = max(_LEAST_TOKENS, int(self._rate * _SECONDS))
+        return min(self._most, self._graphs + self._cells * min(expected, self._n_ctx) // self._n_ctx)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:  # a kernel without them
+        return ""

@@ -1,0 +1,97 @@
+"""What only prompts need is lent to flash while a model decodes, and is there again when a prompt comes."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ModelFile
+from engines import assert_same_logits, logits_of, open_resident, tokens
+from llama_cpp import Llama
+
+from llama_flash import FlashOffload
+from llama_flash.budget.controller import Controller
+from llama_flash.budget.rooms import Breakdown
+from llama_flash.model.shape import ContextShape
+from llama_flash.session import lent
+from llama_flash.session.lent import FEW_TOKENS, Growth
+
+MiB = 1 << 20
+PLANNED = Breakdown(kv=256 * MiB, compute=64 * MiB)
+
+
+def growth(**shape: Any) -> Growth:
+    return Growth(PLANNED, ContextShape(n_ctx=2048, n_ubatch=512, **shape))
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    enabled = tmp_path / "enabled"
+    enabled.write_text("always [madvise] never\n")
+    monkeypatch.setattr(lent, "_HUGE_PAGES", enabled)
+    return enabled
+
+
+def test_what_is_left_follows_the_speed(small_pages: Path) -> None:
+    grows = growth()
+    least = 64 * MiB * 16 // 512 + 256 * MiB * 32 // 2048
+    assert grows.soon(0.0) == least
+    grows.add(1000)
+    fast = grows.soon(10.0)
+    assert fast == 64 * MiB * 16 // 512 + 256 * MiB * 200 // 2048
+    assert least <= grows.soon(11.0) < fast, "a rest is no reason to forget it at once"
+    assert grows.soon(11.0) == grows.soon(11.0), "no time has passed"
+    grows.add(1_000_000)
+    assert grows.soon(12.0) == 64 * MiB * 16 // 512 + 256 * MiB, "no more than there is"
+
+
+def test_where_one_token_touches_many_pages_all_of_it_is_left(small_pages: Path) -> None:
+    small_pages.write_text("[always] madvise never\n")
+    assert growth().soon(0.0) == 320 * MiB
+    small_pages.unlink()
+    assert growth().soon(0.0) < 10 * MiB, "a kernel without huge pages"
+    across = Growth(PLANNED, ContextShape(n_ctx=32768, n_ubatch=512))
+    along = Growth(PLANNED, ContextShape(n_ctx=32768, n_ubatch=512, flash_attn=True))
+    assert across.soon(0.0) - along.soon(0.0) == 256 * MiB * 2048 // 32768
+
+
+OPTIONS: dict[str, Any] = {"n_ctx": 4096, "n_batch": 512, "n_ubatch": 512, "n_threads": 2, "verbose": False}
+
+
+def look(llm: Llama) -> int:
+    """Bytes of flash memory after the controller has looked and all is settled."""
+    controller = Controller.of_process()
+    controller.recall()
+    assert llm.flash is not None
+    return llm.flash.share.granted
+
+
+@pytest.mark.parametrize("form", ["qwen3moe", "llama"])
+def test_lent_and_given_back_with_the_same_answers(form: str, model_file: ModelFile) -> None:
+    """Prompts, tokens one by one, drafts of some tokens, a saved state: bit by bit what the resident model says."""
+    path = model_file(form, "Q8_0")
+    prompts = [tokens(300, seed=1), tokens(40, seed=2), tokens(FEW_TOKENS, seed=3), tokens(530, seed=4)]
+    with open_resident(path, **{**OPTIONS, "logits_all": True}) as resident:
+        expected = [logits_of(resident, prompt, tokens(20, seed=9)) for prompt in prompts]
+    flash = FlashOffload(what="all", warm_start=False, panel_bytes=65536, reserve="8MiB")
+    with closing(Llama(str(path), **OPTIONS, logits_all=True, flash_offload=flash)) as llm:
+        assert llm.flash is not None and llm.flash.stats().mode == "flash"
+        memory, share = llm.flash.memory, llm.flash.share
+        llm.flash.set_budget(memory.fixed + 8 * MiB + share.least + (share.most - share.least) // 8)
+        planned = look(llm)
+        for prompt, wanted in zip(prompts, expected, strict=True):
+            found = logits_of(llm, prompt, tokens(20, seed=9))
+            assert_same_logits(found, wanted, len(prompt) + 20) if len(prompt) > 44 else np.testing.assert_array_equal(
+                found.view(np.uint32), wanted.view(np.uint32)
+            )
+            assert look(llm) > planned, "nothing was lent while it decodes"
+        state = llm.save_state()
+        llm.eval(tokens(FEW_TOKENS + 1, seed=5))
+        assert llm.flash.share.granted <= planned, "a prompt was computed with what had been lent"
+        llm.eval(tokens(1))
+        assert look(llm) > planned
+        llm.load_state(state)
+        assert llm.flash.share.granted <= planned, "a state was loaded into what had been lent"
