@@ -7,12 +7,12 @@
 #include <random>
 
 // what a program of random steps is at, to find it again: CHECK says it
-struct trial {
+struct trial_run {
     unsigned long long seed = 0;
     int                step = -1; // -1: in none
 };
 
-inline trial now_trying;
+inline trial_run now_trying;
 
 // exits with line, condition and a printf-style message
 #define CHECK(condition, ...)                                                             \

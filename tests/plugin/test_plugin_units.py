@@ -29,7 +29,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     objects = []
     memory = ("memory/cache", "memory/layout", "memory/mapping", "memory/ring")
     io = ("io/checksum", "io/load", "io/probe", "io/reader", "io/reader_uring", "io/reader_pread")
-    for source in sources("base/status", *memory, *io):
+    for source in sources("base/status", "ops/trial", *memory, *io):
         objects.append(str(compile_cpp(folder / f"{source.stem}.o", "-c", source, *defines)))
     return [*objects, *libraries]
 

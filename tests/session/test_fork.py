@@ -85,6 +85,7 @@ def calls_of(llm: Any) -> dict[str, Callable[[], tuple[int, str]]]:
         "session_divide": call("session_divide", 1 << 30, bindings.llama_flash_memory()),
         "session_set_memory": call("session_set_memory", 1 << 30),
         "session_resize": call("session_resize", 1 << 30, True, bindings.llama_flash_resize()),
+        "session_few_tokens": call("session_few_tokens", True),
         "session_memory": call("session_memory", bindings.llama_flash_memory(), error=False),
         "session_hot": call("session_hot", ids, 8, error=False),
         "session_warm": call("session_warm", ids, 8, number),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from caps import require_caps
 from conftest import ModelFile
 from engines import assert_same_logits, logits_of, open_resident, tokens
 from llama_cpp import Llama
 
-from llama_flash import FlashOffload
+from gguf_tools.synthetic import PRESETS, write
+from llama_flash import FlashOffload, run_capped
 from llama_flash.budget.controller import Controller
 from llama_flash.budget.rooms import Breakdown
 from llama_flash.model.shape import ContextShape
@@ -56,6 +60,41 @@ def test_where_one_token_touches_many_pages_all_of_it_is_left(small_pages: Path)
     across = Growth(PLANNED, ContextShape(n_ctx=32768, n_ubatch=512))
     along = Growth(PLANNED, ContextShape(n_ctx=32768, n_ubatch=512, flash_attn=True))
     assert across.soon(0.0) - along.soon(0.0) == 256 * MiB * 2048 // 32768
+
+
+_CHILD = """
+import json, sys, time
+import llama_cpp, llama_flash
+import numpy as np
+
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=2, verbose=False,
+                      flash_offload={"warm_start": False})
+share, rng, seen = llm.flash.share, np.random.default_rng(1), []
+planned = share.granted
+for turn in range(3):
+    llm.eval(rng.integers(0, llm.n_vocab(), 500).tolist())
+    prompt = share.granted
+    for i in range(140):
+        llm.eval([int(rng.integers(0, llm.n_vocab()))])
+        if share.granted > planned and i > 60:
+            break
+    seen.append((prompt, share.granted))
+print(json.dumps({"planned": planned, "seen": seen}))
+"""
+
+
+def test_under_a_cap_prompts_have_room(model_folder: Path) -> None:
+    require_caps()
+    path = write(PRESETS["moe-400m"], model_folder / "lent.gguf")[0]
+    try:
+        beside = 280 * MiB  # interpreter, KV cache, graph buffers
+        run = run_capped(beside + path.stat().st_size // 3, [sys.executable, "-c", _CHILD, path], capture_output=True)
+        assert run.returncode == 0 and run.oom_kills == 0, run.stderr
+    finally:
+        path.unlink()
+    told = json.loads(run.stdout)
+    for prompt, decode in told["seen"]:
+        assert prompt <= told["planned"] < decode, told
 
 
 OPTIONS: dict[str, Any] = {"n_ctx": 4096, "n_batch": 512, "n_ubatch": 512, "n_threads": 2, "verbose": False}

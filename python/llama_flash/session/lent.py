@@ -35,7 +35,7 @@ class Growth:
         self._graphs = memory.compute * min(FEW_TOKENS, shape.n_ubatch) // shape.n_ubatch
         if not shape.flash_attn and shape.n_ctx > _PAGE_CELLS:  # all rows reach their next page with the same token
             self._graphs += memory.kv * _PAGE_CELLS // shape.n_ctx
-        self._huge_pages = "[always]" in _read(_HUGE_PAGES)  # one token touches a huge page of each layer
+        self._huge_pages = b"[always]" in _read(_HUGE_PAGES)  # one token touches a huge page of each layer
         self._tokens = 0
         self._last: tuple[float, int] | None = None  # (seconds, tokens)
         self._rate = 0.0  # tokens per second
@@ -57,8 +57,8 @@ class Growth:
         return min(self._most, self._graphs + self._cells * min(expected, self._n_ctx) // self._n_ctx)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="ascii")
+        return path.read_bytes()
     except OSError:  # a kernel without them
-        return ""
+        return b""
