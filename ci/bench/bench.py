@@ -19,9 +19,9 @@ from typing import Any
 
 from benchlib import against, machine, neighbours, tables
 from benchlib.bookkeeping import count_all
-from benchlib.cases import CASES, LIMITS, MATRIX, REAL, WHOLE, Case
+from benchlib.cases import CASES, FULL, HUGE, INFLATED, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
-from benchlib.models import BenchModel, InflatedModel
+from benchlib.models import BenchModel, InflatedModel, check_room
 from benchlib.runs import stop_on_signals
 from realmodel import RealModelError
 from rich.console import Console
@@ -35,10 +35,13 @@ _MODELS = Path(__file__).resolve().parents[2] / "build" / "bench-models"
 _SHIPPED_MOE = Path(__file__).resolve().parents[2] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
 
 
+_NAMED = (*CASES, *LIMITS, *REAL, *WHOLE, *FULL, *HUGE, *INFLATED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     stop_on_signals()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)
     if options.cases == "neighbours":
         return _measure_neighbours(options, console)
     chosen = _chosen(options.cases)
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if _SHIPPED_MOE.exists() and not options.quick:
             results["routing"]["shipped MoE model"] = asdict(measure_routing(_SHIPPED_MOE, text=_some_text()))
+        _check_room(chosen, options)
         counts = count_all()
         if isinstance(counts, str):
             console.print(f"instructions are not counted: {counts}")
@@ -74,11 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ci/bench/bench.py", description=__doc__)
-    names = ", ".join(case.name for case in (*CASES, *LIMITS, *REAL, *WHOLE))
+    names = ", ".join(case.name for case in _NAMED)
     groups = (
         "naive (flash offload beside naive), limits (beside the physical limit), "
         "real (text and routing of real models), matrix (of caps), all of these; "
-        "whole (a model of 13 GB: 27 GB of disk), neighbours (alone: a machine that is shared)"
+        "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
+        "neighbours (alone: a machine that is shared)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
@@ -105,14 +110,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(names: str) -> list[Case]:
-    known = {case.name: [case] for case in (*CASES, *LIMITS, *REAL, *WHOLE)}
+    known = {case.name: [case] for case in _NAMED}
     known |= {
         "naive": list(CASES),
         "limits": list(LIMITS),
         "matrix": list(MATRIX),
         "all": [*CASES, *LIMITS, *REAL, *MATRIX],
     }
-    known |= {"real": list(REAL), "whole": list(WHOLE)}
+    known |= {"real": list(REAL), "whole": list(WHOLE), "full": list(FULL), "huge": list(HUGE)}
+    known["inflated"] = list(INFLATED)
     known["neighbours"] = []  # no cases: another kind of measurement
     if "neighbours" in names.split(",") and names != "neighbours":
         sys.exit("error: neighbours are measured alone")
@@ -122,6 +128,11 @@ def _chosen(names: str) -> list[Case]:
             sys.exit(f"error: no case {name!r}, known: {', '.join(known)}")
         chosen += known[name]
     return chosen
+
+
+def _check_room(chosen: Sequence[Case], options: argparse.Namespace) -> None:
+    models = list(dict.fromkeys(case.model for case in chosen))
+    check_room(models, options.models, 2 if options.quick else None, keep=options.keep_models)
 
 
 def _measure_model(
@@ -139,7 +150,9 @@ def _measure_model(
         results["machine"] = machine.description(files.flash)
         results["read_rates"][model.name] = rates
         console.print(tables.machine_table(results["machine"], rates))
-        if model.is_moe:
+        if model.is_moe and not machine.fits(files.flash.stat().st_size):
+            console.print(f"routing of {model.name} is not measured: stock llama.cpp has no room for it")
+        elif model.is_moe:
             with console.status(f"{model.name}: measuring how it routes"):
                 text = model.text if isinstance(model, InflatedModel) else None
                 routing = measure_routing(files.flash, n_tokens=100 if options.quick else 400, text=text)
@@ -170,6 +183,7 @@ def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Conso
     found: list[against.Comparison] = []
 
     def run(say: Callable[[str], None]) -> None:
+        _check_room(chosen, options)
         for model in dict.fromkeys(case.model for case in chosen):
             files = model.ensure(options.models, 2 if options.quick else None)
             rounds = 1 if options.quick else options.repeats

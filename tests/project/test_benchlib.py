@@ -119,6 +119,84 @@ def test_what_a_shared_machine_leaves_is_judged_by_turns_that_were_next_to_each_
     assert "0.53" in said[1][0] and "0.20 of quiet" in said[2][0]
 
 
+CAPS = """
+import json
+from pathlib import Path
+from benchlib import cases
+from benchlib.models import check_room
+def caps(case):
+    return [case.cap(size) for size in (case.model.n_bytes() + 10**7, case.model.n_bytes(2))]
+def refusal(keep):
+    try:
+        check_room([case.model for case in (cases.FULL[0], cases.HUGE[0])], Path("nowhere"), None, keep=keep)
+    except OSError as error:
+        return str(error)
+import shutil
+shutil.disk_usage = lambda _: shutil._ntuple_diskusage(0, 0, 70 * 10**9)
+refused = [refusal(keep) for keep in (False, True)]
+works = [case.work for case in (*cases.FULL, *cases.HUGE, *cases.INFLATED)]
+print(json.dumps([{case.name: caps(case) for case in (*cases.FULL, *cases.HUGE)}, refused, works]))
+"""
+
+
+def test_whole_models_have_caps_in_gib_and_need_room_on_the_disk() -> None:
+    command = [sys.executable, "-c", CAPS]
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60)
+    caps, (one_by_one, kept), works = json.loads(done.stdout)
+    assert {
+        name: whole >> 30 for name, (whole, _) in caps.items() if "-prompt-" not in name and "-first-" not in name
+    } == {
+        "full-8gib": 8,
+        "full-4gib": 4,
+        "huge-16gib": 16,
+        "huge-8gib": 8,
+    }
+    whole, slice_ = caps["full-8gib"]
+    assert whole == 8 << 30 and slice_ < whole / 10  # two of 48 layers, and the vocabulary
+    assert one_by_one is None
+    assert "need 81.9 GB and 1 GiB to spare, but the disk has 70.0 GB free" in kept
+    assert works == 4 * ["decode", "prompt", "first"] + 4 * ["text", "prompt", "first"]
+
+
+FIGURES = """
+import json
+from benchlib import cases
+from benchlib.limits import RawRate, cpu_outside_kernels
+from benchlib.measure import FLASH, RESIDENT, Outcome
+from benchlib.runs import Run
+def run(setting, **measured):
+    return Run(setting, None, True, 10**9, False, 0.0, True, measured)
+beside = {"wait_seconds": 0.2, "repack_seconds": 0.1, "predict_seconds": 0.0, "manage_seconds": 0.1}
+cpu = {"user_seconds_per_token": 0.15, "system_seconds_per_token": 0.03}
+timed = {"tok_s": 10.0, "tokens": 10, "seconds": 1.0, "n_threads": 2, "flash_bytes_per_token": 1e8}
+counted = run(FLASH, flash_counters=beside, **timed, **cpu)
+decode = Outcome(cases.HUGE[0], 10**10, 10**10, [counted], [RawRate(1, 1, 2e9)])
+loaded = run(FLASH, load_seconds=3.0, seconds=1.0, device_bytes=4e9)
+first = Outcome(cases.FULL[2], 10**10, 10**10, [loaded], [RawRate(1, 1, 2e9)], [2.5])
+print(json.dumps([cpu_outside_kernels(counted), decode.limit().tok_s, decode.verdicts()[0], first.verdicts()[0]]))
+"""
+
+
+def test_what_whole_models_are_compared_with() -> None:
+    command = [sys.executable, "-c", FIGURES]
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60)
+    outside, limit, decode, first = json.loads(done.stdout)
+    assert abs(outside - 0.06) < 1e-9  # of 0.18 s two threads are 0.06 s each in kernels
+    assert abs(limit - 1 / 0.06) < 1e-6  # of the kernels: reading takes 0.05 s
+    assert decode == ["0.60 of the limit (at least 0.85)", False]
+    said = (
+        "first token 1.60 x the slower of its bytes (2.00 s) and the first touch of its memory (2.50 s) (at most 1.5)"
+    )
+    assert first == [said, False]
+
+
+def test_fresh_memory_is_touched_in_a_group_of_its_own() -> None:
+    code = "from benchlib.machine import first_touch; print(first_touch(64 << 20))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60)
+    assert 0 < float(done.stdout) < 30
+
+
 @pytest.mark.full
 def test_neighbours_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "out.json"

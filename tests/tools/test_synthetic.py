@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gguf_tools.routing import distinct_experts, lru_hit_rate, random_tokens, trace_routing
-from gguf_tools.synthetic import ARCHITECTURES, MOE_FORMS, PRESETS, everything, forms, tiny, types_named, write
+from gguf_tools.synthetic import ARCHITECTURES, MOE_FORMS, PRESETS, SKEWED, everything, forms, tiny, types_named, write
 from gguf_tools.synthetic.__main__ import main
 
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4", "Q4_K_M")
@@ -121,6 +121,25 @@ def test_the_large_presets_have_the_sizes_that_are_stated() -> None:
     per_token = sum(moe.tensor_bytes(t) for t in experts) * moe.shape.n_expert_used / moe.shape.n_expert
     assert 250e6 < per_token < 260e6
     assert 3.8e9 < PRESETS["llama2-7b-18l"].n_bytes < 4.3e9
+    assert 17e9 < PRESETS["qwen3-30b-a3b"].n_bytes < 19e9
+    assert 60e9 < PRESETS["gpt-oss-120b"].n_bytes < 65e9
+
+
+@pytest.mark.parametrize("preset", ["qwen3-30b-a3b", "gpt-oss-120b"])
+def test_the_recipe_of_a_whole_model_makes_a_small_one(preset: str, tmp_path: Path) -> None:
+    """Form, heads, experts and types as they are; narrow, and of two layers."""
+    model = PRESETS[preset]
+    shape = replace(model.shape, n_layer=2, n_embd=256, n_ff=256, n_ff_exp=256, n_vocab=512)
+    (path,) = write(replace(model, shape=shape, popularity=SKEWED), tmp_path / "model.gguf")
+    types = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    assert types == ({"F32", "Q4_K", "Q6_K"} if preset == "qwen3-30b-a3b" else {"F32", "MXFP4", "Q8_0"})
+    with open_resident(path) as llm:
+        logits = logits_of(llm, tokens(64), tokens(8, seed=1))
+    assert np.isfinite(logits).all() and logits.std() > 0.5
+    trace = trace_routing(path, random_tokens(100, shape.n_vocab))
+    assert trace.shape == (100, 2, shape.n_expert_used)
+    uses = np.bincount(trace[:, 1].ravel(), minlength=shape.n_expert)
+    assert np.sort(uses)[-shape.n_expert // 4 :].sum() > 0.5 * uses.sum(), "a quarter of the experts has most uses"
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

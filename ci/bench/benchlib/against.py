@@ -101,7 +101,7 @@ def _round(
     case: Case, files: Files, python: str, seconds: float, least: int, tokens: int, report: Callable[[str], None]
 ) -> tuple[list[tuple[float, float]], int]:
     """Seconds of the other build and of this one, by pair; tokens of a turn, chosen if 0."""
-    cap = int(files.flash.stat().st_size * case.cap_share)
+    cap = case.cap(files.flash.stat().st_size)
     spec = dict(case.spec)
     if files.stream and case.work == "decode":
         spec["stream"] = str(files.stream)

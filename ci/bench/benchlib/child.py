@@ -31,7 +31,6 @@ Mode = Literal["naive", "flash", "cached", "resident", "single"]
 Work = Literal["decode", "prompt", "generate", "chat", "first", "copy", "text"]
 
 FLASH_MODES = ("flash", "cached", "single")
-_WARM_PROMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Spec:
     n_ctx: int = 1024
     n_ubatch: int = 512
     warm_up: int = 128  # tokens decoded before the clock starts
+    warm_prompts: int = 3  # work "prompt": prompts before the one that counts
     tokens: int = 128  # tokens decoded, or the prompt's length
     max_seconds: float = 30.0  # for the warm-up, and again for the measurement
     min_tokens: int = 8
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
     works = {"decode": _decode, "prompt": _prompt, "generate": _generate, "chat": _chat, "first": _first, "copy": _copy}
     works["text"] = _text
     result |= works[spec.work](llm, spec)
+    result["n_threads"] = spec.n_threads
     result["max_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if spec.mode in FLASH_MODES:
         result["flash"] = llm.flash.stats().as_dict()
@@ -159,7 +160,7 @@ def _prompt(llm: Any, spec: Spec) -> dict[str, Any]:
     One is not enough: while slots are still filled, a virtual machine may have to ask its host for each of their pages.
     """
     rng = np.random.default_rng(1)
-    *warm, prompt = (rng.integers(0, llm.n_vocab(), spec.tokens).tolist() for _ in range(_WARM_PROMPTS + 1))
+    *warm, prompt = (rng.integers(0, llm.n_vocab(), spec.tokens).tolist() for _ in range(spec.warm_prompts + 1))
     started = time.perf_counter()
     llm.eval(warm[0])
     first = time.perf_counter() - started
@@ -218,7 +219,7 @@ def _first(llm: Any, spec: Spec) -> dict[str, Any]:
     llm.eval(prompt)
     llm.sample(temp=0.0)
     seconds = time.perf_counter() - started
-    return {"tokens": 1, "seconds": seconds, "device_bytes": _device_bytes()}
+    return {"tokens": 1, "seconds": seconds, "device_bytes": _device_bytes(), "anonymous_bytes": _anonymous_bytes()}
 
 
 def _copy(llm: Any, spec: Spec) -> dict[str, Any]:
@@ -358,6 +359,12 @@ def _device_bytes() -> int:
         if line.startswith("read_bytes:"):
             return int(line.split()[1])
     raise RuntimeError("/proc/self/io has no read_bytes")
+
+
+def _anonymous_bytes() -> int:
+    from llama_flash.budget.cgroup import process_memory
+
+    return process_memory().anonymous
 
 
 if __name__ == "__main__":

@@ -6,14 +6,19 @@ import contextlib
 import fcntl
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama_flash.budget.capped import run_capped
+from llama_flash.budget.cgroup import machine_memory
 from llama_flash.native.calls import probe_reads
 
 RECORD = 864 << 10  # one expert's slice of one matrix of Qwen3-30B-A3B in Q4_0, and the unit of the raw read rates
 LINUX_READAHEAD_KB = 128
+_SPARE = 1 << 30  # bytes
+_FIRST_TOUCH = Path(__file__).with_name("first_touch.py")
 
 
 def readahead_file(path: Path) -> Path:
@@ -71,6 +76,23 @@ def drop_caches(*paths: Path) -> bool:
             finally:
                 os.close(fd)
         return False
+
+
+def fits(n_bytes: int) -> bool:
+    """Whether the machine has memory for a process that holds so many bytes, and some to spare."""
+    return n_bytes + _SPARE <= machine_memory().available
+
+
+def first_touch(n_bytes: int) -> float:
+    """Seconds that it takes to touch so many bytes of fresh anonymous memory, in a memory cgroup of their own.
+
+    Raises FlashCapError where memory cannot be limited.
+    """
+    command = [sys.executable, str(_FIRST_TOUCH), str(n_bytes)]
+    done = run_capped(n_bytes + _SPARE, command, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"first touch of {n_bytes / 1e9:.1f} GB: {done.stderr or done.returncode}")
+    return float(done.stdout or "")
 
 
 def busy_cpus(seconds: float = 0.5) -> float:

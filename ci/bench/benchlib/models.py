@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +21,7 @@ from gguf_tools.synthetic import PRESETS, SKEWED, SyntheticModel, inflate, types
 from gguf_tools.synthetic.codes import token_stream
 from gguf_tools.synthetic.opt import OptModel
 from gguf_tools.synthetic.opt_cli import OPT_PRESETS
-from gguf_tools.synthetic.opt_writer import write_opt
+from gguf_tools.synthetic.opt_writer import opt_bytes, write_opt
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class BenchModel(Protocol):
     def title(self) -> str: ...
     @property
     def is_moe(self) -> bool: ...
+    def n_bytes(self, layers: int | None = None) -> int:
+        """Bytes of the stock file, but for its head."""
+        ...
+
+    def missing_bytes(self, folder: Path, layers: int | None = None) -> int:
+        """Bytes that `ensure` would write."""
+        ...
+
     def ensure(self, folder: Path, layers: int | None = None) -> Files:
         """Writes the files unless they are there: `layers` of them; an inflated model is small then.
 
@@ -72,9 +81,17 @@ class OrdinaryModel:
     def is_moe(self) -> bool:
         return bool(self.synthetic().shape.is_moe)
 
+    def n_bytes(self, layers: int | None = None) -> int:
+        return self.synthetic(layers).n_bytes
+
+    def _path(self, folder: Path, layers: int | None) -> Path:
+        return folder / f"{self.name}-{self.synthetic(layers).shape.n_layer}l.gguf"
+
+    def missing_bytes(self, folder: Path, layers: int | None = None) -> int:
+        return 0 if self._path(folder, layers).exists() else self.n_bytes(layers)
+
     def ensure(self, folder: Path, layers: int | None = None) -> Files:
-        model = self.synthetic(layers)
-        path = folder / f"{self.name}-{model.shape.n_layer}l.gguf"
+        model, path = self.synthetic(layers), self._path(folder, layers)
         if not path.exists():
             with byte_progress(f"writing {path.name}", model.n_bytes) as advance:
                 write(model, path, progress=advance)
@@ -98,10 +115,20 @@ class ReluModel:
         shape = replace(preset.shape, n_layer=layers or self.n_layer, n_vocab=self.n_vocab)
         return replace(preset, shape=shape, kind=self.kind, coactive=True)
 
+    def n_bytes(self, layers: int | None = None) -> int:
+        return opt_bytes(self.synthetic(layers), "plain")
+
+    def _files(self, folder: Path, layers: int | None) -> Files:
+        base = f"{self.name}-{layers or self.n_layer}l"
+        return Files(folder / f"{base}-flash.gguf", folder / f"{base}.gguf", folder / f"{base}.stream.json")
+
+    def missing_bytes(self, folder: Path, layers: int | None = None) -> int:
+        model, files = self.synthetic(layers), self._files(folder, layers)
+        flash = 0 if files.flash.exists() else opt_bytes(model, "bundled")
+        return flash + (0 if files.stock.exists() else opt_bytes(model, "plain"))
+
     def ensure(self, folder: Path, layers: int | None = None) -> Files:
-        model = self.synthetic(layers)
-        base = f"{self.name}-{model.shape.n_layer}l"
-        files = Files(folder / f"{base}-flash.gguf", folder / f"{base}.gguf", folder / f"{base}.stream.json")
+        model, files = self.synthetic(layers), self._files(folder, layers)
         if not files.flash.exists():
             write_opt(model, files.flash, "bundled", progress=f"writing {files.flash.name}")
         if not files.stock.exists():
@@ -120,14 +147,23 @@ class InflatedModel:
     is_moe: bool
     source: Callable[[], Path]
     prompts: Callable[[], list[str]]
+    size: int = 4 * 10**9  # bytes
+
+    def n_bytes(self, layers: int | None = None) -> int:
+        return self.size if layers is None else _INFLATED_QUICK
+
+    def _files(self, folder: Path, layers: int | None) -> Files:
+        base = f"{self.name}-{self.n_bytes(layers) // 10**6}mb"
+        return Files(folder / f"{base}.gguf", folder / f"{base}.gguf", folder / f"{base}.prompts.json")
+
+    def missing_bytes(self, folder: Path, layers: int | None = None) -> int:
+        return 0 if self._files(folder, layers).flash.exists() else self.n_bytes(layers)
 
     def ensure(self, folder: Path, layers: int | None = None) -> Files:
-        n_bytes = _INFLATED if layers is None else _INFLATED_QUICK
-        base = f"{self.name}-{n_bytes // 10**6}mb"
-        files = Files(folder / f"{base}.gguf", folder / f"{base}.gguf", folder / f"{base}.prompts.json")
+        files = self._files(folder, layers)
         folder.mkdir(parents=True, exist_ok=True)
         if not files.flash.exists():
-            inflate(self.source(), files.flash, n_bytes, progress=f"writing {files.flash.name}")
+            inflate(self.source(), files.flash, self.n_bytes(layers), progress=f"writing {files.flash.name}")
         assert files.stream is not None
         files.stream.write_text(json.dumps(self.prompts()))
         return files
@@ -136,6 +172,22 @@ class InflatedModel:
     def text(self) -> str:
         """What it is asked."""
         return "\n".join(self.prompts())
+
+
+def check_room(models: Sequence[BenchModel], folder: Path, layers: int | None, *, keep: bool) -> None:
+    """Before anything is written. Models are written one after the other, and deleted in between unless kept.
+
+    Raises OSError where the disk has no room for them.
+    """
+    missing = [model.missing_bytes(folder, layers) for model in models]
+    needed = sum(missing) if keep else max(missing, default=0)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed and free < needed + _SPARE:
+        raise OSError(
+            f"{folder}: the models need {needed / 1e9:.1f} GB and {_SPARE >> 30} GiB to spare, "
+            f"but the disk has {free / 1e9:.1f} GB free; --models takes another folder"
+        )
 
 
 def _code() -> list[str]:
@@ -155,7 +207,8 @@ def _chat() -> list[str]:
     return [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in _QUESTIONS]
 
 
-_INFLATED, _INFLATED_QUICK = 4 * 10**9, 10**9  # bytes
+_INFLATED_QUICK = 10**9  # bytes
+_SPARE = 1 << 30  # bytes of the disk that are left alone
 _SHIPPED_MOE = Path(__file__).resolve().parents[3] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
 _QUESTIONS = (
     "How does a bicycle stay upright?",
@@ -182,6 +235,9 @@ DENSE_Q4 = OrdinaryModel("dense-q4", "18 layers of Llama-2-7B's shape, Q4_0", "l
 MOE_REAL = InflatedModel(
     "moe-real", "the shipped mixture (3 layers, 4 of 32 experts, Q8_0), inflated", True, lambda: _SHIPPED_MOE, _code
 )
+MOE_REAL_16 = replace(MOE_REAL, name="moe-real-16", size=16 * 10**9)
+QWEN3_30B = OrdinaryModel("qwen3-30b-a3b", "Qwen3-30B-A3B's shape, Q4_K_M, skewed routing", "qwen3-30b-a3b", SKEWED)
+GPT_OSS_120B = OrdinaryModel("gpt-oss-120b", "gpt-oss-120b's shape, MXFP4, skewed routing", "gpt-oss-120b", SKEWED)
 DENSE_REAL = InflatedModel("dense-real", "SmolLM2 135M (30 layers, Q4_1), inflated", False, realmodel.ensure, _chat)
 RELU = ReluModel("relu-f16", f"{_OPT}, f16", GGMLQuantizationType.F16)
 RELU_WHOLE = ReluModel("relu-f16-whole", "OPT 6.7B's shape, f16", GGMLQuantizationType.F16, 32, 50272)

@@ -9,16 +9,22 @@ from rich.console import Console
 from rich.table import Table
 
 from benchlib.bookkeeping import Count
+from benchlib.limits import Limit
 from benchlib.measure import FLASH, Outcome
 from benchlib.runs import Setting
 
+_COLUMNS = (
+    *("mode", "tok/s", "load", "CPU per token", "read per token", "hit rate", "peak memory", "speed-up over naive"),
+    "spread",
+)
+
 
 def outcome_table(outcome: Outcome) -> Table:
-    """tok/s, bytes read per token, peak memory and speed-up of each setting."""
+    """tok/s, load, CPU time and bytes read per token, peak memory and speed-up of each setting."""
     cap = f"cap {outcome.cap / 1e9:.2f} of {outcome.model_bytes / 1e9:.2f} GB"
     title = f"{outcome.case.model.title}: {outcome.case.work}, {cap}"
     table = Table(title=title, title_justify="left")
-    for column in ("mode", "tok/s", "read per token", "hit rate", "peak memory", "speed-up over naive", "spread"):
+    for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "mode" else "right")
     naive = outcome.naive
     base = outcome.median(naive) if naive else None
@@ -27,18 +33,28 @@ def outcome_table(outcome: Outcome) -> Table:
     ):
         table.add_row(*_cells(outcome, setting, base))
     if (limit := outcome.limit()) and (speed := outcome.median(FLASH)):
-        rate = outcome.rates[0]
-        table.caption = (
-            f"limit {limit.tok_s:.2f} tok/s, by {limit.bound_by}: flash {limit.flash * 1e3:.1f} ms (raw reads of "
-            f"{rate.chunk >> 10} KiB, {rate.depth} in flight: {rate.bytes_per_second / 1e9:.2f} GB/s), computing "
-            f"{limit.computing * 1e3:.1f} ms; reached: {speed / limit.tok_s:.2f}"
-        )
-        if kernel := outcome.median(FLASH, "system_seconds_per_token"):
-            table.caption += f"; in the kernel {kernel * 1e3:.2f} ms of CPU time per token, {kernel * speed:.1%} of it"
-        if together := outcome.median(FLASH, "tokens_per_pass"):
-            table.caption += f"; {together:.1f} tokens per pass"
-        table.caption_justify = "left"
+        table.caption, table.caption_justify = _caption(outcome, limit, speed), "left"
     return table
+
+
+def _caption(outcome: Outcome, limit: Limit, speed: float) -> str:
+    rate = outcome.rates[0]
+    said = (
+        f"limit {limit.tok_s:.2f} tok/s, by {limit.bound_by}: flash {limit.flash * 1e3:.1f} ms (raw reads of "
+        f"{rate.chunk >> 10} KiB, {rate.depth} in flight: {rate.bytes_per_second / 1e9:.2f} GB/s), computing "
+        f"{limit.computing * 1e3:.1f} ms; reached: {speed / limit.tok_s:.2f}"
+    )
+    if kernel := outcome.median(FLASH, "system_seconds_per_token"):
+        said += f"; in the kernel {kernel * 1e3:.2f} ms of CPU time per token, {kernel * speed:.1%} of it"
+    if (outside := outcome.cpu_outside_kernels()) is not None:
+        said += (
+            f"; outside the arithmetic's kernels {outside * 1e3:.1f} ms of CPU time per token by the engine's counters"
+        )
+    if (more := outcome.cpu_over_resident()) is not None:
+        said += f"; {more * 1e3:.1f} ms more than resident's"
+    if together := outcome.median(FLASH, "tokens_per_pass"):
+        said += f"; {together:.1f} tokens per pass"
+    return said
 
 
 def _cells(outcome: Outcome, setting: Setting, base: float | None) -> list[str]:
@@ -46,6 +62,7 @@ def _cells(outcome: Outcome, setting: Setting, base: float | None) -> list[str]:
     speed = outcome.median(setting)
     read = outcome.median(setting, "device_bytes_per_token")
     hits = outcome.median(setting, "hit_rate")
+    load, cpu = outcome.median(setting, "load_seconds"), outcome.cpu_seconds(setting)
     peak = max(run.peak for run in runs)
     uncapped = " (no cap)" if setting.mode in ("cached", "resident") else ""
     if speed is None and outcome.case.work == "first" and any(run.ok for run in runs):
@@ -57,6 +74,8 @@ def _cells(outcome: Outcome, setting: Setting, base: float | None) -> list[str]:
     return [
         setting.name,
         speed_cell,
+        "-" if load is None else f"{load:.1f} s",
+        "-" if cpu is None else f"{cpu * 1e3:.1f} ms",
         "-" if read is None else f"{read / 1e6:.1f} MB",
         "-" if hits is None else f"{hits:.1%}",
         f"{peak / 1e9:.2f} GB{uncapped}",
