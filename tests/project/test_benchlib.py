@@ -190,6 +190,28 @@ def test_what_whole_models_are_compared_with() -> None:
     assert first == [said, False]
 
 
+NO_ROOM = """
+import json
+from pathlib import Path
+from benchlib import cases, machine, measure
+from benchlib.models import Files
+machine.fits = lambda n_bytes: False
+measure.run = lambda setting, *_, **__: measure.Run(setting, None, False, 0, False, 0.0, True)
+(case,) = [case for case in cases.FULL if case.name == "full-4gib"]
+model = Files(Path("bench.py"), Path("bench.py"))
+said = []
+measured = measure.measure(case, model, measure.settings_of(case, model, naive=False), 1, said.append)
+print(json.dumps([[run.setting.mode for run in measured.runs], said[-1]]))
+"""
+
+
+def test_a_whole_model_is_not_loaded_into_memory_that_is_not_free() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_ROOM], cwd=BENCH, capture_output=True, text=True, timeout=60)
+    modes, said = json.loads(done.stdout)
+    assert "naive" in modes and modes[-1] == "flash"
+    assert said == "full-4gib: no resident run, for which the machine has too little memory free"
+
+
 def test_fresh_memory_is_touched_in_a_group_of_its_own() -> None:
     code = "from benchlib.machine import first_touch; print(first_touch(64 << 20))"
     command = [sys.executable, "-c", code]

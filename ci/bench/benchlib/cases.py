@@ -115,7 +115,7 @@ LIMITS = (
 # not a slice of its layers: what is needed whatever their number takes a smaller share of the cap
 WHOLE = tuple(_cases("relu-whole", "relu", RELU_WHOLE, _RELU_SPEC | {"max_seconds": 60.0}, _PROMPT)[:1])
 _WHOLE_SPEC: dict[Work, dict[str, Any]] = {
-    "decode": {},
+    "decode": {"max_seconds": 60.0},  # until slots are warm
     "prompt": _PROMPT | {"warm_prompts": 1},  # one passes by all weights
     "first": _FIRST,
 }

@@ -86,12 +86,12 @@ def fits(n_bytes: int) -> bool:
 def first_touch(n_bytes: int) -> float:
     """Seconds that it takes to touch so many bytes of fresh anonymous memory, in a memory cgroup of their own.
 
-    Raises FlashCapError where memory cannot be limited.
+    Raises FlashCapError where memory cannot be limited, OSError where it is not there.
     """
     command = [sys.executable, str(_FIRST_TOUCH), str(n_bytes)]
     done = run_capped(n_bytes + _SPARE, command, capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"first touch of {n_bytes / 1e9:.1f} GB: {done.stderr or done.returncode}")
+        raise OSError(f"first touch of {n_bytes / 1e9:.1f} GB: {done.stderr or done.returncode}")
     return float(done.stdout or "")
 
 

@@ -190,8 +190,7 @@ def _first_token(run: Run) -> tuple[float, float]:
 def settings_of(case: Case, files: Files, *, naive: bool) -> list[Setting]:
     """What a case compares. naive: also stock with mmap, which is slow."""
     wanted = [FLASH, *([CACHED] if case.cached else [])]
-    beside = case.targets.over_resident or (case.targets.over_limit and not case.cached)
-    if (beside or case.beside_all) and (not case.beside_all or machine.fits(files.stock.stat().st_size)):
+    if case.beside_all or case.targets.over_resident or (case.targets.over_limit and not case.cached):
         wanted.append(RESIDENT)
     if case.drafts:
         wanted.append(SINGLE)
@@ -206,7 +205,8 @@ def measure(
     """Runs all settings once, then again in the other order, and so on: drift of the machine hits all of them alike.
 
     overrides: of fields of child.Spec, and arguments of `run`.
-    A naive setting that is less than half as fast as the other one is not repeated.
+    A naive setting that is less than half as fast as the other one is not repeated. A whole model that does not fit
+    into the memory that is free just before is not run there.
     """
     model_bytes = files.stock.stat().st_size
     outcome = Outcome(case, model_bytes, case.cap(model_bytes))
@@ -216,6 +216,9 @@ def measure(
         spec |= {"stream": str(files.stream)}
     for i in range(repeats):
         for setting in remaining if i % 2 == 0 else remaining[::-1]:
+            if setting == RESIDENT and case.beside_all and not machine.fits(model_bytes):
+                report(f"{case.name}: no {setting.name} run, for which the machine has too little memory free")
+                continue
             report(f"{case.name}: {setting.name}, run {i + 1} of {repeats}")
             ours = setting.mode in FLASH_MODES
             cap = None if setting in (RESIDENT, CACHED) else outcome.cap
