@@ -47,8 +47,10 @@ class BlockPool:
         n_rows, per_row = int(np.prod(shape[:-1])), shape[-1] // per_block
         out = np.empty((n_rows * per_row, size), np.uint8)
         rng = rng_for(self.seed, name)
+        whole = np.dtype((np.void, size))  # a block as one item is copied two to four times as fast as its bytes
+        pool, drawn = blocks.view(whole)[:, 0], out.view(whole)[:, 0]
         step = 1 << 20  # bounds the index array
-        for start in range(0, len(out), step):
-            part = out[start : start + step]
-            np.take(blocks, rng.integers(0, len(blocks), len(part)), axis=0, out=part, mode="clip")
+        for start in range(0, len(drawn), step):
+            part = drawn[start : start + step]
+            np.take(pool, rng.integers(0, len(pool), len(part)), out=part, mode="clip")
         return out.reshape(*shape[:-1], per_row * size)
