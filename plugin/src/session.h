@@ -119,9 +119,9 @@ struct llama_flash_session final : op_gate {
     llama_flash_params        params        = {};
     bool                      bound         = false;
     llama_flash_neuron_params neuron_params = {};
-    memory_needs              needs;       // from end_binding on
-    llama_flash_memory        memory = {}; // in use now; but its total is the target of a resize under way
-    standing_parts            standing;    // of `memory`
+    memory_needs              needs;           // from end_binding on
+    llama_flash_memory        memory = {};     // in use now; but its total is the target of a resize under way
+    standing_parts            standing;        // of `memory`
     uint64_t                  prompt_ring = 0; // bytes of the ring of experts, unless few tokens are computed at once
 
     std::unique_ptr<weight_loader>                                  loader; // until end_binding

@@ -166,8 +166,6 @@ class Controller:
 
     def look_soon(self) -> None:
         """A model has begun to decode: there may be more to divide."""
-        with self._lock:
-            self._unsettled = True
         self._call()
 
     def idle(self, held: int) -> int:

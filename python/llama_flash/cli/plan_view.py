@@ -64,6 +64,8 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
             memory.add_row(_WHERE[name] + neurons, format_size(size))
     memory.add_section()
     memory.add_row("all of it", format_size(plan.memory.total))
+    if plan.lent:
+        memory.add_row("of it lent to flash while tokens are generated", format_size(plan.lent))
     memory.add_row(f"budget ({plan.budget.reason})", format_size(plan.budget.total))
     if plan.smallest:
         memory.add_row("smallest workable budget", f"{plan.smallest >> 20} MiB", style="bold")

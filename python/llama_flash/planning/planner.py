@@ -28,6 +28,7 @@ from ..sizes import format_size
 from .advice import advice_for
 from .cost import Cost, expect
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
+from .lent import lent_of
 from .placed import Plan
 from .placement import choose_predictor, make_plan, work_bytes
 from .reads import experts_ahead, io_choice
@@ -68,6 +69,7 @@ class LoadPlan:
     io_engine: str
     io_depth: int  # most reads in flight
     memory: Breakdown  # where the budget goes: resident weights, KV cache, compute buffers, slots, ...
+    lent: int  # of what is no flash memory there, flash memory while tokens are generated and the context is empty
     resident_weights: int
     flash_weights: int
     expert_bytes: int  # of those on flash
@@ -202,6 +204,7 @@ def _load_plan(
         io_engine=profile.io_engine if io_engine == "auto" and profile.io_engine else io_engine,
         io_depth=depth,
         memory=memory,
+        lent=(found.decoding.flash if found.decoding else memory.flash) - memory.flash,
         resident_weights=placed.resident_bytes,
         flash_weights=placed.flash_bytes,
         expert_bytes=placed.expert_bytes,
@@ -258,6 +261,7 @@ class _Outcome:
     predictor: str
     needs: Requirements | None  # None where nothing is on flash
     memory: Breakdown
+    decoding: Breakdown | None = None  # the same while tokens are generated, where that differs
 
 
 class _Planner:
@@ -320,16 +324,20 @@ class _Planner:
             needs = asked.requirements()
         if left < needs.min_memory:
             raise refuse(budget, memory, needs.min_memory, self._options.reserve, advice=self._advice(placed))
-        given = asked.divide(min(left, needs.max_memory))
-        memory = replace(
-            memory,
-            weights=memory.weights + given.resident,
-            slots=given.slots,
-            pinned=given.pinned,
-            stream=given.stream,
-            bookkeeping=given.bookkeeping,
-        )
-        return _Outcome(placed, predictor, needs, memory)
+
+        def divided(n_bytes: int) -> Breakdown:
+            given = asked.divide(min(n_bytes, needs.max_memory))
+            return replace(
+                memory,
+                weights=memory.weights + given.resident,
+                slots=given.slots,
+                pinned=given.pinned,
+                stream=given.stream,
+                bookkeeping=given.bookkeeping,
+            )
+
+        lent = lent_of(memory, self._shape, budget, self._options.reserve) if self._options.follow else 0
+        return _Outcome(placed, predictor, needs, divided(left), divided(left + lent))
 
     def _advice(self, placed: Plan) -> tuple[str, ...]:
         return advice_for(self._meta, placed, self._options, self._shape)
@@ -380,7 +388,7 @@ class _Planner:
         return expect(
             self._meta,
             found.plan,
-            found.memory,
+            found.decoding or found.memory,
             found.needs,
             profile,
             predictor=found.predictor,

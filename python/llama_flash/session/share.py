@@ -18,15 +18,17 @@ from ..native.calls import discard_compute
 from ..native.handle import Session
 from ..native.params import Requirements
 from ..options import FlashOffload
+from ..planning.lent import FEW_TOKENS, Growth
 from ..sizes import format_size
 from .account import Account
-from .lent import FEW_TOKENS, Growth
 from .memento import Memento
 
 __all__ = ["Share"]
 
 logger = logging.getLogger("llama_flash")
 
+_STEP = 0.0005  # seconds until reads that are in the way may have ended
+_LONGEST = 1.0  # seconds; a prompt that finds a shorter ring is slower, not wrong
 _MOVED = 0.05  # share of the memory that must have moved, for what was seen before not to count
 
 
@@ -104,12 +106,17 @@ class Share:
             Controller.of_process().look_soon()
 
     def _compute_few(self, few: bool) -> None:
+        """Whether calls are of few tokens from now on. The ops that follow make more slots; a prompt finds its ring."""
         native = self.native
-        if native is not None:
-            with native.using() as is_open:
-                if is_open:
-                    native.few_tokens(few)
-                    self._moving = True
+        if native is None:
+            return
+        with native.using() as is_open:
+            if is_open:
+                native.few_tokens(few)
+                end = time.monotonic() + _LONGEST
+                while not few and not native.resize(native.memory().total).done and time.monotonic() < end:
+                    time.sleep(_STEP)
+                self.note_memory()
 
     def note_memory(self) -> None:
         """Enters what the plugin has made of the memory into `memory`."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..budget.rooms import Breakdown
+from ..budget.rooms import MACHINE, Breakdown, Budget, reserve_of
 from ..model.shape import ContextShape
 
-__all__ = ["FEW_TOKENS", "Growth"]
+__all__ = ["FEW_TOKENS", "Growth", "lent_of"]
 
 FEW_TOKENS = 16  # computed at once at most, while the rest of the buffers is lent
 _LEAST_TOKENS = 2 * FEW_TOKENS  # that are expected from one look of the controller to the next
@@ -55,6 +55,18 @@ class Growth:
             return self._most
         expected = max(_LEAST_TOKENS, int(self._rate * _SECONDS))
         return min(self._most, self._graphs + self._cells * min(expected, self._n_ctx) // self._n_ctx)
+
+
+def lent_of(memory: Breakdown, shape: ContextShape, budget: Budget, reserve: int | str | None) -> int:
+    """Bytes of a plan's memory that flash has while tokens are generated and the context is still empty.
+
+    Args:
+        memory: as planned.
+        reserve: as in FlashOffload.
+    """
+    idle = memory.compute + memory.kv + memory.outputs - Growth(memory, shape).soon(0.0)
+    limited = budget.reason != MACHINE
+    return idle + (budget.reserve - reserve_of(budget.total, reserve, 0) if limited else 0)
 
 
 def _read(path: Path) -> bytes:

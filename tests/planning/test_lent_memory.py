@@ -1,0 +1,60 @@
+"""How much of a plan's memory is idle while tokens are generated, and how much of that may be touched soon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_flash.budget.rooms import MACHINE, Breakdown, Budget
+from llama_flash.model.shape import ContextShape
+from llama_flash.planning import lent
+from llama_flash.planning.lent import Growth, lent_of
+
+MiB = 1 << 20
+PLANNED = Breakdown(kv=256 * MiB, compute=64 * MiB)
+
+
+def growth(**shape: Any) -> Growth:
+    return Growth(PLANNED, ContextShape(n_ctx=2048, n_ubatch=512, **shape))
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    enabled = tmp_path / "enabled"
+    enabled.write_text("always [madvise] never\n")
+    monkeypatch.setattr(lent, "_HUGE_PAGES", enabled)
+    return enabled
+
+
+def test_what_is_left_follows_the_speed(small_pages: Path) -> None:
+    grows = growth()
+    least = 64 * MiB * 16 // 512 + 256 * MiB * 32 // 2048
+    assert grows.soon(0.0) == least
+    grows.add(1000)
+    fast = grows.soon(10.0)
+    assert fast == 64 * MiB * 16 // 512 + 256 * MiB * 200 // 2048
+    assert least <= grows.soon(11.0) < fast, "a rest is no reason to forget it at once"
+    assert grows.soon(11.0) == grows.soon(11.0), "no time has passed"
+    grows.add(1_000_000)
+    assert grows.soon(12.0) == 64 * MiB * 16 // 512 + 256 * MiB, "no more than there is"
+
+
+def test_where_one_token_touches_many_pages_all_of_it_is_left(small_pages: Path) -> None:
+    small_pages.write_text("[always] madvise never\n")
+    assert growth().soon(0.0) == 320 * MiB
+    small_pages.unlink()
+    assert growth().soon(0.0) < 10 * MiB, "a kernel without huge pages"
+    across = Growth(PLANNED, ContextShape(n_ctx=32768, n_ubatch=512))
+    along = Growth(PLANNED, ContextShape(n_ctx=32768, n_ubatch=512, flash_attn=True))
+    assert across.soon(0.0) - along.soon(0.0) == 256 * MiB * 2048 // 32768
+
+
+def test_a_plan_expects_what_will_be_lent(small_pages: Path) -> None:
+    shape = ContextShape(n_ctx=2048, n_ubatch=512)
+    idle = 320 * MiB - growth().soon(0.0)
+    budget = Budget(4096 * MiB, 123 * MiB, "dram_budget")
+    assert lent_of(PLANNED, shape, budget, None) == idle + 123 * MiB - 4096 * MiB // 100
+    assert lent_of(PLANNED, shape, budget, "123MiB") == idle, "what the user sets stands"
+    assert lent_of(PLANNED, shape, Budget(4096 * MiB, 123 * MiB, MACHINE), None) == idle
