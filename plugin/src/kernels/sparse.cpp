@@ -1,5 +1,8 @@
 #include "kernels/sparse.h"
 
+#include "ggml-cpu-impl.h"
+#include "llamafile/sgemm.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -16,6 +19,15 @@ void row_kernel::convert(const float * x, uint8_t * out) const {
     } else {
         memcpy(out, x, (size_t) n * sizeof(float));
     }
+}
+
+float row_kernel::dot(const uint8_t * row, const uint8_t * x) const {
+    float      s;
+    const bool is_float = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+    if (!is_float || !llamafile_gemv(1, n, row, n, x, &s, type)) {
+        vec_dot((int) n, &s, 0, row, 0, x, 0, 1);
+    }
+    return s;
 }
 
 bool row_type_supported(int32_t number) {

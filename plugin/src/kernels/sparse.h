@@ -23,11 +23,8 @@ struct row_kernel {
     // x_bytes bytes; x: n floats
     void convert(const float * x, uint8_t * out) const;
 
-    float dot(const uint8_t * row, const uint8_t * x) const {
-        float s;
-        vec_dot((int) n, &s, 0, row, 0, x, 0, 1);
-        return s;
-    }
+    // in the order in which the stock engine's product of many columns sums, where it has one for single rows
+    float dot(const uint8_t * row, const uint8_t * x) const;
 };
 
 // Whether rows of this type, a ggml_type or any other number, can be computed on.
