@@ -30,7 +30,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_what_is_left_follows_the_speed(small_pages: Path) -> None:
     grows = growth()
-    least = 64 * MiB * 16 // 512 + 256 * MiB * 32 // 2048
+    least = 64 * MiB * 16 // 512 + 256 * MiB * 8 // 2048
     assert grows.soon(0.0) == least
     grows.add(1000)
     fast = grows.soon(10.0)

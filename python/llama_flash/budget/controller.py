@@ -49,7 +49,8 @@ _CALM = 2.0  # seconds without pressure after which the cache may grow again
 _REGROWTH = 0.2  # share of the flash memory per second, after pressure
 _STEP_SHARE = 0.06  # of the flash memory in use: given back at each sign of pressure
 _STEP_MIN = 16 << 20
-_GROW_MIN = 4 << 20  # bytes that are worth growing by
+_GROW_MIN = 4 << 20  # bytes that are worth growing by, and of a small room
+_GROW_SHARE = 256  # so many parts of it
 _TIGHT = 0.05  # share of a limit: with less left, a group's pressure is about us
 _LONGEST_LOAD = 120.0  # seconds after which a load is no longer waited for
 _NEVER = -1e9
@@ -392,7 +393,7 @@ class Controller:
             beside = fixed - session.fixed + sum(other.granted for other in sessions if other is not session)
             session.limited(room, reserve, beside, reason)
             slack = 0 if urgent else reserve // 8  # a little comes from the reserve
-            more = share > session.granted + _GROW_MIN or session.granted < share == session.most
+            more = share > session.granted + min(_GROW_MIN, room // _GROW_SHARE) or session.granted < share == session.most
             if share < session.granted - slack or (calm and more):
                 self._move(session, share, reason, urgent)
             if short:

@@ -43,7 +43,7 @@ RESERVE_MIN = 32 << 20
 RESERVE_SHARE = 0.03
 
 # While all models decode, what they take beside flash is measured, and so is how it moves: less is left unused then.
-STEADY_MIN = 12 << 20
+STEADY_MIN = 8 << 20
 STEADY_SHARE = 0.01
 STEADY_RISES = 2  # times what was seen to be taken from one look to the next
 

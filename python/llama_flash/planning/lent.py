@@ -14,7 +14,7 @@ from ..model.shape import ContextShape
 __all__ = ["FEW_TOKENS", "Growth", "lent_of"]
 
 FEW_TOKENS = 16  # computed at once at most, while the rest of the buffers is lent
-_LEAST_TOKENS = 2 * FEW_TOKENS  # that are expected from one look of the controller to the next
+_LEAST_TOKENS = 8  # that are expected from one look of the controller to the next
 _SECONDS = 2.0  # twice the time between two looks, if nothing calls for one sooner
 _PAGE_CELLS = 2048  # of one row of a V cache that lies across its rows: F16, 4 KiB a page
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
