@@ -61,6 +61,7 @@ class Tree:
         (root / "proc/meminfo").write_text("MemTotal: 67108864 kB\nMemAvailable: 60000000 kB\n")
         (root / "sys/fs/cgroup/cgroup.controllers").write_text("memory\n")
         (self.group / "memory.high").write_text("max\n")
+        self.within(os.getpid())
         (self.group / "memory.events.local").write_text("low 0\nhigh 0\nmax 0\noom 0\noom_kill 0\n")
         self.stalled(0)
         self.set(limit=1000, own=300, others=0)
@@ -75,6 +76,10 @@ class Tree:
         (self.group / "memory.stat").write_text(f"anon {(self.own + self.others) * MiB}\n")
         status = f"VmRSS:\t{self.own * 1024} kB\nRssAnon:\t{self.own * 1024} kB\nRssFile:\t0 kB\nRssShmem:\t0 kB\n"
         (self.root / "proc/self/status").write_text(status)
+
+    def within(self, *pids: int) -> None:
+        """The processes of the group."""
+        (self.group / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
 
     def stalled(self, microseconds: int) -> None:
         line = f"avg10=0.00 avg60=0.00 avg300=0.00 total={microseconds}\n"
@@ -353,6 +358,39 @@ def test_the_reserve_of_models_that_decode_follows_what_is_taken(tree: Tree) -> 
     model.decoding = False
     clock.controller.recall()
     assert model.granted == (1000 - 40 - 4 - 100) * MiB
+
+
+def test_nothing_is_lent_where_others_may_take_it_at_once(tree: Tree) -> None:
+    tree.set(own=70)
+    model = Model(granted=860)
+    model.certain, model.decoding, model.steady = 20 * MiB, True, 10
+    clock = Clock(tree, model)
+    clock.look(4.0)
+    lent, planned = (1000 - 10 - 70) * MiB, (1000 - 40 - 100) * MiB
+    assert model.granted == lent
+    tree.within(os.getpid(), 1)
+    clock.now += 0.06
+    clock.controller.tick(clock.now)
+    assert model.granted == planned, "a glance tells"
+    tree.within(os.getpid())
+    clock.look(4.0)
+    assert model.granted == lent
+    (tree.group / "below").mkdir()
+    clock.look(2.0)
+    assert model.granted == planned, "groups of others below"
+    (tree.group / "below").rmdir()
+    clock.look(4.0)
+    assert model.granted == lent
+    tree.set(limit=900)
+    clock.look(2.0)
+    assert model.granted == planned - 100 * MiB, "a limit that moves may move again"
+    clock.look(30.0)
+    assert model.granted == lent - 100 * MiB
+    tree.stalled(10_000_000)
+    tree.set(own=890)
+    model.touched = model.granted
+    clock.look(0.5)
+    assert model.granted <= planned - 100 * MiB
 
 
 def test_of_the_machines_memory_the_whole_reserve_is_left(tmp_path: Path) -> None:

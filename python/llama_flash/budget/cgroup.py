@@ -331,6 +331,16 @@ def memory_groups(
     return result
 
 
+def is_alone(group: Path, pid: int) -> bool:
+    """Whether nobody but process `pid` is in the memory group, and there are no groups below it."""
+    try:
+        if any(entry.is_dir() for entry in os.scandir(group)):
+            return False
+        return _read(group / "cgroup.procs").split() == [str(pid)]
+    except OSError:  # the group is gone
+        return False
+
+
 def machine_memory(root: Path = Path("/")) -> Machine:
     """Memory of the machine from /proc/meminfo.
 

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from ..sizes import format_size
 from .cgroup import Controller as Group
-from .cgroup import Gauge, PressureWatch, memory_controller
+from .cgroup import Gauge, PressureWatch, is_alone, memory_controller
 from .limits import threads_hint
-from .rooms import LIBRARIES_MAX, MACHINE, Room, held_by_process, rooms
+from .rooms import LIBRARIES_MAX, Room, default_reserve, held_by_process, rooms
 from .shares import Callback, EventKind, FlashEvent, Session, beside_flash, divide
 from .status import StatusFile
 from .steady import Steady
@@ -51,6 +51,7 @@ _STEP_SHARE = 0.06  # of the flash memory in use: given back at each sign of pre
 _STEP_MIN = 16 << 20
 _GROW_MIN = 4 << 20  # bytes that are worth growing by, and of a small room
 _GROW_SHARE = 256  # so many parts of it
+_DISTURBED = 20.0  # seconds after pressure, or a lower limit, in which nothing is lent
 _TIGHT = 0.05  # share of a limit: with less left, a group's pressure is about us
 _LONGEST_LOAD = 120.0  # seconds after which a load is no longer waited for
 _NEVER = -1e9
@@ -100,6 +101,8 @@ class Controller:
         self._news = False  # models came or went since
         self._groups_known = _NEVER
         self._limits: dict[str, int] = {}  # by room, at the last look
+        self._limits_moved = _NEVER
+        self._own_group: Path | None = None  # nobody else was in it at the last look, and it was of use
         self._unsettled = False  # sessions are on their way, or may have something to read
         self._found: list[Room] = []  # at the last look
         self._grouped = False  # a group's limit is the tightest
@@ -333,7 +336,7 @@ class Controller:
         """One look at the limits if it is time, and a step towards what they ask for. True: more is to be done soon."""
         since = now - self._last_look
         moving = now - self._last_pressure < _AFTERMATH
-        alarmed = since >= _SOON and (self._alarmed() or moving)
+        alarmed = since >= _SOON and (self._alarmed() or moving or self._joined_by_others())
         if alarmed or self._pressed or since >= _REST or (since >= _TICK and not self._still()):
             self._look(now)
         if not self._unsettled:
@@ -368,17 +371,17 @@ class Controller:
         found = self._found = rooms(self._root, controller=self._groups)
         room, tightest = self._tightest(found, now)
         reason, libraries = tightest.name, tightest.libraries
-        self._note_limits(found)
+        self._note_limits(found, now)
         if self._asked is not None and self._asked < room:
             room, reason, libraries = self._asked, "dram_budget", LIBRARIES_MAX
         touched = sum(session.touched for session in sessions)
-        decoding = all(session.decoding for session in sessions)
+        decoding = all(session.decoding for session in sessions) and self._undisturbed(now, room, reason, tightest)
         measured = held_by_process(self._root, libraries=libraries if decoding else LIBRARIES_MAX) - touched
-        # of the machine's memory neighbours take what they like, and nobody tells us
-        steady = decoding and reason != MACHINE
-        reserve = self._reserve(room, sessions, self._steady.look(now, measured + tightest.others, steady))
+        reserve = self._reserve(room, sessions, self._steady.look(now, measured + tightest.others, decoding))
         self._watch(found, reserve)
         pressed = self._note_pressure(now, sessions, touched, reason)
+        if pressed and decoding:
+            decoding, reserve = False, self._reserve(room, sessions)
         soon = sum(session.soon(now) for session in sessions) if decoding else None
         fixed = self._fixed(sessions, reserve, measured, soon)
         pool = room - reserve - fixed
@@ -393,11 +396,28 @@ class Controller:
             beside = fixed - session.fixed + sum(other.granted for other in sessions if other is not session)
             session.limited(room, reserve, beside, reason)
             slack = 0 if urgent else reserve // 8  # a little comes from the reserve
-            more = share > session.granted + min(_GROW_MIN, room // _GROW_SHARE) or session.granted < share == session.most
+            more = (
+                share > session.granted + min(_GROW_MIN, room // _GROW_SHARE) or session.granted < share == session.most
+            )
             if share < session.granted - slack or (calm and more):
                 self._move(session, share, reason, urgent)
             if short:
                 self._note(session, "short", session.granted, session.least, reason)
+
+    def _undisturbed(self, now: float, room: int, reason: str, tightest: Room) -> bool:
+        """Whether nobody else takes memory below the limit, so that nothing is kept for what comes at once."""
+        self._own_group = None
+        if now - self._last_pressure < _DISTURBED or now - self._limits_moved < _DISTURBED:
+            return False
+        if reason == "dram_budget" and room + default_reserve(tightest.bytes) < tightest.bytes:
+            return True  # no limit of the kernel's is near
+        if tightest.group is None or not is_alone(tightest.group, os.getpid()):
+            return False
+        self._own_group = tightest.group
+        return True
+
+    def _joined_by_others(self) -> bool:
+        return self._own_group is not None and not is_alone(self._own_group, os.getpid())
 
     def _find_groups(self, now: float) -> None:
         if now - self._groups_known <= _REDISCOVER:
@@ -444,11 +464,13 @@ class Controller:
         alarms = [gauge.alarmed(self._near) for gauge in self._gauges]
         return any(alarms)
 
-    def _note_limits(self, found: Sequence[Room]) -> None:
+    def _note_limits(self, found: Sequence[Room], now: float) -> None:
         """A limit that was raised or removed: what was tight before says nothing."""
         limits = {room.key: room.limit for room in found}
         if any(limits.get(key, 1 << 62) > limit for key, limit in self._limits.items()):
-            self._ceiling, self._last_pressure = None, _NEVER
+            self._ceiling, self._last_pressure, self._limits_moved = None, _NEVER, _NEVER
+        elif self._limits and limits != self._limits:
+            self._limits_moved = now
         self._limits = limits
 
     def _tightest(self, found: Sequence[Room], now: float) -> tuple[int, Room]:
