@@ -57,4 +57,4 @@ def test_a_plan_expects_what_will_be_lent(small_pages: Path) -> None:
     budget = Budget(4096 * MiB, 123 * MiB, "dram_budget")
     assert lent_of(PLANNED, shape, budget, None) == idle + 123 * MiB - 4096 * MiB // 100
     assert lent_of(PLANNED, shape, budget, "123MiB") == idle, "what the user sets stands"
-    assert lent_of(PLANNED, shape, Budget(4096 * MiB, 123 * MiB, MACHINE), None) == idle
+    assert lent_of(PLANNED, shape, Budget(4096 * MiB, 123 * MiB, MACHINE), None) == 0, "as in a load"

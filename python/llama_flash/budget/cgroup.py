@@ -334,8 +334,9 @@ def memory_groups(
 def is_alone(group: Path, pid: int) -> bool:
     """Whether nobody but process `pid` is in the memory group, and there are no groups below it."""
     try:
-        if any(entry.is_dir() for entry in os.scandir(group)):
-            return False
+        with os.scandir(group) as entries:
+            if any(entry.is_dir() for entry in entries):
+                return False
         return _read(group / "cgroup.procs").split() == [str(pid)]
     except OSError:  # the group is gone
         return False

@@ -64,9 +64,10 @@ def lent_of(memory: Breakdown, shape: ContextShape, budget: Budget, reserve: int
         memory: as planned.
         reserve: as in FlashOffload.
     """
+    if budget.reason == MACHINE:  # others may take it at once
+        return 0
     idle = memory.compute + memory.kv + memory.outputs - Growth(memory, shape).soon(0.0)
-    limited = budget.reason != MACHINE
-    return idle + (budget.reserve - reserve_of(budget.total, reserve, 0) if limited else 0)
+    return idle + budget.reserve - reserve_of(budget.total, reserve, 0)
 
 
 def _read(path: Path) -> bytes:

@@ -273,11 +273,11 @@ class _Stream(Generator[Any, Any, None]):
 
 def take_turns(cls: type[_T]) -> type[_T]:
     """Has the methods of `Llama` that use its context take turns; `self._turn` is a Turn."""
+    cls.load_state = _after_recall(cls.load_state)  # type: ignore[attr-defined]
     for name in _CALLS:
         setattr(cls, name, _in_turn(getattr(cls, name)))
     for name in _GENERATORS:
         setattr(cls, name, _streamed(getattr(cls, name)))
-    cls.load_state = _after_recall(cls.load_state)  # type: ignore[attr-defined]
     cls.create_chat_completion = _handled(cls.create_chat_completion)  # type: ignore[attr-defined]
     return cls
 
@@ -305,11 +305,9 @@ def _after_recall(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.flash is None:
-            return method(self, *args, **kwargs)
-        with self._turn.held():
+        if self.flash is not None:
             self.flash.before_state()
-            return method(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     return call
 
