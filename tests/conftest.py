@@ -41,23 +41,24 @@ def _own_cache_folder() -> Iterator[None]:
         del os.environ["LLAMA_FLASH_CACHE"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model_folder() -> Iterator[Path]:
-    """Removed at the end, unlike pytest's own: models are large."""
+    """Removed at the end, unlike pytest's own: models are large. A worker that comes back to a module begins anew."""
     with tempfile.TemporaryDirectory(prefix="llama-flash-test-") as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="session")
-def model_file(model_folder: Path) -> ModelFile:
+def model_file() -> Iterator[ModelFile]:
     """model_file(form, quantisation, n_shards=1, seed=0): path of a tiny model, or of its first shard."""
+    with tempfile.TemporaryDirectory(prefix="llama-flash-test-") as folder:
 
-    @cache
-    def make(form: str, quantisation: str = "Q8_0", n_shards: int = 1, seed: int = 0) -> Path:
-        path = model_folder / f"{form}-{quantisation}-{n_shards}-{seed}.gguf"
-        return write(tiny(form, quantisation, seed=seed), path, n_shards=n_shards)[0]
+        @cache
+        def make(form: str, quantisation: str = "Q8_0", n_shards: int = 1, seed: int = 0) -> Path:
+            path = Path(folder) / f"{form}-{quantisation}-{n_shards}-{seed}.gguf"
+            return write(tiny(form, quantisation, seed=seed), path, n_shards=n_shards)[0]
 
-    return make
+        yield make
 
 
 @pytest.fixture(scope="session")
