@@ -20,19 +20,27 @@ import patches
 import sdist
 from report import BuildError, run_main, step
 
-LAYOUT = 1  # change it when SHIPPED or the way files are written changes
+LAYOUT = 2  # change it when SHIPPED or the way files are written changes
 STATE = ".llama-flash-tree.json"
-# what the build reads; the rest of the sdist (tools, tests, examples, documentation) stays in the archive
+# what the build reads, as beginnings of paths; the rest of the sdist (tests, examples, documentation) stays in the archive
 SHIPPED = (
     "LICENSE.md",
     "llama_cpp/",
     "vendor/llama.cpp/CMakeLists.txt",
     "vendor/llama.cpp/LICENSE",
     "vendor/llama.cpp/cmake/",
+    "vendor/llama.cpp/common/",
     "vendor/llama.cpp/ggml/",
     "vendor/llama.cpp/include/",
+    "vendor/llama.cpp/scripts/ui-assets.cmake",
     "vendor/llama.cpp/src/",
     "vendor/llama.cpp/tools/mtmd/",
+    "vendor/llama.cpp/tools/server/CMakeLists.txt",
+    "vendor/llama.cpp/tools/server/main.cpp",
+    "vendor/llama.cpp/tools/server/server",
+    "vendor/llama.cpp/tools/ui/CMakeLists.txt",
+    "vendor/llama.cpp/tools/ui/sources.cmake",
+    "vendor/llama.cpp/tools/ui/ui.",
     "vendor/llama.cpp/vendor/",
 )
 
