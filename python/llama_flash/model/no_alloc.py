@@ -60,9 +60,10 @@ def context_params(shape: ContextShape) -> Any:
     params.n_ctx, params.n_batch, params.n_ubatch = shape.n_ctx, shape.n_batch, shape.n_ubatch
     params.type_k, params.type_v = shape.type_k, shape.type_v
     params.embeddings = shape.embedding
+    params.n_seq_max = shape.n_sequences
     params.flash_attn_type = (
         llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if shape.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )
-    if shape.n_outputs == 1:
-        params.n_outputs_max = 1
+    if shape.n_outputs < shape.n_batch:
+        params.n_outputs_max = shape.n_outputs
     return params

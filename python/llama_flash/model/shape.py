@@ -14,7 +14,7 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_
 class ContextShape:
     """What decides the size of a context's buffers."""
 
-    n_ctx: int  # tokens; 0: as trained
+    n_ctx: int  # tokens, of all sequences together; 0: as trained
     n_batch: int = 512
     n_ubatch: int = 512
     n_outputs: int = 1  # rows of logits kept by the engine
@@ -23,3 +23,4 @@ class ContextShape:
     type_v: int = 1
     flash_attn: bool = False
     embedding: bool = False
+    n_sequences: int = 1  # at most; each has cells of its own, n_ctx / n_sequences of them

@@ -26,6 +26,7 @@ class Call:
     began: float  # seconds, of time.monotonic()
     ended: float
     counters: Counters  # of this call, and of what was read since the one before
+    sequences: int = 1  # that had tokens in it
 
     @property
     def seconds(self) -> float:
@@ -33,8 +34,8 @@ class Call:
 
     @property
     def is_generation(self) -> bool:
-        """One token, as generation has it; else a prompt."""
-        return self.counters.tokens == 1
+        """One token of each sequence, as generation has it; else a prompt."""
+        return self.counters.tokens == self.sequences
 
 
 class History:
@@ -43,31 +44,32 @@ class History:
     def __init__(self, limit: int = LIMIT, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began: float | None = None
-        # (began, ended, tokens, bytes of a struct llama_flash_stats); the first one is what the next is counted from
-        self._ends: deque[tuple[float | None, float, int, bytes]] = deque(maxlen=limit + 1)
+        # (began, ended, tokens, sequences, bytes of a struct llama_flash_stats); the first one is what the next is
+        # counted from
+        self._ends: deque[tuple[float | None, float, int, int, bytes]] = deque(maxlen=limit + 1)
 
     def reset(self, raw: bindings.llama_flash_stats | None) -> None:
         """Forgets all calls; `raw`: the counters that the next one is counted from, None where nothing is counted."""
         self._ends.clear()
-        self._ends.append((None, self._clock(), 0, _bytes(raw)))
+        self._ends.append((None, self._clock(), 0, 0, _bytes(raw)))
 
     def begin(self) -> None:
         self._began = self._clock()
 
-    def end(self, n_tokens: int, raw: bindings.llama_flash_stats | None) -> None:
+    def end(self, n_tokens: int, raw: bindings.llama_flash_stats | None, n_sequences: int = 1) -> None:
         """A call has ended; raw: the counters after it, None where nothing is counted."""
-        self._ends.append((self._began, self._clock(), n_tokens, _bytes(raw)))
+        self._ends.append((self._began, self._clock(), n_tokens, n_sequences, _bytes(raw)))
         self._began = None
 
     def calls(self) -> list[Call]:
         """The oldest first."""
         ends = list(self._ends)
         found = []
-        for before, (began, ended, n_tokens, raw) in pairwise(ends):
-            counters = replace(_counters(raw) - _counters(before[3]), tokens=n_tokens, calls=1)
+        for before, (began, ended, n_tokens, n_sequences, raw) in pairwise(ends):
+            counters = replace(_counters(raw) - _counters(before[4]), tokens=n_tokens, calls=1)
             # when it began was not noted: it took at least the time spent in flash operations
             began = max(before[1], ended - counters.op_seconds) if began is None else began
-            found.append(Call(began, ended, counters))
+            found.append(Call(began, ended, counters, n_sequences))
         return found
 
 

@@ -33,8 +33,11 @@ class Growth:
         self._cells = memory.kv + memory.outputs
         self._most = memory.compute + self._cells
         self._graphs = memory.compute * min(FEW_TOKENS, shape.n_ubatch) // shape.n_ubatch
-        if not shape.flash_attn and shape.n_ctx > _PAGE_CELLS:  # all rows reach their next page with the same token
-            self._graphs += memory.kv * _PAGE_CELLS // shape.n_ctx
+        cells = max(1, shape.n_ctx // shape.n_sequences)  # of each sequence
+        if not shape.flash_attn and cells > _PAGE_CELLS:  # all rows reach their next page with the same token
+            self._graphs += memory.kv * _PAGE_CELLS // cells
+        elif shape.n_sequences > 1:  # one that begins touches all pages of its V cache, and more may begin at once
+            self._graphs += memory.kv
         self._huge_pages = b"[always]" in _read(_HUGE_PAGES)  # one token touches a huge page of each layer
         self._tokens = 0
         self._last: tuple[float, int] | None = None  # (seconds, tokens)

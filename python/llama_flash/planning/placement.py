@@ -94,7 +94,8 @@ def estimate(meta: GgufMeta, shape: ContextShape) -> Breakdown:
     n_embd = meta.number("embedding_length")
     n_vocab = meta.n_vocab
     n_ctx = shape.n_ctx or meta.number("context_length", 4096)
-    n_ctx = -(-n_ctx // 256) * 256  # the engine pads
+    cells = -(-n_ctx // (256 * shape.n_sequences)) * 256  # of each sequence; the engine pads
+    n_ctx = cells * shape.n_sequences
     heads = meta.per_layer("attention.head_count", n_layer, 1)
     kv_heads = meta.per_layer("attention.head_count_kv", n_layer, max(heads, default=1))
     head = n_embd // max(1, max(heads, default=1))
@@ -111,8 +112,8 @@ def estimate(meta: GgufMeta, shape: ContextShape) -> Breakdown:
     rows = shape.n_ubatch
     layer = rows * 4 * (3 * ff + (4 + 2 * n_used) * n_embd)
     n_head = max(heads, default=1)
-    masks = rows * n_ctx * 6  # as float32, and as the kernels want it
-    scores = 0 if shape.flash_attn else rows * n_ctx * n_head * 4
+    masks = rows * cells * 6  # as float32, and as the kernels want it
+    scores = 0 if shape.flash_attn else rows * cells * n_head * 4
     attention = scores + masks + rows * (8 * n_head * k_dim + 16 * n_embd)
     logits = 4 * (min(rows, shape.n_outputs) * n_vocab + 2 * rows * n_embd)
     per_output = 4 * (n_vocab + (n_embd if shape.embedding else 0))

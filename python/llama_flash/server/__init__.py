@@ -1,10 +1,13 @@
-"""llama-cpp-python's OpenAI-compatible server with weights on flash. `llama-flash serve` runs it.
+"""The two servers of `llama-flash serve`, with weights on flash.
+
+llama.cpp's own, which computes several answers at the same time: engine_server.py tells it what to serve and ends it,
+driver.py loads and computes for it. And, with --classic, llama-cpp-python's:
 
     flags, settings file, environment  ->  settings.py
     client  ->  clients.py (who is still there)  ->  upstream's app  ->  models.py (what is loaded)  ->  llama_cpp.Llama
 
-app.py puts these together and adds /health and /metrics (metrics.py); listen.py runs it. All of it needs the packages
-of the extra `server`; this module does not.
+app.py puts these together and adds /health and /metrics (metrics.py); listen.py runs it. All of that needs the packages
+of the extra `server`; llama.cpp's server and this module do not.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 
+from .address import bound, is_loopback
 from .app import create_app
 from .clients import Clients
 from .settings import ServedModel, Service
@@ -34,9 +34,9 @@ def listen(service: Service, models: list[ServedModel], say: Callable[[str], Non
         FlashError, ValueError: see llama_cpp.Llama.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with _bound(service.host, service.port) as listener:
+    with bound(service.host, service.port) as listener:
         host, port = listener.getsockname()[:2]
-        if not ipaddress.ip_address(host).is_loopback and service.api_key is None:
+        if not is_loopback(host) and service.api_key is None:
             say(f"warning: whoever reaches {host} can use this server; set an API key (--api-key)")
         say(f"loading {models[0].model_alias}")
         app, loaded = create_app(service, models)
@@ -83,19 +83,3 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(_PATIENCE, self._clients.stop)
         await super().shutdown(sockets)
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that owns the port; connections are refused until somebody listens."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise OSError(f"cannot listen at {host}:{port}: {error.strerror or error}; see --host and --port") from None
-    return listener

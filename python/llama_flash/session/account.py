@@ -42,7 +42,7 @@ class Account:
 
     @property
     def decode(self) -> Counters:
-        """Of the calls with one token."""
+        """Of the calls with one token of each sequence."""
         return self._progress.decode
 
     def begin(self, native: Session) -> None:
@@ -51,14 +51,14 @@ class Account:
         self._progress = _Progress(seen=Counters.from_struct(raw))
         self.history.reset(raw)
 
-    def add(self, n_tokens: int, native: Session | None) -> None:
-        """A call of so many tokens has ended."""
+    def add(self, n_tokens: int, native: Session | None, n_sequences: int = 1) -> None:
+        """A call of so many tokens has ended: one of each sequence is generation, more of any is a prompt."""
         before = self._progress
         raw = None if native is None else native.stats()
-        self.history.end(n_tokens, raw)
+        self.history.end(n_tokens, raw, n_sequences)
         seen = before.seen if raw is None else Counters.from_struct(raw)
         last = replace(seen - before.seen, tokens=n_tokens, calls=1)
-        if n_tokens == 1:
+        if n_tokens == n_sequences:
             self._progress = _Progress(seen, before.prompt, before.decode + last, last)
         else:
             self._progress = _Progress(seen, before.prompt + last, before.decode, last)

@@ -132,8 +132,9 @@ class Load:
                 format_size(budget.total),
             )
         if not self._logits_all and not context_params.embeddings:
-            # Only the last token's logits are ever asked for: do not reserve n_ubatch rows of the vocabulary.
-            context_params.n_outputs_max = 1
+            # Only the last token's logits are ever asked for: do not reserve n_ubatch rows of the vocabulary. A server
+            # has said how many it asks for.
+            context_params.n_outputs_max = context_params.n_outputs_max or 1
         self._account.plan = self._make_plan()
         share.memory = self._plan.expected
         if self._plan.bundles:
@@ -309,12 +310,13 @@ class Load:
             n_ctx=n_ctx,
             n_batch=context.n_batch,
             n_ubatch=context.n_ubatch,
-            n_outputs=context.n_batch if every else 1,
+            n_outputs=context.n_batch if every else max(1, int(context.n_outputs_max)),
             n_scores=n_ctx if self._logits_all else 0,
             type_k=context.type_k,
             type_v=context.type_v,
             flash_attn=context.flash_attn_type == 1,
             embedding=bool(context.embeddings),
+            n_sequences=max(1, int(context.n_seq_max)),
         )
 
     def _n_threads(self) -> int:

@@ -161,15 +161,15 @@ class FlashSession:
         self.check_process()
         self.share.before_call(self._load.n_ctx)
 
-    def after_call(self, n_tokens: int) -> None:
-        """After each llama_decode or llama_encode of `n_tokens` tokens, whatever it returned.
+    def after_call(self, n_tokens: int, n_sequences: int = 1) -> None:
+        """After each llama_decode or llama_encode of `n_tokens` tokens of so many sequences, whatever it returned.
 
         Raises:
             FlashReadError: a read failed during the call. Its results are void; the model can be used again.
         """
         self.check_process()
         native = self.native
-        self.account.add(n_tokens, native)
+        self.account.add(n_tokens, native, n_sequences)
         self.share.after_call(n_tokens)
         if native is not None:
             native.raise_pending()

@@ -1,0 +1,122 @@
+"""llama-server inside this process: its library, and the hooks through which it loads and computes.
+
+The structure is `struct llama_hooks` of the engine's llama-ext.h, the functions are those of plugin/server/serve.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ..errors import FlashError
+from . import bindings
+
+__all__ = ["FAILED", "Driver", "copy_of", "serve", "stop", "write_back"]
+
+FAILED = -3  # what llama_process returns where a graph could not be computed: the batch is not tried again
+
+_LIBRARY = "libllama-server-impl.so"
+
+_Load = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p)
+_Init = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+_Freed = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Begin = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
+_End = ctypes.CFUNCTYPE(
+    *(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32),
+    *(ctypes.c_void_p, ctypes.c_size_t),
+)
+
+
+class _Hooks(ctypes.Structure):
+    """struct llama_hooks"""
+
+    _fields_ = (("load", _Load), ("init", _Init), ("freed", _Freed), ("begin", _Begin), ("end", _End))
+
+
+class Driver(Protocol):
+    """Who loads and computes for the server. None of it may raise. Models and contexts are addresses."""
+
+    def load(self, path: str, model_params: Any, context_params: Any) -> int:
+        """The model, 0 if it cannot be loaded. Both parameters (structures of llama_cpp) may be changed."""
+
+    def init(self, model: int, context_params: Any) -> int:
+        """A context of the model, 0 if it cannot be made."""
+
+    def freed(self, model: int) -> None:
+        """The model is gone. Of any model that is freed in the process."""
+
+    def begin(self, context: int, n_tokens: int, n_sequences: int) -> None:
+        """Before a call of the engine with so many tokens of so many sequences."""
+
+    def end(self, context: int, n_tokens: int, n_sequences: int, code: int) -> tuple[int, str]:
+        """After it: the code to be returned in place of `code`, and the reason if that is a failure."""
+
+
+def serve(arguments: Sequence[str], driver: Driver) -> int:
+    """Runs llama-server in this thread until it is stopped. 0 then, 1 if it did not begin.
+
+    Args:
+        arguments: as on its command line, without its name.
+
+    Raises:
+        FlashError: the server's library is missing.
+    """
+    library = _library()
+    encoded = [b"llama-server", *map(os.fsencode, arguments)]
+    argv = (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
+    hooks = _hooks(driver)
+    code: int = library.llama_flash_serve(len(encoded), argv, ctypes.byref(hooks))
+    return code
+
+
+def stop() -> None:
+    """Ends `serve`, from another thread, once the server answers."""
+    _library().llama_flash_serve_stop()
+
+
+def copy_of(structure: Any) -> Any:
+    """A copy that outlives the structure of the engine's."""
+    return type(structure).from_buffer_copy(structure)
+
+
+def write_back(copy: Any, structure: Any) -> None:
+    """Makes the engine's structure what its copy has become."""
+    ctypes.memmove(ctypes.byref(structure), ctypes.byref(copy), ctypes.sizeof(copy))
+
+
+def _hooks(driver: Driver) -> _Hooks:
+    import llama_cpp
+
+    def load(path: bytes, model_params: int, context_params: int) -> int:
+        parameters = llama_cpp.llama_model_params.from_address(model_params)
+        context = llama_cpp.llama_context_params.from_address(context_params)
+        return driver.load(os.fsdecode(path), parameters, context)
+
+    def init(model: int, context_params: int) -> int:
+        return driver.init(model, llama_cpp.llama_context_params.from_address(context_params))
+
+    def end(context: int, n_tokens: int, n_sequences: int, code: int, error: int, size: int) -> int:
+        code, reason = driver.end(context, n_tokens, n_sequences, code)
+        if reason and size:
+            text = reason.encode()[: size - 1].decode(errors="ignore").encode() + b"\0"
+            ctypes.memmove(error, text, len(text))
+        return code
+
+    return _Hooks(_Load(load), _Init(init), _Freed(driver.freed), _Begin(driver.begin), _End(end))
+
+
+def _library() -> Any:
+    path = bindings.library_path().with_name(_LIBRARY)
+    import llama_cpp  # noqa: F401  # its libllama is the one that the server is to find in the process
+
+    try:
+        library = ctypes.CDLL(str(path))
+        library.llama_flash_serve.restype = ctypes.c_int
+        library.llama_flash_serve.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        library.llama_flash_serve_stop.restype = None
+        library.llama_flash_serve_stop.argtypes = ()
+    except (OSError, AttributeError) as error:
+        raise FlashError(f"the server's library cannot be loaded: {error}") from None
+    return library

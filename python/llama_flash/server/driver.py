@@ -1,0 +1,141 @@
+"""What llama-server loads and computes, through FlashSession: the same steps as those of llama_cpp.Llama.
+
+`load` is open_session and the load itself, `init` the context and attach, `begin` and `end` are around each call of the
+engine. All of them run in the server's thread; none raises, for C++ called them: what went wrong is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import FlashError
+from ..model.load import load_model, new_context
+from ..native.server import FAILED, copy_of, write_back
+from ..options import FlashOffload
+from ..session.session import FlashSession, open_session
+
+__all__ = ["EngineDriver"]
+
+logger = logging.getLogger("llama_flash")
+
+_STOPPED = "the computation was stopped"
+
+
+class EngineDriver:
+    """Of one server; a native.server.Driver.
+
+    Args:
+        flash_offload: as `Llama` takes it.
+        loaded: is called with each session, when its context exists.
+
+    Attributes:
+        failure: what ended the last load.
+    """
+
+    def __init__(
+        self,
+        flash_offload: bool | Mapping[str, Any] | FlashOffload,
+        loaded: Callable[[FlashSession], None],
+    ) -> None:
+        self.failure: BaseException | None = None
+        self._flash_offload, self._loaded = flash_offload, loaded
+        self._paths: dict[int, str] = {}  # by model
+        self._sessions: dict[int, FlashSession] = {}  # by model
+        self._waiting: set[int] = set()  # models whose session waits for its context
+        self._contexts: dict[int, tuple[int, FlashSession]] = {}  # by context: its model, and the session
+
+    def close(self) -> None:
+        """What is left of a load that failed."""
+        for model in list(self._sessions):
+            self.freed(model)
+
+    def load(self, path: str, model_params: Any, context_params: Any) -> int:
+        try:
+            return self._load(path, model_params, context_params)
+        except BaseException as failure:
+            self.failure = failure
+            return 0
+
+    def init(self, model: int, context_params: Any) -> int:
+        try:
+            return self._init(model, context_params)
+        except BaseException as failure:
+            self.failure = failure
+            return 0
+
+    def freed(self, model: int) -> None:
+        session = self._sessions.pop(model, None)
+        self._paths.pop(model, None)
+        self._waiting.discard(model)
+        self._contexts = {context: of for context, of in self._contexts.items() if of[0] != model}
+        if session is not None:
+            try:
+                session.close()
+            except Exception:
+                logger.exception("a session did not close")
+
+    def begin(self, context: int, n_tokens: int, n_sequences: int) -> None:
+        if context not in self._contexts:
+            return
+        try:
+            self._contexts[context][1].before_call(n_tokens)
+        except Exception:  # of a forked child, whose calls are aborted
+            logger.exception("before a call of %d tokens", n_tokens)
+
+    def end(self, context: int, n_tokens: int, n_sequences: int, code: int) -> tuple[int, str]:
+        if context not in self._contexts:
+            return code, ""
+        try:
+            self._contexts[context][1].after_call(n_tokens, n_sequences)
+        except FlashError as error:
+            return FAILED, str(error)
+        except Exception as error:
+            logger.exception("after a call of %d tokens", n_tokens)
+            return FAILED, str(error)
+        # 2, "aborted", would be taken for a full KV cache, and half of the batch be tried
+        return (FAILED, _STOPPED) if code == 2 else (code, "")
+
+    def _load(self, path: str, model_params: Any, context_params: Any) -> int:
+        kept = copy_of(context_params)  # the session asks it as long as it lives
+        session = open_session(
+            self._flash_offload,
+            model_path=path,
+            model_params=model_params,
+            context_params=kept,
+            logits_all=False,
+            verbose=False,
+        )
+        write_back(kept, context_params)
+        try:
+            with contextlib.nullcontext() if session is None else session.loading():
+                model = load_model(path, model_params)
+        except BaseException:
+            if session is not None:
+                session.close()
+            raise
+        self._paths[model] = path
+        if session is not None:
+            self._sessions[model] = session
+            self._waiting.add(model)
+        return model
+
+    def _init(self, model: int, context_params: Any) -> int:
+        context = new_context(self._paths.get(model, "the model"), model, context_params)
+        session = self._sessions.get(model)
+        if session is None:
+            return context
+        if model in self._waiting:  # a second context of the same model finds the memory divided
+            self._waiting.discard(model)
+            try:
+                session.attach(context, scores_bytes=0)
+            except BaseException:
+                import llama_cpp
+
+                llama_cpp.llama_free(context)
+                raise
+            self._loaded(session)
+        self._contexts[context] = (model, session)
+        return context
