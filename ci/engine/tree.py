@@ -22,7 +22,7 @@ from report import BuildError, run_main, step
 
 LAYOUT = 2  # change it when SHIPPED or the way files are written changes
 STATE = ".llama-flash-tree.json"
-# what the build reads, as beginnings of paths; the rest of the sdist (tests, examples, documentation) stays in the archive
+# what the build reads, as beginnings of paths; the rest of the sdist (tests, examples) stays in the archive
 SHIPPED = (
     "LICENSE.md",
     "llama_cpp/",

@@ -19,23 +19,34 @@ from prometheus_client.parser import text_string_to_metric_families
 PATIENCE = 400.0  # seconds: a busy machine is not a failure
 KEY = "a key for tests"
 SERVE = [sys.executable, "-m", "llama_flash", "serve"]
+CLASSIC = [*SERVE, "--classic"]
 
 
 class Server:
-    """`llama-flash serve --port 0 ARGUMENTS`, which has come to serving.
+    """`COMMAND --port 0 ARGUMENTS`, which has come to serving.
 
     Args:
         log: where its stdout and stderr go.
         cap: memory limit in bytes.
+        command: CLASSIC or SERVE.
     """
 
-    def __init__(self, arguments: Sequence[str | Path], log: Path, cap: int | None = None, **environment: str) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str | Path],
+        log: Path,
+        cap: int | None = None,
+        command: Sequence[str] = CLASSIC,
+        **environment: str,
+    ) -> None:
         self.log = log
         capped = [] if cap is None else [sys.executable, "-m", "llama_flash", "cap", str(cap), "--"]
-        command = [*capped, *SERVE, "--port", "0", *map(str, arguments)]
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                command, stdout=stream, stderr=stream, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+                [*capped, *command, "--port", "0", *map(str, arguments)],
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
             )
         end = time.monotonic() + PATIENCE
         while not (found := re.search(r"serving http://(\S+)/v1", self.text)):
@@ -74,8 +85,14 @@ class Server:
 
 
 @contextmanager
-def serving(arguments: Sequence[str | Path], log: Path, cap: int | None = None, **environment: str) -> Iterator[Server]:
-    server = Server(arguments, log, cap, **environment)
+def serving(
+    arguments: Sequence[str | Path],
+    log: Path,
+    cap: int | None = None,
+    command: Sequence[str] = CLASSIC,
+    **environment: str,
+) -> Iterator[Server]:
+    server = Server(arguments, log, cap, command, **environment)
     try:
         yield server
     finally:
@@ -83,10 +100,10 @@ def serving(arguments: Sequence[str | Path], log: Path, cap: int | None = None, 
             server.stop()
 
 
-def refusal(*arguments: str | Path, **environment: str) -> str:
+def refusal(*arguments: str | Path, command: Sequence[str] = CLASSIC, **environment: str) -> str:
     """What a server says that does not start: one line, and no traceback."""
     done = subprocess.run(
-        [*SERVE, "--port", "0", *map(str, arguments)],
+        [*command, "--port", "0", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -100,9 +117,9 @@ def refusal(*arguments: str | Path, **environment: str) -> str:
     return lines[0]
 
 
-def smallest_budget(model: Path, *arguments: str, **environment: str) -> int:
+def smallest_budget(model: Path, *arguments: str, command: Sequence[str] = CLASSIC, **environment: str) -> int:
     """Bytes, as a refusal names them."""
-    line = refusal(model, *arguments, "--dram-budget", "32MiB", **environment)
+    line = refusal(model, *arguments, "--dram-budget", "32MiB", command=command, **environment)
     found = re.search(r"smallest that works is (\d+) MiB", line)
     assert found, line
     return int(found[1]) << 20
