@@ -421,7 +421,8 @@ def test_two_models_of_one_name_are_refused(model: Path, tmp_path: Path) -> None
 
 def test_without_its_packages_it_says_what_to_install() -> None:
     code = (
-        "import sys; sys.modules['uvicorn'] = None; from llama_flash.cli import main; sys.argv[1:] = ['serve']; main()"
+        "import sys; sys.modules['uvicorn'] = None; from llama_flash.cli import main; "
+        "sys.argv[1:] = ['serve', '--classic']; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
