@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import against, machine, neighbours, tables
+from benchlib import against, machine, many, neighbours, tables
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, FULL, HUGE, INFLATED, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     stop_on_signals()
     console = Console(width=None if sys.stdout.isatty() else 200)
-    if options.cases == "neighbours":
-        return _measure_neighbours(options, console)
+    if options.cases in _ALONE:
+        return _ALONE[options.cases](options, console)
     chosen = _chosen(options.cases)
     if options.against:
         return _compare(chosen, options, console)
@@ -83,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "naive (flash offload beside naive), limits (beside the physical limit), "
         "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
-        "neighbours (alone: a machine that is shared)"
+        "alone: neighbours (a machine that is shared), many (clients at once)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
@@ -100,7 +100,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds",
         type=float,
         default=60.0,
-        help="of turns for each case, with --against; for each situation of neighbours",
+        help="of turns for each case, with --against; for each situation of neighbours, each model of many",
     )
     parser.add_argument("--keep-models", action="store_true", help="do not delete the models at the end")
     parser.add_argument(
@@ -119,9 +119,10 @@ def _chosen(names: str) -> list[Case]:
     }
     known |= {"real": list(REAL), "whole": list(WHOLE), "full": list(FULL), "huge": list(HUGE)}
     known["inflated"] = list(INFLATED)
-    known["neighbours"] = []  # no cases: another kind of measurement
-    if "neighbours" in names.split(",") and names != "neighbours":
-        sys.exit("error: neighbours are measured alone")
+    known |= {name: [] for name in _ALONE}
+    for name in _ALONE:
+        if name in names.split(","):
+            sys.exit(f"error: {name} is measured alone")
     chosen: list[Case] = []
     for name in names.split(","):
         if name not in known:
@@ -213,6 +214,20 @@ def _measure_neighbours(options: argparse.Namespace, console: Console) -> int:
     return _in_turns(run, options, console, lambda: {"neighbours": [result.to_json() for result in found]})
 
 
+def _measure_many(options: argparse.Namespace, console: Console) -> int:
+    found: list[many.Result] = []
+
+    def run(say: Callable[[str], None]) -> None:
+        seconds, layers, widths = (3.0, 2, (1, 2)) if options.quick else (options.seconds, None, many.WIDTHS)
+        for result in many.measure(
+            options.models, seconds, say, keep=options.keep_models, layers=layers, widths=widths
+        ):
+            found.append(result)
+            console.print(many.table(result))
+
+    return _in_turns(run, options, console, lambda: {"many": [result.to_json() for result in found]})
+
+
 def _in_turns(
     run: Callable[[Callable[[str], None]], None],
     options: argparse.Namespace,
@@ -247,6 +262,10 @@ def _some_text() -> str:
     import argparse as module
 
     return Path(module.__file__).read_text()
+
+
+# no cases: other kinds of measurement
+_ALONE = {"neighbours": _measure_neighbours, "many": _measure_many}
 
 
 if __name__ == "__main__":
