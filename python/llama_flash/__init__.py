@@ -13,6 +13,7 @@ from .errors import FlashBudgetError, FlashCapError, FlashCpuError, FlashError, 
 from .options import FlashOffload
 
 if TYPE_CHECKING:
+    from .batch.many import Completion, Completions, complete_many
     from .device.kept import profile
     from .device.profile import DeviceProfile
     from .planning.planner import LoadPlan, plan
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CapResult",
+    "Completion",
+    "Completions",
     "Controller",
     "DeviceProfile",
     "FlashBudgetError",
@@ -33,6 +36,7 @@ __all__ = [
     "FlashReadError",
     "LoadPlan",
     "__version__",
+    "complete_many",
     "plan",
     "profile",
     "run_capped",
@@ -40,8 +44,11 @@ __all__ = [
 
 # these need numpy, and the engine as soon as they are called; the version, what was installed
 _LATER = {
+    "Completion": "batch.many",
+    "Completions": "batch.many",
     "DeviceProfile": "device.profile",
     "LoadPlan": "planning.planner",
+    "complete_many": "batch.many",
     "plan": "planning.planner",
     "profile": "device.kept",
 }

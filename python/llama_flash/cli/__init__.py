@@ -18,6 +18,7 @@ EXIT_CODES = {
     "0": "done",
     "1": "an error, in one line on stderr; verify: not the same; doctor: a problem; bench: nothing measured",
     "2": "no such command or option",
+    "3": "batch: all requests are answered, some with an error",
     "130": "Ctrl-C",
     "143": "ended by SIGTERM",
     "137": "killed for memory, below cap or --cap, which else end as the command that they ran",
@@ -35,6 +36,12 @@ _COMMANDS = (
         "Serve a model to OpenAI's clients: llama-cpp-python's server, with /health and /metrics (Prometheus).",
         _RUN,
         own("serve"),
+    ),
+    Later(
+        "batch",
+        "Answer a file of requests in OpenAI's batch format, several at the same time, and go on where it was stopped.",
+        _RUN,
+        own("batch"),
     ),
     Later(
         "bench",

@@ -1,0 +1,79 @@
+"""llama-server for one job, on a socket in a folder that nobody else may enter: no port and no key is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlashError
+from ..server.address import SOCKET, connection_to
+from ..server.driver import EngineDriver
+from ..server.engine_server import EngineSettings, arguments_of, context_of
+from ..server.engine_thread import EngineThread
+from ..whole_files import temporary_folder
+
+__all__ = ["Engine", "in_flight"]
+
+_LONGEST = 100  # bytes of a socket's path: 107 is what the system allows
+_QUEUED = 8  # requests beyond those computed, so that no sequence waits for the next one
+
+
+def in_flight(parallel: int) -> int:
+    """Requests under way at the same time, for so many sequences."""
+    return parallel + min(parallel, _QUEUED)
+
+
+class Engine:
+    """A server that answers when this has been made. To be closed.
+
+    Args:
+        model: GGUF file, or its first shard.
+        say: is told about the model when it is loaded.
+        settings: the rest of EngineSettings.
+
+    Raises:
+        FlashError, OSError, ValueError: see llama_cpp.Llama.
+        FlashError: a server runs in this process already.
+    """
+
+    def __init__(self, model: Path, parallel: int, say: Callable[[str], None], **settings: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(temporary_folder(Path(tempfile.gettempdir(), "llama-flash-batch")))
+            self._socket = str(folder / f"s{SOCKET}")
+            if len(self._socket.encode()) > _LONGEST:
+                raise FlashError(f"{folder}: too long for the path of a socket: set TMPDIR to a shorter one")
+            name = model.name.removesuffix(".gguf")
+            asked = EngineSettings(
+                model, name, self._socket, parallel=parallel, threads_http=in_flight(parallel) + 4, **settings
+            )
+            driver = EngineDriver(dict(asked.flash_offload) or True, lambda session: say(session.summary))
+            arguments = arguments_of(asked, context_of(asked), asked.host, asked.port)
+            self._thread = EngineThread(arguments, driver, asked.host, asked.port)
+            self._thread.start()
+            stack.callback(self._thread.stop, math.inf)
+            if not self._thread.wait_until_it_answers():
+                self._thread.raise_failure()
+                raise FlashError("the server ended before it answered")
+            self._end = stack.pop_all()
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A new connection, which waits as long as an answer takes."""
+        return connection_to(self._socket, 0, None)
+
+    @property
+    def runs(self) -> bool:
+        return self._thread.runs
+
+    def raise_failure(self) -> None:
+        """If it has ended by itself: why."""
+        if not self._thread.runs:
+            self._thread.raise_failure()
+
+    def close(self) -> None:
+        """Ends answers under way and frees the model's memory; waits for that."""
+        self._end.close()
