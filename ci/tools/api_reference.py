@@ -72,6 +72,14 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, Any, tuple[str, ...] | None], ...]],
         ),
     ),
     (
+        "Many prompts",
+        (
+            ("llama_flash.complete_many", llama_flash.complete_many, None),
+            ("llama_flash.Completion", llama_flash.Completion, None),
+            ("llama_flash.Completions", llama_flash.Completions, ("close",)),
+        ),
+    ),
+    (
         "Memory caps",
         (
             ("llama_flash.run_capped", llama_flash.run_capped, None),
@@ -133,7 +141,7 @@ def signature(name: str, thing: Callable[..., Any]) -> str:
     end = f" -> {returns}" if returns and returns is not inspect.Signature.empty else ""
     taken = [value for value in values.parameters.values() if value.name not in ("self", "cls")]
     parameters = [
-        f"{value.name}: {type_name(value.annotation)}"
+        f"{'**' if value.kind == value.VAR_KEYWORD else ''}{value.name}: {type_name(value.annotation)}"
         + (f" = {value.default!r}" if value.default != value.empty else "")
         for value in taken
     ]

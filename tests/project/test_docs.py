@@ -48,7 +48,7 @@ LINKED = [
     *(ROOT / name for name in ("ci/README.md", "tests/README.md", "plugin/src/README.md")),
 ]
 CODE = ("plugin", "python", "gguf_tools", "ci", "tests", "Makefile", "CHANGELOG.md", "README.md")  # that names pages
-NOT_RUN = 25  # blocks that no test runs (18: examples of help): raise it only with a reason beside the block
+NOT_RUN = 26  # blocks that no test runs (19: examples of help): raise it only with a reason beside the block
 NOT_YET: set[str] = set()  # commands that pages name before they are there
 RUN, KINDS = ("sh", "python", "yaml"), ("not run", "in full", "stays running", "file")
 SECONDS = 600.0  # that a block may take
@@ -104,6 +104,10 @@ def files(model_folder: Path) -> dict[str, Path]:
     text = model_folder / "text.txt"
     text.write_bytes(library.read_bytes()[:8000])
     checkpoint = checkpoints.opt().write(model_folder / "HF_DIR")
+    requests = model_folder / "requests.jsonl"
+    requests.write_text(
+        '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "import os", "max_tokens": 4}}\n'
+    )
     sparse = model_folder / "sparse.gguf"
     convert(checkpoint, sparse, kind=GGMLQuantizationType.Q8_0)
     return {
@@ -113,6 +117,7 @@ def files(model_folder: Path) -> dict[str, Path]:
         "SPARSE.gguf": sparse,
         "home/models/qwen3-30b-a3b-q4_0.gguf": SHIPPED / "stdlib-moe-q8_0.gguf",
         "text.txt": text,
+        "requests.jsonl": requests,
         "HF_DIR": checkpoint,
         "wheels": ROOT / "build/dist",
     }

@@ -18,7 +18,19 @@ PYTHON = ROOT / "python"
 PACKAGE = "llama_flash"
 
 # from the bottom to the top; a room may import from itself and from those before it
-ROOMS = ("", "native", "budget", "model", "device", "observe", "planning", "session", "server", "cli")  # "": words
+ROOMS = (
+    "",
+    "native",
+    "budget",
+    "model",
+    "device",
+    "observe",
+    "planning",
+    "session",
+    "server",
+    "batch",
+    "cli",
+)  # "": words
 
 # modules that only say where something is: names that users and llama_cpp import (docs/explanation/architecture.md)
 DOORS = {

@@ -57,6 +57,7 @@ class Asking:
         self._n_open = 0  # begun, and the reply not taken
         self._is_empty = False  # no request is left to be begun
         self._failure: BaseException | None = None
+        self._closed = False
         for n in range(limit):
             threading.Thread(target=self._work, name=f"batch-{n}", daemon=True).start()
 
@@ -70,7 +71,7 @@ class Asking:
         """
         self._fill()
         with self._changed:
-            while not self._replies:
+            while self._closed or not self._replies:
                 if self._failure is not None:
                     raise Ended(str(self._failure)) from self._failure
                 if self._is_empty and not self._n_open:
@@ -83,6 +84,8 @@ class Asking:
 
     def close(self) -> None:
         """No request is begun any more; those under way end when the server does. Whoever waits is told."""
+        with self._changed:
+            self._closed = True
         self._fail(Ended("it was closed"))
         for _ in range(self._limit):
             self._todo.put(None)

@@ -33,7 +33,7 @@ class BatchSettings:
     """How a batch is computed.
 
     Attributes:
-        parallel: answers computed at the same time; None: see advice.py.
+        parallel: answers computed at the same time; None: see advice.py. Embeddings are always computed one by one.
         n_ctx: tokens of each; None: as many as the longest request needs, up to what the model was trained for.
         seed: of requests that name none.
         flash_offload: options of FlashOffload.
@@ -148,9 +148,12 @@ class Job:
         if first is None:  # lines that are wrong need no model
             return
         progress.n_ctx = settings.n_ctx or context_for(meta, requests.context(embeddings=embeddings))
+        missing = len(requests) - len(answers.done)
         progress.parallel = settings.parallel or parallel_for(
-            settings.model, settings.flash_offload, progress.n_ctx, len(requests) - len(answers.done)
+            settings.model, settings.flash_offload, progress.n_ctx, missing
         )
+        if embeddings:  # see EngineSettings.pooling
+            progress.parallel = 1
         self._say(f"loading {settings.model.name} for {progress.parallel} at a time, {progress.n_ctx} tokens each")
         signals.may_wait = False
         engine = Engine(

@@ -21,8 +21,6 @@ from .requests import CHAT, COMPLETIONS
 
 __all__ = ["Completion", "Completions", "complete_many"]
 
-Prompt = str | Sequence[Mapping[str, Any]]
-
 
 @dataclass(frozen=True)
 class Completion:
@@ -54,7 +52,7 @@ class Completions(Iterator[Completion]):
 
 def complete_many(
     model: str | os.PathLike[str] | Any,
-    prompts: Iterable[Prompt],
+    prompts: Iterable[str | Sequence[Mapping[str, Any]]],
     *,
     parallel: int | Literal["auto"] = "auto",
     n_ctx: int | None = None,
@@ -78,7 +76,7 @@ def complete_many(
         sampling: of each request, as OpenAI names it: max_tokens, temperature, top_p, seed, stop, ...
 
     Raises:
-        FlashError: a model cannot be loaded; while answers are taken: reading failed for good.
+        FlashError: a server runs in this process already; while answers are taken: it has ended.
         FlashFormatError, FlashBudgetError, OSError: see `Llama`.
         ValueError, TypeError: an option that makes no sense.
     """
@@ -99,13 +97,12 @@ def complete_many(
     return _Together(Path(model), bodies, options, parallel, n_ctx, n_threads)
 
 
-def _body(index: int, prompt: Prompt, sampling: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _body(index: int, prompt: object, sampling: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Path and body of a request. Raises TypeError for what is no prompt."""
     if isinstance(prompt, str):
         return COMPLETIONS, {**sampling, "prompt": prompt}
-    messages = [dict(one) for one in prompt if isinstance(one, Mapping)] if isinstance(prompt, Sequence) else []
-    if messages and len(messages) == len(prompt):
-        return CHAT, {**sampling, "messages": messages}
+    if isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
+        return CHAT, {**sampling, "messages": list(map(dict, prompt))}
     raise TypeError(f"prompts: number {index} is neither text nor a list of messages: {prompt!r:.80}")
 
 

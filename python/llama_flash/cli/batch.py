@@ -55,7 +55,7 @@ def batch(
         typer.Option(
             *("-c", "--n-ctx", "--ctx"),
             min=1,
-            help="Context of each answer, in tokens. Default: what the longest request may need, if trained so.",
+            help="Context of each answer, in tokens. Default: what the longest request may need.",
             rich_help_panel="Context",
         ),
     ] = None,

@@ -35,7 +35,8 @@ class EngineSettings:
         threads: None: as many as may run.
         flash_offload: options of FlashOffload.
         seed: of requests that name none; None: a random one for each.
-        pooling: not None: for embeddings (mean, cls, last); "": as the model file says.
+        pooling: not None: for embeddings (mean, cls, last); "": as the model file says. Only with one sequence: the
+            engine divides a pass with several of unequal length, and pools the parts of one by themselves.
         threads_http: requests that are received at the same time; None: a few more than `parallel`.
     """
 
@@ -97,8 +98,7 @@ def arguments_of(settings: EngineSettings, n_ctx: int, host: str, port: int) -> 
     """Of llama-server. What takes memory is named, so that its defaults do not decide."""
     threads = str(settings.threads or default_threads())
     key = [] if settings.api_key is None else ["--api-key", _quoted(settings.api_key)]
-    # an input whose embedding is asked for is computed in one pass
-    batch = str(_BATCH if settings.pooling is None else max(_BATCH, n_ctx))
+    batch = str(_BATCH if settings.pooling is None else max(_BATCH, n_ctx))  # an embedding is made in one pass
     return [
         *("--model", str(settings.model), "--alias", settings.alias),
         *("--host", host, "--port", str(port), *key),
