@@ -266,7 +266,7 @@ def complete(line: str) -> list[str]:
 
 
 def test_the_shell_completes_commands_options_and_values() -> None:
-    assert complete("llama-flash b") == ["bench", "bundle"]
+    assert complete("llama-flash b") == ["batch", "bench", "bundle"]
     assert complete("llama-flash convert --ty") == ["--type"]
     assert complete("llama-flash run --predictor e") == ["exact"]
     assert "--dram-budget" in complete("llama-flash chat --d")

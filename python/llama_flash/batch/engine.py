@@ -43,7 +43,8 @@ class Engine:
 
     def __init__(self, model: Path, parallel: int, say: Callable[[str], None], **settings: Any) -> None:
         with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(temporary_folder(Path(tempfile.gettempdir(), "llama-flash-batch")))
+            place = Path(tempfile.gettempdir(), "llama-flash-batch")
+            folder = stack.enter_context(temporary_folder(place, say=lambda line: None))  # of a killed run: a socket
             self._socket = str(folder / f"s{SOCKET}")
             if len(self._socket.encode()) > _LONGEST:
                 raise FlashError(f"{folder}: too long for the path of a socket: set TMPDIR to a shorter one")

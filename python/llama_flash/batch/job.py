@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -127,12 +128,12 @@ class Job:
         return self.progress
 
     def _opened(self, stdin: BinaryIO) -> BinaryIO:
-        if str(self._source) == "-":
+        """The requests, as a file that can be read twice."""
+        file: BinaryIO = stdin if str(self._source) == "-" else self._source.open("rb")
+        if file is stdin or not file.seekable():
             copy = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
-            while piece := stdin.read(1 << 20):
-                copy.write(piece)
+            shutil.copyfileobj(file, copy)
             return copy
-        file = self._source.open("rb")
         if self._target.exists() and os.path.samestat(os.fstat(file.fileno()), self._target.stat()):
             file.close()
             raise ValueError(f"{self._target}: answers cannot go to the file of requests")

@@ -1,4 +1,7 @@
-"""`llama-flash batch`: a file of requests becomes a file of answers."""
+"""`llama-flash batch`: a file of requests becomes a file of answers.
+
+Long: the options of the command are the parameters of its function.
+"""
 
 from __future__ import annotations
 
