@@ -33,7 +33,7 @@ _COMMANDS = (
     Later("chat", "Talk with a model.", _RUN, own("chat"), killed_cleanly=True),
     Later(
         "serve",
-        "Serve a model to OpenAI's clients: llama-cpp-python's server, with /health and /metrics (Prometheus).",
+        "Serve a model to OpenAI's clients, several at the same time: llama.cpp's server, with weights on flash.",
         _RUN,
         own("serve"),
     ),
