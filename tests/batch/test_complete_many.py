@@ -72,8 +72,8 @@ def test_prompts_are_taken_as_they_are_needed_and_an_early_end_frees_the_memory(
 
     many = llama_flash.complete_many(SHIPPED, endless(), parallel=2, n_ctx=512, max_tokens=8)
     for n in range(1, 7):
-        assert next(many).index <= max(taken)
-        assert len(taken) <= n + 4
+        assert next(many).error is None
+        assert len(taken) < n + 4
     before = psutil.Process().memory_info().rss
     many.close()
     many.close()

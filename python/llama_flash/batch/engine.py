@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FlashError
+from ..native.library import trim_heap
 from ..server.address import SOCKET, connection_to
 from ..server.driver import EngineDriver
 from ..server.engine_server import EngineSettings, arguments_of, context_of
@@ -78,3 +79,4 @@ class Engine:
     def close(self) -> None:
         """Ends answers under way and frees the model's memory; waits for that."""
         self._end.close()
+        trim_heap()
