@@ -286,8 +286,8 @@ def test_lines_that_are_all_wrong_need_no_model(
 
 
 def test_a_terminal_shows_how_far_it_is_how_fast_and_what_is_left(tmp_path: Path) -> None:
-    source, target = endless(tmp_path, 6), tmp_path / "answers.jsonl"
+    source, target = endless(tmp_path, 12), tmp_path / "answers.jsonl"
     with Terminal([*BATCH, source, "-o", target, "--model", SHIPPED, "--parallel", "2"], width=110) as terminal:
-        terminal.wait_for(r"[1-5]/6 \d+\.\d+ answers/s, \d+\.\d tokens/s \d:\d\d:\d\d")
-        terminal.wait_for("6 of 6 answers; ")
+        terminal.wait_for(r"[1-9]/12 \d+\.\d+ answers/s, \d+\.\d tokens/s \d:\d\d:\d\d")
+        terminal.wait_for("12 of 12 answers; ")
         assert terminal.process.wait(PATIENCE) == 0
