@@ -2,30 +2,70 @@
 // loads and computes through hooks (llama-ext.h). Of arguments that end the process (--help, --version, --completion-bash) none may
 // be given.
 #include "arg.h"
+#include "chat.h"
 #include "common.h"
 #include "ggml.h"
 #include "llama.h"
 #include "log.h"
+#include "server-context.h"
+#include "server-http.h"
 #include "server-stream.h"
 #include "src/llama-ext.h"
 
 #include <cstdio>
 #include <exception>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
 
-int  llama_server(common_params & params, int argc, char ** argv);
-void llama_server_terminate();
+int                                         llama_server(common_params & params, int argc, char ** argv);
+void                                        llama_server_terminate();
+extern std::function<void(server_routes &)> llama_server_extend_routes;
 
 #define SERVE_API extern "C" __attribute__((visibility("default")))
 
-SERVE_API int  llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks);
+// Writes, with llama_flash_serve_write, what the program has to say on a page of the server's: members for the object of HEALTH, text
+// in Prometheus' format for METRICS. Called by the threads of HTTP, several at once, while the server computes.
+enum llama_flash_page { LLAMA_FLASH_PAGE_HEALTH  = 0,
+                        LLAMA_FLASH_PAGE_METRICS = 1 };
+typedef void (*llama_flash_tell_t)(int page, void * to);
+
+SERVE_API int  llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell);
+SERVE_API void llama_flash_serve_write(void * to, const char * text, size_t size);
 SERVE_API void llama_flash_serve_stop();
+SERVE_API bool llama_flash_serve_template(const char * text, char * error, size_t n_error);
+
+static server_http_context::handler_t with(const server_http_context::handler_t & page, int which, llama_flash_tell_t tell) {
+    return [page, which, tell](const server_http_req & request) -> server_http_res_ptr {
+        server_http_res_ptr response = page(request);
+        if (response->status != 200) {
+            return response;
+        }
+        std::string said;
+        tell(which, &said);
+        if (which == LLAMA_FLASH_PAGE_METRICS) {
+            response->data += said;
+        } else if (!said.empty()) {
+            auto members = nlohmann::ordered_json::parse(response->data);
+            members.update(nlohmann::ordered_json::parse(said));
+            response->data = members.dump(); // a throw becomes status 500
+        }
+        return response;
+    };
+}
 
 // Serves until it is stopped. Returns 0 then, and 1 if it did not begin: why is in the log, or known to the hooks. argv is llama-server's
-// and ends with a null pointer. The hooks are called on this thread, freed also where else a model is freed.
-int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks) {
+// and ends with a null pointer; nothing but argv and the environment says what is served. The hooks are called on this thread, freed
+// also where else a model is freed.
+int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell) {
     int result = 1;
     try {
         llama_set_hooks(*hooks);
+        llama_server_extend_routes = [tell](server_routes & routes) {
+            routes.get_health  = with(routes.get_health, LLAMA_FLASH_PAGE_HEALTH, tell);
+            routes.get_metrics = with(routes.get_metrics, LLAMA_FLASH_PAGE_METRICS, tell);
+        };
+        common_params_set_config_files(false); // they could set what has been counted
         common_init();
         common_params params;
         if (common_params_parse(argc, argv, params, LLAMA_EXAMPLE_SERVER)) {
@@ -40,11 +80,37 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks) {
         fprintf(stderr, "llama-server: unknown exception\n");
     }
     common_log_flush(common_log_main());
+    llama_server_extend_routes = nullptr;
     llama_set_hooks({});
     return result;
+}
+
+void llama_flash_serve_write(void * to, const char * text, size_t size) {
+    static_cast<std::string *>(to)->append(text, size);
 }
 
 // From any thread, while the server answers.
 void llama_flash_serve_stop() {
     llama_server_terminate();
+}
+
+// Whether llama-server's parser takes the text as a chat template: one that it does not take would end the process. Else why not, in
+// error.
+bool llama_flash_serve_template(const char * text, char * error, size_t n_error) {
+    try {
+        const common_chat_template parsed(text, "", ""); // what follows says that it cannot be parsed, and not why
+        common_chat_msg            message;
+        message.role    = "user";
+        message.content = "test";
+        common_chat_templates_inputs inputs;
+        inputs.messages      = { message };
+        const auto templates = common_chat_templates_init(nullptr, text);
+        common_chat_templates_apply(templates.get(), inputs);
+        return true;
+    } catch (const std::exception & failure) {
+        snprintf(error, n_error, "%s", failure.what());
+    } catch (...) {
+        snprintf(error, n_error, "unknown exception");
+    }
+    return false;
 }

@@ -88,7 +88,7 @@ def test_run_has_every_option_of_a_load_that_plan_has() -> None:
         return {option for param in real(name).params for option in (*param.opts, *param.secondary_opts)}
 
     for name in ("run", "chat"):
-        assert options("plan") - options(name) == {"--logits-all"}
+        assert options("plan") - options(name) == {"--logits-all", "--parallel"}
 
 
 def test_the_list_of_commands_needs_none_of_them() -> None:

@@ -51,6 +51,11 @@ def test_where_one_token_touches_many_pages_all_of_it_is_left(small_pages: Path)
     assert across.soon(0.0) - along.soon(0.0) == 256 * MiB * 2048 // 32768
 
 
+def test_where_prompts_are_kept_beside_the_context_only_graphs_are_lent(small_pages: Path) -> None:
+    beside, kept = PLANNED.kv + PLANNED.outputs, growth(aside=16 * MiB)
+    assert kept.soon(0.0) - growth().soon(0.0) == beside and kept.soon(0.0) < PLANNED.compute + beside
+
+
 def test_a_plan_expects_what_will_be_lent(small_pages: Path) -> None:
     shape = ContextShape(n_ctx=2048, n_ubatch=512)
     idle = 320 * MiB - growth().soon(0.0)

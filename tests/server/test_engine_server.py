@@ -157,4 +157,4 @@ def test_what_cannot_be_served_is_refused_in_one_line(model: Path, tmp_path: Pat
     assert "32.0 MiB is too small" in refusal(model, "--dram-budget", "32MiB", command=SERVE)
     (tmp_path / "text.gguf").write_text("no model")
     assert "not a GGUF file" in refusal(tmp_path / "text.gguf", command=SERVE)
-    assert "--classic" in refusal("--config-file", tmp_path / "settings.yaml", command=SERVE)
+    assert "settings.yaml: No such file" in refusal("--config-file", tmp_path / "settings.yaml", command=SERVE)

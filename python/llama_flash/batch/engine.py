@@ -14,8 +14,10 @@ from ..errors import FlashError
 from ..native.library import trim_heap
 from ..server.address import SOCKET, connection_to
 from ..server.driver import EngineDriver
-from ..server.engine_server import EngineSettings, arguments_of, context_of
+from ..server.engine_server import arguments_of, completed
+from ..server.engine_settings import EngineSettings
 from ..server.engine_thread import EngineThread
+from ..server.pages import FlashPages
 from ..whole_files import temporary_folder
 
 __all__ = ["Engine", "in_flight"]
@@ -50,12 +52,10 @@ class Engine:
             if len(self._socket.encode()) > _LONGEST:
                 raise FlashError(f"{folder}: too long for the path of a socket: set TMPDIR to a shorter one")
             name = model.name.removesuffix(".gguf")
-            asked = EngineSettings(
-                model, name, self._socket, parallel=parallel, threads_http=in_flight(parallel) + 4, **settings
-            )
-            driver = EngineDriver(dict(asked.flash_offload) or True, lambda session: say(session.summary))
-            arguments = arguments_of(asked, context_of(asked), asked.host, asked.port)
-            self._thread = EngineThread(arguments, driver, asked.host, asked.port)
+            asked = completed(EngineSettings(model, name, threads_http=in_flight(parallel) + 4, **settings))
+            driver = EngineDriver(asked.flash_offload or True, lambda session: say(session.summary))
+            arguments = arguments_of(asked, parallel, self._socket, 0)
+            self._thread = EngineThread(arguments, driver, FlashPages(name, parallel), self._socket, 0)
             self._thread.start()
             stack.callback(self._thread.stop, math.inf)
             if not self._thread.wait_until_it_answers():

@@ -153,7 +153,7 @@ class Job:
         progress.parallel = settings.parallel or parallel_for(
             settings.model, settings.flash_offload, progress.n_ctx, missing
         )
-        if embeddings:  # see EngineSettings.pooling
+        if embeddings:  # see EngineSettings.embeddings
             progress.parallel = 1
         self._say(f"loading {settings.model.name} for {progress.parallel} at a time, {progress.n_ctx} tokens each")
         signals.may_wait = False
@@ -166,6 +166,7 @@ class Job:
             seed=settings.seed,
             flash_offload=settings.flash_offload,
             verbose=settings.verbose,
+            embeddings=embeddings,
             pooling=pooling_for(meta) if embeddings else None,
         )
         signals.may_wait = True
@@ -230,9 +231,9 @@ def context_for(meta: GgufMeta, needed: int) -> int:
     return -(-min(needed, meta.number("context_length", needed)) // _CELLS) * _CELLS
 
 
-def pooling_for(meta: GgufMeta) -> str:
-    """How an embedding is made of those of tokens, where the model file does not say so: ""."""
-    return "" if meta.number("pooling_type") else "mean"
+def pooling_for(meta: GgufMeta) -> str | None:
+    """How an embedding is made of those of tokens. None: the model file says so."""
+    return None if meta.number("pooling_type") else "mean"
 
 
 def _chained(first: tuple[Any, str, bytes], rest: Iterator[tuple[Any, str, bytes]]) -> Iterator[tuple[Any, str, bytes]]:

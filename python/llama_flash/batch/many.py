@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from ..errors import FlashError, FlashReadError
 from ..options import FlashOffload
-from ..server.engine_server import EngineSettings, context_of
+from ..server.engine_server import completed
+from ..server.engine_settings import EngineSettings
 from .advice import parallel_for
 from .asking import Asking, Ended, Reply
 from .engine import Engine, in_flight
@@ -150,7 +151,7 @@ class _Together(Completions):
     ) -> None:
         flash = {name: getattr(options, name) for name in options.__dataclass_fields__}
         if parallel == "auto":
-            tokens = context_of(EngineSettings(model, "", n_ctx=n_ctx))
+            tokens = completed(EngineSettings(model, n_ctx=n_ctx)).n_ctx or 0
             parallel = parallel_for(model, flash, tokens)
         engine = Engine(model, parallel, lambda line: None, n_ctx=n_ctx, threads=n_threads, flash_offload=flash)
         requests = ((index, path, json.dumps(body).encode()) for index, path, body in bodies)

@@ -12,7 +12,7 @@ __all__ = ["EPILOG", "plan"]
 
 EPILOG = (
     "Examples:  [bold]llama-flash plan qwen3-30b-a3b-q4_0.gguf --dram-budget 8GiB[/]   |   "
-    "[bold]llama-flash plan model.gguf --n-ctx 8192 --type-k q8_0 --json[/]"
+    "[bold]llama-flash plan model.gguf --parallel 8 --n-ctx 8192 --type-k q8_0 --json[/]"
 )
 
 
@@ -32,6 +32,15 @@ def plan(
     type_k: c.TypeK = "f16",
     type_v: c.TypeV = "f16",
     flash_attn: c.FlashAttn = False,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            "--parallel",
+            min=1,
+            help="Clients at the same time, with -c tokens each.",
+            rich_help_panel="Context",
+        ),
+    ] = 1,
     logits_all: Annotated[
         bool, typer.Option("--logits-all", help="As Llama(logits_all=True).", rich_help_panel="Context")
     ] = False,
@@ -41,6 +50,8 @@ def plan(
 
     Nothing is loaded. Rates are of the device's profile (llama-flash profile), else of a quick probe of the file.
     """
+    if parallel > 1:
+        from ..server import engine_server  # noqa: F401  # so that its size is counted
     from ..model.gguf import read_gguf
     from ..planning.planner import plan as make
     from .loading import context_tokens, flash_options, kv_type
@@ -57,6 +68,7 @@ def plan(
         type_v=kv_type("--type-v", type_v),
         flash_attn=flash_attn,
         logits_all=logits_all,
+        parallel=parallel,
         flash_offload=flash_options(ctx.params),
     )
     if as_json:

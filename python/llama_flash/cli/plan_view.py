@@ -73,6 +73,10 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
 
     console.print(_token(plan))
 
+    if plan.parallel > 1:
+        console.print(_together(plan))
+        console.print(_advice(plan), soft_wrap=True)
+
     others = Table(title="other budgets", title_justify="left", min_width=60)
     others.add_column("budget")
     for name in ("", "weights", "slots, pinned", "read per token", "tokens/s"):
@@ -104,6 +108,30 @@ def _token(plan: LoadPlan) -> Table:
     token.add_row(f"computing, {format_size(int(cost.touched))} of weights, at least", _duration(cost.compute_seconds))
     token.add_row("tokens per second", _rates(cost), style="bold")
     return token
+
+
+def _together(plan: LoadPlan) -> Table:
+    """What several clients get, by how many there are."""
+    table = Table(title="clients at the same time, expected", title_justify="left", min_width=60)
+    table.add_column("clients")
+    for name in ("tokens/s in all", "each", "read per token"):
+        table.add_column(name, justify="right")
+    for option in plan.together:
+        rates = option.cost.tokens_per_second_range
+        each = [rate / option.sequences for rate in rates]
+        style = "bold" if option.sequences == plan.parallel else None
+        columns = (_rates(option.cost), _range(*map(format_rate, each)), _sizes(option.cost))
+        table.add_row(str(option.sequences), *columns, style=style)
+    return table
+
+
+def _advice(plan: LoadPlan) -> str:
+    best = plan.advised_parallel
+    if best == max(option.sequences for option in plan.together):
+        return f"more clients bring more tokens per byte read, up to {best} at least, or as many as have room"
+    if best == 1:
+        return "more clients bring no more tokens: one at a time is as fast"
+    return f"more clients bring more tokens per byte read until {best}: twice as many bring less than a tenth more"
 
 
 def print_comparison(

@@ -5,14 +5,32 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import FlashError
+from ..errors import FlashError, FlashFormatError
 from ..options import Predictor
-from .bundles import Bundles
-from .gguf import read_gguf
+from .bundles import Bundles, read_bundles
+from .gguf import GgufMeta, read_gguf
 
-__all__ = ["predictor_with"]
+__all__ = ["check_adapter", "predictor_with"]
 
+_PAIR = re.compile(r"(.+)\.lora_[ab]")
 _PART = re.compile(r"blk\.(\d+)\.ffn_(gate|up)(_exps)?\.weight\.lora_[ab]")
+
+
+def check_adapter(path: str | Path, model: GgufMeta) -> None:
+    """Raises FlashFormatError where the file is no adapter, or is one of another model; OSError: it cannot be read."""
+    adapter = read_gguf(path)
+    if adapter.values.get("general.type") != "adapter":
+        raise FlashFormatError(f"{path}: not a LoRA adapter", mend="convert_lora_to_gguf.py makes them")
+    architecture = adapter.values.get("general.architecture")
+    if architecture != model.architecture:
+        raise FlashFormatError(
+            f"{path}: an adapter for {architecture}, the model is {model.architecture}", mend="name the one for it"
+        )
+    bundles = read_bundles(model)
+    known = {*model.tensors, *(bundles.part_names() if bundles else ())}
+    adapted = {match[1] for match in map(_PAIR.fullmatch, adapter.tensors) if match}
+    if unknown := sorted(adapted - known):
+        raise FlashFormatError(f"{path}: adapts {unknown[0]}, which the model has not", mend="name one that is for it")
 
 
 def predictor_with(lora_path: str | Path | None, bundles: Bundles, asked: Predictor) -> Predictor:

@@ -6,6 +6,8 @@ The structure is `struct llama_hooks` of the engine's llama-ext.h, the functions
 from __future__ import annotations
 
 import ctypes
+import json
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,9 +15,11 @@ from typing import Any, Protocol
 from ..errors import FlashError
 from . import bindings
 
-__all__ = ["FAILED", "Driver", "copy_of", "serve", "stop", "write_back"]
+__all__ = ["FAILED", "Driver", "Pages", "check_template", "copy_of", "load", "serve", "stop", "write_back"]
 
 FAILED = -3  # what llama_process returns where a graph could not be computed: the batch is not tried again
+
+logger = logging.getLogger("llama_flash")
 
 _LIBRARY = "libllama-server-impl.so"
 
@@ -27,6 +31,8 @@ _End = ctypes.CFUNCTYPE(
     *(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32),
     *(ctypes.c_void_p, ctypes.c_size_t),
 )
+_Tell = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)
+_HEALTH = 0  # of enum llama_flash_page; else METRICS
 
 
 class _Hooks(ctypes.Structure):
@@ -54,11 +60,26 @@ class Driver(Protocol):
         """After it: the code to be returned in place of `code`, and the reason if that is a failure."""
 
 
-def serve(arguments: Sequence[str], driver: Driver) -> int:
+class Pages(Protocol):
+    """What the program says beside the server, to whoever it lets ask. By the threads of HTTP, several at once."""
+
+    def health(self) -> dict[str, Any]:
+        """Members of the object that /health is."""
+
+    def metrics(self) -> str:
+        """Text in Prometheus' format, of whole lines."""
+
+
+def load() -> None:
+    """Loads the library, so that what it takes is counted. Raises FlashError: it is missing."""
+    _library()
+
+
+def serve(arguments: Sequence[str], driver: Driver, pages: Pages) -> int:
     """Runs llama-server in this thread until it is stopped. 0 then, 1 if it did not begin.
 
     Args:
-        arguments: as on its command line, without its name.
+        arguments: as on its command line, without its name. llama.cpp's own settings files are not read.
 
     Raises:
         FlashError: the server's library is missing.
@@ -66,14 +87,21 @@ def serve(arguments: Sequence[str], driver: Driver) -> int:
     library = _library()
     encoded = [b"llama-server", *map(os.fsencode, arguments)]
     argv = (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
-    hooks = _hooks(driver)
-    code: int = library.llama_flash_serve(len(encoded), argv, ctypes.byref(hooks))
+    hooks, tell = _hooks(driver), _tell(library, pages)
+    code: int = library.llama_flash_serve(len(encoded), argv, ctypes.byref(hooks), tell)
     return code
 
 
 def stop() -> None:
     """Ends `serve`, from another thread, once the server answers."""
     _library().llama_flash_serve_stop()
+
+
+def check_template(text: str) -> None:
+    """Raises ValueError, with the parser's reason, where llama-server cannot use the text as a chat template."""
+    reason = ctypes.create_string_buffer(1024)
+    if not _library().llama_flash_serve_template(text.encode(), reason, len(reason)):
+        raise ValueError(" ".join(reason.value.decode(errors="replace").split()))
 
 
 def copy_of(structure: Any) -> Any:
@@ -107,6 +135,19 @@ def _hooks(driver: Driver) -> _Hooks:
     return _Hooks(_Load(load), _Init(init), _Freed(driver.freed), _Begin(driver.begin), _End(end))
 
 
+def _tell(library: Any, pages: Pages) -> Any:
+    def tell(page: int, to: int) -> None:
+        try:
+            text = json.dumps(pages.health()) if page == _HEALTH else pages.metrics()
+        except Exception:  # C++ called it; the server's own page is told
+            logger.exception("statistics cannot be told")
+            return
+        data = text.encode()
+        library.llama_flash_serve_write(to, data, len(data))
+
+    return _Tell(tell)
+
+
 def _library() -> Any:
     path = bindings.library_path().with_name(_LIBRARY)
     import llama_cpp  # noqa: F401  # its libllama is the one that the server is to find in the process
@@ -114,7 +155,11 @@ def _library() -> Any:
     try:
         library = ctypes.CDLL(str(path))
         library.llama_flash_serve.restype = ctypes.c_int
-        library.llama_flash_serve.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        library.llama_flash_serve.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell)
+        library.llama_flash_serve_write.restype = None
+        library.llama_flash_serve_write.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
+        library.llama_flash_serve_template.restype = ctypes.c_bool
+        library.llama_flash_serve_template.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
         library.llama_flash_serve_stop.restype = None
         library.llama_flash_serve_stop.argtypes = ()
     except (OSError, AttributeError) as error:

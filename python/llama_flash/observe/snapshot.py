@@ -74,7 +74,7 @@ class Snapshot:
 
 _PLAIN = ("model", "mode", "predictor", "budget", "flash_memory", "decoded_before", "window", "picks_neurons")
 _COUNTERS = fields(Counters)
-_COLUMNS = 2 + len(_COUNTERS)
+_COLUMNS = 3 + len(_COUNTERS)  # of a call: when it began and ended, its counters, its sequences
 
 
 def take(
@@ -109,11 +109,12 @@ def take(
 
 
 def _row(call: Call) -> list[Any]:
-    return [call.began, call.ended, *(getattr(call.counters, f.name) for f in _COUNTERS)]
+    return [call.began, call.ended, *(getattr(call.counters, f.name) for f in _COUNTERS), call.sequences]
 
 
 def _call(row: list[float]) -> Call:
     values: list[Any] = [
-        value if f.type == "float" else int(value) for f, value in zip(_COUNTERS, row[2:], strict=True)
+        value if f.type == "float" else int(value) for f, value in zip(_COUNTERS, row[2:], strict=False)
     ]
-    return Call(row[0], row[1], Counters(*values))
+    sequences = int(row[2 + len(_COUNTERS)]) if len(row) == _COLUMNS else 1  # of older files: there was one
+    return Call(row[0], row[1], Counters(*values), sequences)

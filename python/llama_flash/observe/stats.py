@@ -115,8 +115,8 @@ class Counters:
 class FlashStats:
     """State of one model's flash offload. `llm.flash.stats()` returns it.
 
-    `decode` counts calls with one token (generation), `prompt` those with more; reads between calls, such as filling
-    pinned panels at load, are only in `total`.
+    `decode` counts calls with one token of each sequence (generation), `prompt` those with more of any; reads between
+    calls, such as filling pinned panels at load, are only in `total`.
     """
 
     mode: str  # "flash", "resident" (the whole model fits) or "nothing" (the file has nothing to offload)

@@ -1,7 +1,8 @@
 """What decoding a token costs: bytes and reads from flash, and the two clocks that run beside each other.
 
-The model of "LLM in a flash", sections 2 and 3, for one token at a time and a cache that is warm. The formulas and what
-they assume are written down in docs/explanation/cost-of-a-token.md.
+The model of "LLM in a flash", sections 2 and 3, for one token at a time and a cache that is warm; or for a token of
+each of several sequences in one pass, which reads once what they need together. The formulas and what they assume are
+written down in docs/explanation/cost-of-a-token.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from ..budget.rooms import Breakdown
 from ..device.profile import DeviceProfile
 from ..model.gguf import GgufMeta
 from ..native.params import Requirements
-from .misses import SHARED_TOKENS, USUAL_SKEW, expert_misses, expert_slots, neuron_misses, neurons_held
+from .misses import (
+    SHARED_TOKENS,
+    USUAL_SKEW,
+    expert_misses,
+    expert_slots,
+    experts_together,
+    neuron_misses,
+    neurons_held,
+    neurons_together,
+)
 from .placed import Plan
 from .placement import expert_bytes
 from .usage import Usage
@@ -34,11 +44,12 @@ _LIKELY = (
 )
 _WRONG = 0.2  # share of the experts read ahead that are not used, see docs/measurements/2026-11-21-lookahead.md
 _RUN = 256  # neurons read at once where whole layers are
+_FURTHER = 0.6  # of the first token's computing: a further one's in the same pass, see the page above
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Records of one kind that a token reads from flash, on average."""
+    """Records of one kind that a pass reads from flash, on average."""
 
     kind: Literal["experts", "panels", "neurons", "rows"]
     bytes: float
@@ -50,22 +61,23 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a token. Reading and computing overlap: a token takes as long as the slower of the two, or longer if known."""
+    """Of a pass. Reading and computing overlap: it takes as long as the slower of the two, or longer if known."""
 
     traffic: tuple[Traffic, ...]
-    touched: float  # bytes of weights that a token computes with
+    touched: float  # bytes of weights that a pass computes with
     compute_seconds: float  # at least to read those from DRAM; if a run was measured, as it was
     assumptions: tuple[str, ...]
     waited_seconds: float = 0.0  # of io_seconds, that computing did not hide in a run that was measured
     usual: Cost | None = None  # if the routing, even here, is as most mixtures show; None: it is known, or no matter
+    tokens: int = 1  # of a pass, each of another sequence
 
     @property
     def bytes_per_token(self) -> float:
-        return sum(part.bytes for part in self.traffic)
+        return sum(part.bytes for part in self.traffic) / self.tokens
 
     @property
     def reads_per_token(self) -> float:
-        return sum(part.reads for part in self.traffic)
+        return sum(part.reads for part in self.traffic) / self.tokens
 
     @property
     def io_seconds(self) -> float:
@@ -73,7 +85,8 @@ class Cost:
 
     @property
     def tokens_per_second(self) -> float:
-        return 1 / max(self.io_seconds, self.compute_seconds + self.waited_seconds, 1e-9)
+        """Of all sequences together."""
+        return self.tokens / max(self.io_seconds, self.compute_seconds + self.waited_seconds, 1e-9)
 
     @property
     def bound_by(self) -> Literal["flash", "DRAM"]:
@@ -111,8 +124,9 @@ def expect(
     io_depth: int = 32,
     lookahead: int = 0,
     usage: Usage | None = None,
+    tokens: int = 1,
 ) -> Cost:
-    """Expected cost of a token; a range (`usual`) where experts are read and their routing was never seen.
+    """Expected cost of a pass; a range (`usual`) where experts are read and their routing was never seen.
 
     Args:
         memory: how the budget is divided; slots, pinned and stream are used, in bytes.
@@ -121,11 +135,12 @@ def expect(
         window: as in FlashOffload.
         lookahead: most experts of the next layer that are read ahead.
         usage: of the model's last run, in place of assumptions; what was seen with another predictor says nothing.
+        tokens: of a pass, each of another sequence.
     """
     if usage and usage.predictor != predictor:
         usage = None
     skew = usage.skew if usage else None
-    load = _Load(meta, plan, memory, needs, predictor, window, io_depth, lookahead, usage, skew)
+    load = _Load(meta, plan, memory, needs, predictor, window, io_depth, lookahead, usage, skew, tokens)
     cost = _expect(load, profile)
     if skew is None and any(part.kind == "experts" for part in cost.traffic):
         return replace(cost, usual=_expect(replace(load, skew=USUAL_SKEW), profile))
@@ -135,7 +150,9 @@ def expect(
 def _expect(load: _Load, profile: DeviceProfile) -> Cost:
     """One figure: by the skew that `load` has, else by even routing."""
     plan, usage = load.plan, load.usage
-    assumptions = ["one token at a time, slots warm, an empty KV cache"]
+    n = load.tokens
+    said = "one token" if n == 1 else f"{n} tokens of different texts"
+    assumptions = [f"{said} at a time, slots warm, an empty KV cache"]
     parts: list[Traffic] = []
     if plan.mode == "flash":
         if plan.bundles:
@@ -143,16 +160,21 @@ def _expect(load: _Load, profile: DeviceProfile) -> Cost:
         parts += _panels(load, profile)
         for name in plan.tables:  # each is waited for before the next is asked for
             table = load.meta.tensors[name]
-            parts.append(_records("rows", 1, table.size / table.shape[1], 1, load.io_depth, profile, 0.0))
+            parts.append(_records("rows", n, table.size / table.shape[1], n, load.io_depth, profile, 0.0))
         parts += _experts(load, profile, assumptions)
     parts = [part for part in parts if part.reads > 0]
     touched = _touched(load)
-    compute, waited = touched / profile.dram, 0.0
+    compute, waited = _touched(replace(load, tokens=1)) / profile.dram, 0.0
     if usage and plan.mode == "flash":
         compute = max(compute, usage.computing)
-        waited = _waited([part for part in parts if part.kind != "panels"], usage)
+    longer = 1 + _FURTHER * (n - 1)
+    if usage and plan.mode == "flash":
+        waited = _waited([part for part in parts if part.kind != "panels"], usage, longer)
         assumptions.append(f"computing and waiting as in the last run, of {usage.tokens} tokens")
-    return Cost(tuple(parts), touched, compute, tuple(assumptions), waited)
+    if n > 1:
+        assumptions.append(f"each further token of a pass computes for {_FURTHER:.0%} of the first one's time")
+    compute = max(compute * longer, touched / profile.dram)
+    return Cost(tuple(parts), touched, compute, tuple(assumptions), waited, tokens=n)
 
 
 @dataclass(frozen=True)
@@ -169,6 +191,7 @@ class _Load:
     lookahead: int
     usage: Usage | None
     skew: float | None  # of the routing; None: even
+    tokens: int = 1  # of a pass
 
     @property
     def flash(self) -> Requirements:
@@ -177,12 +200,15 @@ class _Load:
         return self.needs
 
 
-def _waited(parts: list[Traffic], usage: Usage) -> float:
-    """Seconds in which experts and neurons are waited for: computing hides as much of their reading as before."""
+def _waited(parts: list[Traffic], usage: Usage, longer: float) -> float:
+    """Seconds in which experts and neurons are waited for: computing hides as much of their reading as before.
+
+    longer: how many times as long it goes on.
+    """
     n_bytes, seconds = sum(part.bytes for part in parts), sum(part.seconds for part in parts)
     if not usage.read or not n_bytes:
         return 0.0
-    hidden = max(0.0, usage.read * seconds / n_bytes - usage.waited)
+    hidden = max(0.0, usage.read * seconds / n_bytes - usage.waited) * longer
     return max(0.0, seconds - hidden)
 
 
@@ -223,10 +249,13 @@ def _experts(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Ite
     held = min(1.0, load.memory.slots / expert_slots(load.flash))
     used = n_records * n_used / n_expert
     layers = len({tensor.layer for tensor in plan.tensors if len(tensor.shape) == 3})
-    missed = expert_misses(held, load.skew or 0.0)
+    share, skew = n_used / n_expert, load.skew or 0.0
+    missed = expert_misses(held, skew) * experts_together(load.tokens, share, held, skew)
+    of_all = experts_together(load.tokens, share, 0.0, skew)
     together = used * missed / max(1, layers) * max(1.0, size / _PIECE)
     in_vain = n_records / n_expert * min(load.lookahead, n_used * missed * _LIKELY) * _WRONG
-    yield _records("experts", used * missed + in_vain, size, together, load.io_depth, profile, 1 - missed)
+    found = 1 - missed / of_all
+    yield _records("experts", used * missed + in_vain, size, together, load.io_depth, profile, found)
     if held < 1 and load.skew is None:
         assumptions.append("experts are used evenly, or as most mixtures use them (the faster figure)")
     elif held < 1 and load.usage and load.usage.skew is not None:
@@ -256,7 +285,11 @@ def _neurons(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Ite
         if not said:
             assumptions.append(f"{active:.0%} of the neurons are active: the file does not say")
         assumptions.append("tokens share neurons as in the shipped OPT model; those read ahead in vain are not counted")
-    missed = neuron_misses(active, neurons_held(plan, memory, needs), load.window, shared)
+    held = neurons_held(plan, memory, needs)
+    missed = neuron_misses(active, held, load.window, shared)
+    kept = held if load.window is None else min(held, active * load.window)
+    missed *= neurons_together(load.tokens, active, kept, shared)
+    of_all = neurons_together(load.tokens, active, 0.0, shared)
     # neurons to read, and reads of them: a read goes on over one record that is not wanted to reach one that is
     share = active * missed
     wanted = plan.n_neurons * share
@@ -265,29 +298,38 @@ def _neurons(load: _Load, profile: DeviceProfile, assumptions: list[str]) -> Ite
     form = plan.bundles.format
     streams = len(form.parts) - (predictor == "exact") if form.split else 1
     size = covered * needs.neuron_record / max(reads, 1e-9) / streams
-    yield _records("neurons", reads * streams, size, reads * streams / n_layers, load.io_depth, profile, 1 - missed)
+    found = 1 - missed / of_all
+    yield _records("neurons", reads * streams, size, reads * streams / n_layers, load.io_depth, profile, found)
 
 
 def _touched(load: _Load) -> float:
-    """Bytes of weights that a token computes with."""
+    """Bytes of weights that a pass computes with."""
     meta, plan = load.meta, load.plan
-    touched = _resident_touched(meta, plan)
+    routed = _routed_share(load)
+    touched = _resident_touched(meta, plan, routed)
     if plan.mode != "flash":
         return touched
     if plan.bundles:
-        touched += _neurons_touched(meta, plan, load.flash, load.predictor)
+        touched += _neurons_touched(meta, plan, load.flash, load.predictor, load.tokens)
     if plan.panel_bytes and load.flash.n_panels:
         touched += plan.panel_bytes
     if plan.expert_bytes and load.flash.n_experts:
-        touched += plan.expert_bytes * meta.number("expert_used_count") / max(1, meta.number("expert_count"))
+        touched += plan.expert_bytes * routed
     return touched
 
 
-def _neurons_touched(meta: GgufMeta, plan: Plan, needs: Requirements, predictor: str) -> float:
+def _routed_share(load: _Load) -> float:
+    """Of the experts: those that a pass computes with."""
+    used = load.meta.number("expert_used_count") / max(1, load.meta.number("expert_count"))
+    return used * experts_together(load.tokens, used, 0.0, load.skew or 0.0)
+
+
+def _neurons_touched(meta: GgufMeta, plan: Plan, needs: Requirements, predictor: str, tokens: int) -> float:
     assert plan.bundles is not None
     if predictor == "off" and not plan.bundles.n_expert_used:
         return float(plan.neuron_bytes)
     active, _ = _active_share(meta, plan, predictor)
+    active = min(1.0, active * neurons_together(tokens, active, 0.0))
     resident = float(needs.neuron_resident)
     return resident + active * (plan.neuron_bytes - resident)
 
@@ -311,14 +353,13 @@ def _active_share(meta: GgufMeta, plan: Plan, predictor: str) -> tuple[float, bo
     return total / plan.n_neurons, True
 
 
-def _resident_touched(meta: GgufMeta, plan: Plan) -> float:
-    """Bytes of resident weights that a token computes with: one row of the embedding, and the experts it uses."""
+def _resident_touched(meta: GgufMeta, plan: Plan, routed: float) -> float:
+    """Bytes of resident weights that a pass computes with: one row of the embedding, and the experts it uses."""
     touched = float(plan.resident_bytes)
     if "output.weight" in meta.tensors:
         tables = (t for t in meta.tensors.values() if t.name not in plan.tables)
         touched -= sum(t.size for t in tables if re.fullmatch(r"(token|position)_embd\.weight", t.name))
     if plan.mode != "flash" or not plan.expert_bytes:
         experts = expert_bytes(meta)
-        unused = 1 - meta.number("expert_used_count") / max(1, meta.number("expert_count"))
-        touched -= experts * unused if experts else 0.0
+        touched -= experts * (1 - routed) if experts else 0.0
     return max(touched, 0.0)

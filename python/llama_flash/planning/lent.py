@@ -38,6 +38,8 @@ class Growth:
             self._graphs += memory.kv * _PAGE_CELLS // cells
         elif shape.n_sequences > 1:  # one that begins touches all pages of its V cache, and more may begin at once
             self._graphs += memory.kv
+        if shape.aside:  # a prompt that is brought back, or put there, touches its memory at once
+            self._graphs += self._cells
         self._huge_pages = b"[always]" in _read(_HUGE_PAGES)  # one token touches a huge page of each layer
         self._tokens = 0
         self._last: tuple[float, int] | None = None  # (seconds, tokens)

@@ -6,6 +6,7 @@ The formulas of docs/explanation/cost-of-a-token.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..budget.rooms import Breakdown
 from ..native.params import Requirements
@@ -16,8 +17,10 @@ __all__ = [
     "USUAL_SKEW",
     "expert_misses",
     "expert_slots",
+    "experts_together",
     "neuron_misses",
     "neurons_held",
+    "neurons_together",
     "shared_of",
     "skew_of",
 ]
@@ -32,6 +35,7 @@ USUAL_SKEW = 4.5
 _SECTOR = 4096
 _MOST_SKEW = 20.0
 _SHARED_RANGE = (0.1, 100.0)
+_STEPS = 200  # of the sums below
 
 
 def expert_misses(held: float, skew: float = 0.0) -> float:
@@ -86,3 +90,30 @@ def shared_of(active: float, held: float, missed: float) -> float | None:
         return None
     least, most = _SHARED_RANGE
     return min(most, max(least, held / active / ((1 - held) / missed - 1)))
+
+
+def experts_together(n: int, used: float, held: float, skew: float = 0.0) -> float:
+    """How many times the experts that one token misses n tokens of different texts miss together, each counted once.
+
+    Args:
+        used: share of the experts that a token uses.
+        held: share of the experts that slots hold: those that are used most. 0: all experts are counted.
+        skew: see expert_misses, which says how often the expert at each rank is used.
+    """
+    return _together(n, held, lambda rank: used * math.exp(-skew * rank) * (1 + skew * (1 - rank)))
+
+
+def neurons_together(n: int, active: float, held: float, shared: float = SHARED_TOKENS) -> float:
+    """The same of active neurons; active, held, shared: see neuron_misses."""
+    common = 1 / (active * shared) if active > 0 else 0.0
+    return _together(n, held, lambda rank: active * (1 + common) / (1 + common * rank) ** 2)
+
+
+def _together(n: int, held: float, chance: Callable[[float], float]) -> float:
+    """chance: that a token uses what has this rank, from 0 (used most) to 1."""
+    if n == 1:
+        return 1.0
+    ranks = [held + (1 - held) * (i + 0.5) / _STEPS for i in range(_STEPS)]
+    chances = [min(1.0, chance(rank)) for rank in ranks]
+    one = sum(chances)
+    return sum(1 - (1 - each) ** n for each in chances) / one if one > 0 else 1.0

@@ -21,6 +21,7 @@ from ..errors import FlashBudgetError, FlashError, FlashFormatError
 from ..model.bundles import Bundles, read_bundles
 from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
 from ..model.shape import KV_TYPES, ContextShape
+from ..native import server
 from ..native.library import settled
 from ..native.params import Mode, Requirements
 from ..options import FlashOffload
@@ -32,6 +33,7 @@ from .lent import lent_of
 from .placed import Plan
 from .placement import choose_predictor, make_plan, work_bytes
 from .reads import experts_ahead, io_choice
+from .together import Together, advised, counts
 from .usage import usage_of
 
 __all__ = ["LoadPlan", "Option", "plan", "smallest_budget_of"]
@@ -42,6 +44,7 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown fo
 _SLACK = 4 << 20  # what a load takes that cannot be asked for beforehand: the heap grows, by earlier loads, too
 _ROOM_TO_ASK = 16 << 20
 _MIB = 1 << 20
+_CELLS = 256  # the engine makes the context of a sequence a multiple of it
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class LoadPlan:
     cost: Cost  # of a decoded token
     profile: DeviceProfile
     others: tuple[Option, ...]  # what other budgets would give
+    parallel: int  # sequences that the memory is planned for
+    together: tuple[Together, ...]  # what numbers of sequences get that generate at the same time, within this budget
     threads: Threads  # that compute, where no number is given
 
     @property
@@ -105,9 +110,16 @@ class LoadPlan:
         """The least and the most: even routing, and routing as most mixtures show it. The same once a run was seen."""
         return self.cost.tokens_per_second_range
 
+    @property
+    def advised_parallel(self) -> int:
+        """The most sequences of which each doubling brings at least a tenth more tokens per second in all."""
+        return advised(self.together)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["together"] = [option.as_dict() for option in self.together]
+        values["advised_parallel"] = self.advised_parallel
         values["budget"] = asdict(self.budget)
         values["memory"] = self.memory.as_dict()
         values["cost"] = self.cost.as_dict()
@@ -133,8 +145,11 @@ def plan(
     flash_attn: bool = False,
     flash_offload: bool | Mapping[str, Any] | FlashOffload | None = True,
     profile: DeviceProfile | None = None,
+    parallel: int = 1,
 ) -> LoadPlan:
     """What `llama_cpp.Llama(model, flash_offload=...)` would do with these arguments, in this process, now.
+
+    With `parallel`, what `llama-flash serve --parallel` would.
 
     Args:
         model: GGUF file, or its first shard.
@@ -142,6 +157,7 @@ def plan(
         n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn: as `Llama` takes them.
         flash_offload: True, or options as `Llama` takes them.
         profile: of the device; None: the one kept for it, else a quick probe of the model file, else cautious defaults.
+        parallel: sequences that are computed at the same time, each with a context of `n_ctx` tokens.
 
     Raises:
         FlashBudgetError: the budget is too small; it has the smallest that works.
@@ -155,30 +171,38 @@ def plan(
         options = replace(options, dram_budget=dram_budget)
     meta = read_gguf(model)
     check_vocabulary(meta, text=False)
-    shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn)
+    shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn, parallel)
     import llama_cpp  # noqa: F401  # so that its size is counted
 
+    if parallel > 1:
+        server.load()  # its size, too
     planner = _Planner(meta, options, shape, held_by_all)
     try:
-        budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
-        if budget.asked is not None and budget.asked > budget.total:
-            logger.warning(
-                "dram_budget is %s, but %s leaves %s: that is used",
-                format_size(budget.asked),
-                budget.reason,
-                format_size(budget.total),
-            )
+        budget = _budget_of(options, meta)
         profile = profile or profile_for(meta.files[0], options.io_engine)
         try:
             found = planner.outcome(budget)
         except FlashBudgetError as error:
             raise planner.too_small(budget, error) from None
         cost = planner.cost(found, profile)
+        together = planner.together(found, budget, profile)
         smallest = 0 if found.plan.mode == "nothing" else planner.smallest()
         others = planner.others(smallest, profile)
-        return _load_plan(str(model), options, budget, smallest, found, cost, profile, others)
+        return _load_plan(str(model), options, budget, smallest, found, cost, profile, others, parallel, together)
     finally:
         planner.close()
+
+
+def _budget_of(options: FlashOffload, meta: GgufMeta) -> Budget:
+    budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
+    if budget.asked is not None and budget.asked > budget.total:
+        logger.warning(
+            "dram_budget is %s, but %s leaves %s: that is used",
+            format_size(budget.asked),
+            budget.reason,
+            format_size(budget.total),
+        )
+    return budget
 
 
 def _load_plan(
@@ -190,6 +214,8 @@ def _load_plan(
     cost: Cost,
     profile: DeviceProfile,
     others: tuple[Option, ...],
+    parallel: int,
+    together: tuple[Together, ...],
 ) -> LoadPlan:
     placed, memory = found.plan, found.memory
     io_engine, depth = io_choice(options, placed.bundles, profile)
@@ -215,6 +241,8 @@ def _load_plan(
         cost=cost,
         profile=profile,
         others=others,
+        parallel=parallel,
+        together=together,
         threads=choose_threads(),
     )
 
@@ -228,28 +256,38 @@ def _shape(
     type_v: int | None,
     logits_all: bool,
     flash_attn: bool,
+    parallel: int,
 ) -> ContextShape:
-    """The context that `Llama` makes of its arguments."""
-    for name, value, least in (("n_ctx", n_ctx, 0), ("n_batch", n_batch, 1), ("n_ubatch", n_ubatch, 1)):
+    """The context that `Llama` makes of its arguments, or a server of many sequences."""
+    for name, value, least in (
+        ("n_ctx", n_ctx, 0),
+        ("n_batch", n_batch, 1),
+        ("n_ubatch", n_ubatch, 1),
+        ("parallel", parallel, 1),
+    ):
+        of = "" if name == "parallel" else " of tokens"
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected a whole number of tokens, got {value!r}")
+            raise TypeError(f"{name}: expected a whole number{of}, got {value!r}")
         if value < least:
-            raise ValueError(f"{name}: {value} is not a whole number of tokens from {least} on")
+            raise ValueError(f"{name}: {value} is not a whole number{of} from {least} on")
     for name, kind in (("type_k", type_k), ("type_v", type_v)):
         if kind is not None and kind not in KV_TYPES.values():
             known = ", ".join(f"{number} ({text})" for text, number in KV_TYPES.items())
             raise ValueError(f"{name}: {kind!r} is no type of KV caches; expected one of {known}")
     n_ctx = n_ctx or meta.number("context_length", 4096)
+    if parallel > 1:
+        n_ctx = parallel * (-(-n_ctx // _CELLS) * _CELLS)
     n_batch = min(n_ctx, n_batch)
     return ContextShape(
         n_ctx=n_ctx,
         n_batch=n_batch,
         n_ubatch=min(n_batch, n_ubatch),
-        n_outputs=n_batch if logits_all else 1,
+        n_outputs=n_batch if logits_all else parallel,
         n_scores=n_ctx if logits_all else 0,
         type_k=KV_TYPES["f16"] if type_k is None else type_k,
         type_v=KV_TYPES["f16"] if type_v is None else type_v,
         flash_attn=flash_attn,
+        n_sequences=parallel,
     )
 
 
@@ -296,7 +334,8 @@ class _Planner:
             + (0 if False in placed.tables.values() else self._sizes.doubled),  # an embedding that is the output, too
             kv=self._sizes.kv,
             compute=self._sizes.compute + work_bytes(self._meta, self._shape),
-            outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab),
+            outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab)
+            + self._shape.aside,
             reserve=budget.reserve,
         )
         if placed.mode == "nothing":
@@ -384,7 +423,27 @@ class _Planner:
             budget, parts, parts.stream, self._options.reserve, smallest=self.smallest(), advice=refused.advice
         )
 
-    def cost(self, found: _Outcome, profile: DeviceProfile) -> Cost:
+    def together(self, found: _Outcome, budget: Budget, profile: DeviceProfile) -> tuple[Together, ...]:
+        """What numbers of sequences get, as far as they have room; found: the last outcome, within `budget`."""
+        result: list[Together] = []
+        planned, memory = self._shape.n_sequences, found.decoding or found.memory
+        for n in counts(planned):
+            # contexts beside those that are planned for: their cells are no slots
+            kv = max(0, n - planned) * memory.kv // planned
+            if found.needs is not None and kv:
+                left = memory.flash - kv
+                if left < found.needs.min_memory:
+                    break
+                given = self._needs(found.plan).divide(min(left, found.needs.max_memory))
+                moved = replace(memory, slots=given.slots, pinned=given.pinned, stream=given.stream)
+            elif found.plan.mode == "resident" and memory.total + kv > budget.total:
+                break
+            else:
+                moved = memory
+            result.append(Together(n, self.cost(replace(found, decoding=moved), profile, n)))
+        return tuple(result)
+
+    def cost(self, found: _Outcome, profile: DeviceProfile, tokens: int = 1) -> Cost:
         return expect(
             self._meta,
             found.plan,
@@ -396,6 +455,7 @@ class _Planner:
             io_depth=io_choice(self._options, self._bundles, profile)[1],
             lookahead=experts_ahead(self._options),
             usage=self._usage,
+            tokens=tokens,
         )
 
     def others(self, smallest: int, profile: DeviceProfile) -> tuple[Option, ...]:

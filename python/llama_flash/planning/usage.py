@@ -56,14 +56,16 @@ class Usage:
             raise ValueError("a predictor without a name")
 
 
-def later_half(calls: Sequence[Call]) -> tuple[Counters, float] | None:
+def later_half(calls: Sequence[Call], sequences: int | None = None) -> tuple[Counters, float] | None:
     """Counters and seconds of the later half of the tokens that were decoded one after the other, when slots are warm.
 
-    None: they are too few. calls: the oldest first.
+    None: they are too few. calls: the oldest first; sequences: that had a token in each, None: any number.
     """
     steps = [
         (now.ended - before.ended, now) for before, now in pairwise(calls) if now.is_generation and before.is_generation
     ]
+    if sequences is not None:
+        steps = [(seconds, call) for seconds, call in steps if call.sequences == sequences]
     steps = steps[len(steps) // 2 :]
     if not steps:
         return None
@@ -81,7 +83,7 @@ def observe(calls: Sequence[Call], plan: Plan, memory: Breakdown, needs: Require
         calls: the last ones, the oldest first, all with the memory as it is now.
         memory, needs: as in cost.expect.
     """
-    half = later_half(calls)
+    half = later_half(calls, sequences=1)  # several in a pass share its time and its reads
     if half is None:
         return None
     seen, seconds = half

@@ -11,6 +11,7 @@ from llama_cpp.server import app as upstream
 
 from ..version import version
 from .clients import Clients
+from .figures import public
 from .metrics import Metrics
 from .models import Models
 from .settings import ServedModel, Service
@@ -40,7 +41,7 @@ def create_app(service: Service, models: list[ServedModel]) -> tuple[Clients, Mo
             "version": version(),
             "model": loaded,
             "requests_in_flight": clients.in_flight,
-            "flash": _public(proxy.stats(loaded)) if loaded else None,
+            "flash": public(proxy.stats(loaded)) if loaded else None,
         }
         return JSONResponse(content, status_code=200 if loaded else 503)
 
@@ -56,8 +57,3 @@ def create_app(service: Service, models: list[ServedModel]) -> tuple[Clients, Mo
     # before upstream's own, which waits until no request runs
     app.router.routes.insert(0, app.router.routes.pop())
     return clients, proxy
-
-
-def _public(stats: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Without the path: health is told to everybody."""
-    return stats and {name: value for name, value in stats.items() if name != "path"}

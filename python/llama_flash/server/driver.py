@@ -30,6 +30,8 @@ class EngineDriver:
     Args:
         flash_offload: as `Llama` takes it.
         loaded: is called with each session, when its context exists.
+        lora_path: adapter that the server will apply.
+        aside: bytes that the server will keep beside the context, as in ContextShape.
 
     Attributes:
         failure: what ended the last load.
@@ -39,9 +41,12 @@ class EngineDriver:
         self,
         flash_offload: bool | Mapping[str, Any] | FlashOffload,
         loaded: Callable[[FlashSession], None],
+        lora_path: str | None = None,
+        aside: int = 0,
     ) -> None:
         self.failure: BaseException | None = None
         self._flash_offload, self._loaded = flash_offload, loaded
+        self._lora_path, self._aside = lora_path, aside
         self._paths: dict[int, str] = {}  # by model
         self._sessions: dict[int, FlashSession] = {}  # by model
         self._waiting: set[int] = set()  # models whose session waits for its context
@@ -106,6 +111,8 @@ class EngineDriver:
             model_params=model_params,
             context_params=kept,
             logits_all=False,
+            lora_path=self._lora_path,
+            aside=self._aside,
             verbose=False,
         )
         write_back(kept, context_params)

@@ -1,6 +1,6 @@
 """llama-server in this process: what it is told, its start, and its end when a signal comes.
 
-    flags  ->  EngineSettings  ->  arguments of llama-server
+    flags, settings file, environment  ->  engine_settings.py  ->  arguments of llama-server
     signal  ->  main thread  ->  stop;  the server's thread (engine_thread.py)  ->  driver.py  ->  FlashSession
 
 docs/explanation/serving.md says why it is told what it is told. Needs no package but those of llama_flash.
@@ -8,51 +8,27 @@ docs/explanation/serving.md says why it is told what it is told. Needs no packag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from ..budget.cores import default_threads
+from ..model.adapters import check_adapter
 from ..model.gguf import check_vocabulary, read_gguf
+from ..model.shape import KV_TYPES, ContextShape
+from ..native import server as native
+from ..options import FlashOffload
+from ..session.session import FlashSession
 from .address import bound, is_loopback
 from .driver import EngineDriver
+from .engine_settings import EngineSettings
 from .engine_thread import EngineThread, Signals
+from .pages import FlashPages
+from .parallel import choose_parallel
 
-__all__ = ["EngineSettings", "arguments_of", "context_of", "serve_engine"]
+__all__ = ["arguments_of", "completed", "serve_engine"]
 
 _CELLS = 256  # the engine makes the context of a sequence a multiple of it
-_BATCH = 512  # tokens of a pass: what neighbours wait for at most while a prompt is computed
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What is served, and how.
-
-    Attributes:
-        n_ctx: tokens of each sequence; None: 2048, or fewer if the model was trained so.
-        parallel: sequences that are computed at the same time, at most.
-        threads: None: as many as may run.
-        flash_offload: options of FlashOffload.
-        seed: of requests that name none; None: a random one for each.
-        pooling: not None: for embeddings (mean, cls, last); "": as the model file says. Only with one sequence: the
-            engine divides a pass with several of unequal length, and pools the parts of one by themselves.
-        threads_http: requests that are received at the same time; None: a few more than `parallel`.
-    """
-
-    model: Path
-    alias: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    parallel: int = 4
-    n_ctx: int | None = None
-    threads: int | None = None
-    flash_offload: Mapping[str, Any] = field(default_factory=dict)
-    verbose: bool = False
-    seed: int | None = None
-    pooling: str | None = None
-    threads_http: int | None = None
 
 
 def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
@@ -65,16 +41,22 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
         OSError: the address cannot be listened at.
         FlashError, ValueError: see llama_cpp.Llama.
     """
-    if settings.api_key == "":
-        raise ValueError("--api-key: an empty key would let everybody in")
-    n_ctx = context_of(settings)
+    settings = completed(settings)
     with bound(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
     if not is_loopback(host) and settings.api_key is None:
         say(f"warning: whoever reaches {host} can use this server; set an API key (--api-key)")
     say(f"loading {settings.alias}")
-    driver = EngineDriver(dict(settings.flash_offload) or True, lambda session: say(session.summary))
-    server = EngineThread(arguments_of(settings, n_ctx, host, port), driver, host, port)
+    many, why = _parallel(settings)
+    pages = FlashPages(settings.alias, many)
+
+    def loaded(session: FlashSession) -> None:
+        pages.loaded(session)
+        say(f"{session.summary}; {many} {'answer' if many == 1 else 'answers'} at the same time{why}")
+
+    lora = str(settings.lora[0]) if settings.lora else None
+    driver = EngineDriver(settings.flash_offload, loaded, lora_path=lora, aside=settings.prompt_cache)
+    server = EngineThread(arguments_of(settings, many, host, port), driver, pages, host, port)
     with Signals() as signals:
         server.start()
         if server.wait_until_it_answers():
@@ -86,34 +68,95 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
         signals.raise_last()
 
 
-def context_of(settings: EngineSettings) -> int:
-    """Tokens of each sequence. Raises FlashFormatError, OSError for what is no model."""
+def completed(settings: EngineSettings) -> EngineSettings:
+    """With what the model's file says, where nobody else does.
+
+    Raises:
+        FlashFormatError, OSError: it is no model, or the adapter is none for it.
+        ValueError: the chat template cannot be used.
+    """
     meta = read_gguf(settings.model)
     check_vocabulary(meta)
+    if settings.lora is not None:
+        check_adapter(settings.lora[0], meta)
+    if settings.chat_template is not None:
+        try:
+            native.check_template(settings.chat_template)
+        except ValueError as error:
+            raise ValueError(f"--chat-template: llama-server cannot use it: {error}") from None
     n_ctx = settings.n_ctx or min(2048, meta.number("context_length", 2048))
-    return -(-n_ctx // _CELLS) * _CELLS
+    n_ctx = -(-n_ctx // _CELLS) * _CELLS
+    least = n_ctx if settings.embeddings else 0  # an embedding is made in one pass
+    return replace(
+        settings,
+        alias=settings.alias or settings.model.name.removesuffix(".gguf"),
+        n_ctx=n_ctx,
+        n_batch=max(settings.n_batch, least),
+        n_ubatch=max(settings.n_ubatch, least),
+    )
 
 
-def arguments_of(settings: EngineSettings, n_ctx: int, host: str, port: int) -> list[str]:
+def _parallel(settings: EngineSettings) -> tuple[int, str]:
+    """How many answers at the same time, and the reason in brackets."""
+    if settings.parallel is not None:
+        return settings.parallel, ""
+    if settings.embeddings:
+        return 1, " (embeddings)"
+    assert settings.n_ctx is not None
+    n_batch = min(settings.n_batch, settings.n_ctx)
+    one = ContextShape(
+        n_ctx=settings.n_ctx,
+        n_batch=n_batch,
+        n_ubatch=min(settings.n_ubatch, n_batch),
+        n_outputs=1,
+        type_k=KV_TYPES[settings.type_k],
+        type_v=KV_TYPES[settings.type_v],
+        aside=settings.prompt_cache,
+    )
+    many, why = choose_parallel(read_gguf(settings.model), FlashOffload.coerce(settings.flash_offload), one)
+    return many, f" (--parallel; {why})"
+
+
+def arguments_of(settings: EngineSettings, many: int, host: str, port: int) -> list[str]:
     """Of llama-server. What takes memory is named, so that its defaults do not decide."""
-    threads = str(settings.threads or default_threads())
-    key = [] if settings.api_key is None else ["--api-key", _quoted(settings.api_key)]
-    batch = str(_BATCH if settings.pooling is None else max(_BATCH, n_ctx))  # an embedding is made in one pass
+    assert settings.n_ctx is not None
+    threads = settings.threads or default_threads()
     return [
         *("--model", str(settings.model), "--alias", settings.alias),
-        *("--host", host, "--port", str(port), *key),
-        *("--parallel", str(settings.parallel), "--ctx-size", str(n_ctx * settings.parallel), "--no-kv-unified"),
-        *("--batch-size", batch, "--ubatch-size", batch, "--flash-attn", "off"),
-        *("--fit", "off", "--cache-ram", "0", "--ctx-checkpoints", "0"),
-        *("--threads", threads, "--threads-batch", threads),
+        *("--host", host, "--port", str(port)),
+        *("--parallel", str(many), "--ctx-size", str(settings.n_ctx * many), "--no-kv-unified"),
+        *("--batch-size", str(settings.n_batch), "--ubatch-size", str(settings.n_ubatch), "--flash-attn", "off"),
+        *("--cache-type-k", settings.type_k, "--cache-type-v", settings.type_v),
+        *("--fit", "off", "--cache-ram", str(settings.prompt_cache >> 20), "--ctx-checkpoints", "0"),
+        *("--threads", str(threads), "--threads-batch", str(settings.threads_batch or threads)),
         # /slots would show what others ask, and a page in a browser needs no server on loopback
         *("--no-warmup", "--no-ui", "--offline", "--metrics", "--no-slots", "--cors-origins", "localhost"),
         *("--log-verbosity", "3" if settings.verbose else "0"),
-        *([] if settings.seed is None else ["--seed", str(settings.seed)]),
-        *([] if settings.pooling is None else ["--embeddings"]),
-        *(["--pooling", settings.pooling] if settings.pooling else []),
-        *([] if settings.threads_http is None else ["--threads-http", str(settings.threads_http)]),
+        *("--reasoning-format", settings.reasoning_format),
+        *_chosen(settings),
     ]
+
+
+def _chosen(settings: EngineSettings) -> Iterator[str]:
+    """Arguments for what is off unless somebody asks for it."""
+    if settings.api_key is not None:
+        yield from ("--api-key", _quoted(settings.api_key))
+    if settings.embeddings:
+        yield "--embeddings"
+    if settings.pooling is not None:
+        yield from ("--pooling", settings.pooling)
+    if settings.lora is not None:
+        path, scale = settings.lora
+        scaled = scale != 1.0
+        yield from ("--lora-scaled" if scaled else "--lora", _quoted(f"{path}:{scale}" if scaled else str(path)))
+    if settings.chat_template is not None:
+        yield from ("--chat-template", settings.chat_template)
+    if settings.chat_template_kwargs:
+        yield from ("--chat-template-kwargs", json.dumps(settings.chat_template_kwargs))
+    if settings.seed is not None:
+        yield from ("--seed", str(settings.seed))
+    if settings.threads_http is not None:
+        yield from ("--threads-http", str(settings.threads_http))
 
 
 def _quoted(value: str) -> str:

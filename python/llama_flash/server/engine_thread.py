@@ -19,12 +19,14 @@ from ..errors import FlashError
 from ..native import server as native
 from .address import connection_to
 from .driver import EngineDriver
+from .pages import FlashPages
 
 __all__ = ["LOOK", "EngineThread", "Signals"]
 
 LOOK = 0.1  # seconds between two looks at signals
 PATIENCE = 10.0  # seconds that the end may take
-_ENVIRONMENT = ("LLAMA_ARG_", "AIP_")  # llama-server's own settings: of memory that nobody has counted, of the port
+# llama-server's own settings: of memory that nobody has counted, of keys, of the port
+_ENVIRONMENT = ("LLAMA_ARG_", "LLAMA_API_KEY", "LLAMA_SERVER_", "AIP_")
 
 _one = threading.Lock()  # held while a server runs: its hooks and its end are the process'
 
@@ -71,8 +73,9 @@ class EngineThread:
         host, port: where it will listen, as `arguments` say; a host that ends in ".sock" is a socket's path.
     """
 
-    def __init__(self, arguments: list[str], driver: EngineDriver, host: str, port: int) -> None:
-        self._arguments, self._driver, self._host, self._port = arguments, driver, host, port
+    def __init__(self, arguments: list[str], driver: EngineDriver, pages: FlashPages, host: str, port: int) -> None:
+        self._arguments, self._driver, self._pages = arguments, driver, pages
+        self._host, self._port = host, port
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="llama-server", daemon=True)
 
@@ -86,7 +89,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            if native.serve(self._arguments, self._driver) != 0:
+            if native.serve(self._arguments, self._driver, self._pages) != 0:
                 self._failure = self._driver.failure or FlashError("the server did not start: --verbose shows its log")
         except BaseException as failure:
             self._failure = failure

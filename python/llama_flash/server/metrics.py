@@ -14,29 +14,10 @@ from prometheus_client.registry import Collector
 
 from ..budget.cores import Throttling
 from .clients import Clients
-from .models import EVENTS, Models
+from .figures import COUNTERS, EVENTS, GAUGES, TEXTS, TOKENS
+from .models import Models
 
 __all__ = ["Metrics"]
-
-# of the model that is loaded: name, help, key of FlashSession.describe
-_GAUGES = (
-    ("budget_bytes", "DRAM budget of the process.", "budget"),
-    ("granted_bytes", "Flash memory (slots, pins, rings) granted to the model.", "granted"),
-    ("slots_in_use_bytes", "Flash memory in use.", "slots_in_use"),
-    ("resident_weights_bytes", "Weights that stay in memory.", "resident_weights"),
-    ("flash_weights_bytes", "Weights that stay on flash.", "flash_weights"),
-)
-# of all models since the start: name, help, name in stats.Counters
-_COUNTERS = (
-    ("hits", "Experts and neurons found in slots.", "hits"),
-    ("misses", "Experts and neurons that had to be read.", "misses"),
-    ("read_bytes", "Bytes read from flash.", "bytes_read"),
-    ("reads", "Reads from flash.", "reads"),
-    ("wait_seconds", "Time that compute threads waited for reads.", "wait_seconds"),
-    ("evictions", "Records that gave way to others.", "evictions"),
-    ("read_retries", "Reads that were made again.", "retries"),
-    ("read_errors", "Reads that failed.", "errors"),
-)
 
 
 class Metrics(Collector):
@@ -66,25 +47,21 @@ class Metrics(Collector):
                 family.add_metric([model], value)
             return family
 
-        yield gauge("model_loaded", "1 if it is loaded.", {name: name == models.loaded for name in now})
-        for name, text, key in _GAUGES:
+        yield gauge("model_loaded", TEXTS["model_loaded"], {name: name == models.loaded for name in now})
+        for name, text, key in GAUGES:
             yield gauge(name, text, {model: stats[key] for model, stats in now.items() if stats})
 
-        for name, text, key in _COUNTERS:
+        for name, text, key in COUNTERS:
             family = CounterMetricFamily(f"llama_flash_{name}", text, labels=["model"])
             for model, tally in models.tallies.items():
                 family.add_metric([model], tally.count("total", key, now[model]))
             yield family
 
-        tokens = CounterMetricFamily("llama_flash_tokens", "Tokens computed.", labels=["model", "kind"])
-        events = CounterMetricFamily(
-            "llama_flash_events",
-            "Flash memory given back or taken, and signs of memory pressure.",
-            labels=["model", "kind"],
-        )
-        loads = CounterMetricFamily("llama_flash_loads", "Times that the model was loaded.", labels=["model"])
+        tokens = CounterMetricFamily("llama_flash_tokens", TEXTS["tokens"], labels=["model", "kind"])
+        events = CounterMetricFamily("llama_flash_events", TEXTS["events"], labels=["model", "kind"])
+        loads = CounterMetricFamily("llama_flash_loads", TEXTS["loads"], labels=["model"])
         for model, tally in models.tallies.items():
-            for kind, part in (("prompt", "prompt"), ("generated", "decode")):
+            for kind, part in TOKENS:
                 tokens.add_metric([model, kind], tally.count(part, "tokens", now[model]))
             for kind in EVENTS:
                 events.add_metric([model, kind], tally.events[kind])
@@ -97,11 +74,8 @@ class Metrics(Collector):
         yield requests
 
         times, seconds = self._throttling.since()
-        hint = "use fewer threads, or raise the quota."
-        yield CounterMetricFamily("llama_flash_throttled", f"Periods in which a CPU quota stopped it: {hint}", times)
-        yield CounterMetricFamily(
-            "llama_flash_throttled_seconds", "Time for which a CPU quota stopped it, of all cores together.", seconds
-        )
+        yield CounterMetricFamily("llama_flash_throttled", TEXTS["throttled"], times)
+        yield CounterMetricFamily("llama_flash_throttled_seconds", TEXTS["throttled_seconds"], seconds)
         yield GaugeMetricFamily(
             "llama_flash_requests_in_flight", "POST requests that run or wait.", self._clients.in_flight
         )

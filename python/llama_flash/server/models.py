@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import llama_cpp
@@ -13,30 +11,10 @@ from ..errors import FlashError
 from ..model.gguf import check_vocabulary, read_gguf
 from ..session.session import FlashSession
 from .clients import stop_if_gone
+from .figures import Tally
 from .settings import ServedModel
 
-__all__ = ["EVENTS", "Models", "Tally"]
-
-EVENTS = ("shrink", "grow", "pressure", "short")  # FlashEvent.kind
-_COUNTED = ("total", "prompt", "decode")
-
-
-@dataclass
-class Tally:
-    """What a model did before it was last loaded, and its events. A model's counters begin anew with each load."""
-
-    loads: int = 0
-    events: Counter[str] = field(default_factory=Counter)
-    counters: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in _COUNTED})
-
-    def add(self, stats: dict[str, Any]) -> None:
-        for part in _COUNTED:
-            self.counters[part].update({name: value for name, value in stats[part].items() if value is not None})
-
-    def count(self, part: str, name: str, now: dict[str, Any] | None) -> float:
-        """Of all its loads; now: statistics of the present one."""
-        before: float = self.counters[part][name]
-        return before + (now[part][name] if now else 0)
+__all__ = ["Models"]
 
 
 class Models(LlamaProxy):  # type: ignore[misc]

@@ -5,10 +5,7 @@ The settings are upstream's (llama_cpp.server.settings), with `flash_offload` an
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,10 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from ..budget.cores import default_threads
-from ..options import FlashOffload
+from .values import ENV_PREFIX, flash_values, read_file
 
 __all__ = ["ENV_PREFIX", "ServedModel", "Service", "read_settings"]
 
-ENV_PREFIX = "LLAMA_FLASH_SERVE_"
 _CONFIG = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", protected_namespaces=())
 
 
@@ -41,18 +37,7 @@ class ServedModel(ModelSettings):  # type: ignore[misc]
     @field_validator("flash_offload", mode="before")
     @classmethod
     def _check_options(cls, value: object) -> object:
-        if isinstance(value, dict):
-            options = [option.name for option in fields(FlashOffload)]
-            if unknown := sorted(map(str, value.keys() - set(options))):
-                raise ValueError(f"there is no option {', '.join(unknown)}; there are {', '.join(options)}")
-            value = {name: _plain(option) for name, option in value.items()}
-            try:
-                FlashOffload(**value)
-            except TypeError as error:  # which pydantic would let through
-                raise ValueError(str(error)) from None
-        elif not isinstance(value, bool):
-            raise ValueError(f"{value!r} is neither true nor false, nor options by name")
-        return value
+        return flash_values(value)
 
 
 class Service(ServerSettings):  # type: ignore[misc]
@@ -87,7 +72,7 @@ def read_settings(
     server: dict[str, Any] = {}
     entries: list[dict[str, Any]] = [{}]
     if config_file is not None:
-        server, entries = _read_file(config_file)
+        server, entries = read_file(config_file)
     where = "" if config_file is None else f"{config_file}: "
     service: Service = _checked(where, Service, {**server, **server_flags})
     models = []
@@ -109,15 +94,6 @@ def read_settings(
     return service, models
 
 
-def _plain(value: object) -> Any:
-    """Variables of the environment are text, some options are not."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            parsed = json.loads(value)
-            return parsed if isinstance(parsed, bool | int) else value
-    return value
-
-
 def _as_options(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
@@ -125,29 +101,6 @@ def _as_options(value: object) -> Mapping[str, Any]:
 def _check_file(model: ServedModel) -> None:
     if model.hf_model_repo_id is None and not Path(model.model).is_file():
         raise FileNotFoundError(f"no such model: {model.model or '(none named)'}")
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected settings by name, and a list of models")
-    models = data.pop("models", None)
-    if not isinstance(models, list) or not models or not all(isinstance(model, dict) for model in models):
-        raise ValueError(f"{path}: expected a list `models`, each with its settings")
-    for settings in (data, *models):
-        for name in settings:
-            if not isinstance(name, str):
-                raise ValueError(f"{path}: there is no setting {name!r}")
-    for i, model in enumerate(models):
-        if "model" not in model:
-            raise ValueError(f"{path}: models.{i}.model: the path of the GGUF file is missing")
-    return data, models
 
 
 def _checked(where: str, kind: type[Any], values: dict[str, Any]) -> Any:

@@ -52,7 +52,7 @@ class Load:
     """Of one model, into `share` and `account`. To be ended with `end`, well or not.
 
     Args:
-        model_params, context_params, logits_all, lora_path, verbose: see open_session.
+        model_params, context_params, logits_all, lora_path, aside, verbose: see open_session.
 
     Raises:
         FlashBudgetError, FlashFormatError, FlashError: see open_session.
@@ -69,6 +69,7 @@ class Load:
         context_params: Any,
         logits_all: bool,
         lora_path: str | None,
+        aside: int,
         verbose: bool,
     ) -> None:
         self.options = options
@@ -76,7 +77,7 @@ class Load:
         self.io_depth = 1  # most reads in flight
         self._path, self._share, self._account = path, share, account
         self._context_params = context_params
-        self._logits_all, self._lora_path, self._verbose = logits_all, lora_path, verbose
+        self._logits_all, self._lora_path, self._aside, self._verbose = logits_all, lora_path, aside, verbose
 
         Controller.of_process().begin_load(self)
         try:
@@ -271,7 +272,7 @@ class Load:
             weights=buffers.model,
             kv=buffers.context,
             compute=buffers.compute + work_bytes(self.meta, shape),
-            outputs=n_outputs + scores_bytes,
+            outputs=n_outputs + scores_bytes + self._aside,
             reserve=self._share.budget.reserve,
         )
 
@@ -316,6 +317,7 @@ class Load:
             type_v=context.type_v,
             flash_attn=context.flash_attn_type == 1,
             embedding=bool(context.embeddings),
+            aside=self._aside,
             n_sequences=max(1, int(context.n_seq_max)),
         )
 

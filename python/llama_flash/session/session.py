@@ -54,6 +54,7 @@ def open_session(
     context_params: Any,
     logits_all: bool,
     lora_path: str | None = None,
+    aside: int = 0,
     verbose: bool = True,
 ) -> FlashSession | None:
     """Prepares flash offload of the model about to be loaded; None where `flash_offload` says off.
@@ -64,6 +65,7 @@ def open_session(
         context_params: llama_context_params; gets the callback that stops a decode after a failed read.
         logits_all: whether logits of all tokens are kept (they take memory).
         lora_path: adapter that will be applied.
+        aside: bytes that the caller will keep beside the context, as in ContextShape.
         verbose: print the line about the load to stderr.
 
     Raises:
@@ -83,7 +85,7 @@ def open_session(
                 "`python -m gguf_tools unbundle`"
             )
         return None
-    return FlashSession(options, model_path, model_params, context_params, logits_all, lora_path, verbose)
+    return FlashSession(options, model_path, model_params, context_params, logits_all, lora_path, aside, verbose)
 
 
 class FlashSession:
@@ -97,6 +99,7 @@ class FlashSession:
         context_params: Any,
         logits_all: bool,
         lora_path: str | None,
+        aside: int,
         verbose: bool,
     ) -> None:
         self.account = Account()
@@ -112,6 +115,7 @@ class FlashSession:
             context_params=context_params,
             logits_all=logits_all,
             lora_path=lora_path,
+            aside=aside,
             verbose=verbose,
         )
         if self.native is not None:

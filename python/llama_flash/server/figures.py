@@ -1,0 +1,67 @@
+"""What both servers tell of flash, by the same names: figures of the model that is loaded, and sums over its loads.
+
+docs/reference/server.md has the table. Needs no package but those of llama_flash.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["COUNTERS", "EVENTS", "GAUGES", "TEXTS", "TOKENS", "Tally", "public"]
+
+EVENTS = ("shrink", "grow", "pressure", "short")  # FlashEvent.kind
+_COUNTED = ("total", "prompt", "decode")
+
+# of the model that is loaded: name, help, key of FlashSession.describe
+GAUGES = (
+    ("budget_bytes", "DRAM budget of the process.", "budget"),
+    ("granted_bytes", "Flash memory (slots, pins, rings) granted to the model.", "granted"),
+    ("slots_in_use_bytes", "Flash memory in use.", "slots_in_use"),
+    ("resident_weights_bytes", "Weights that stay in memory.", "resident_weights"),
+    ("flash_weights_bytes", "Weights that stay on flash.", "flash_weights"),
+)
+# of all loads of a model: name, help, name in stats.Counters
+COUNTERS = (
+    ("hits", "Experts and neurons found in slots.", "hits"),
+    ("misses", "Experts and neurons that had to be read.", "misses"),
+    ("read_bytes", "Bytes read from flash.", "bytes_read"),
+    ("reads", "Reads from flash.", "reads"),
+    ("wait_seconds", "Time that compute threads waited for reads.", "wait_seconds"),
+    ("evictions", "Records that gave way to others.", "evictions"),
+    ("read_retries", "Reads that were made again.", "retries"),
+    ("read_errors", "Reads that failed.", "errors"),
+)
+TOKENS = (("prompt", "prompt"), ("generated", "decode"))  # kind, part of FlashStats
+TEXTS = {
+    "model_loaded": "1 if it is loaded.",
+    "tokens": "Tokens computed.",
+    "events": "Flash memory given back or taken, and signs of memory pressure.",
+    "loads": "Times that the model was loaded.",
+    "throttled": "Periods in which a CPU quota stopped it: use fewer threads, or raise the quota.",
+    "throttled_seconds": "Time for which a CPU quota stopped it, of all cores together.",
+}
+
+
+@dataclass
+class Tally:
+    """What a model did before it was last loaded, and its events. A model's counters begin anew with each load."""
+
+    loads: int = 0
+    events: Counter[str] = field(default_factory=Counter)
+    counters: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in _COUNTED})
+
+    def add(self, stats: dict[str, Any]) -> None:
+        for part in _COUNTED:
+            self.counters[part].update({name: value for name, value in stats[part].items() if value is not None})
+
+    def count(self, part: str, name: str, now: dict[str, Any] | None) -> float:
+        """Of all its loads; now: statistics of the present one."""
+        before: float = self.counters[part][name]
+        return before + (now[part][name] if now else 0)
+
+
+def public(stats: dict[str, Any] | None) -> dict[str, Any] | None:
+    """FlashSession.describe without the path: health is told to everybody."""
+    return stats and {name: value for name, value in stats.items() if name != "path"}
