@@ -20,7 +20,7 @@ import patches
 import sdist
 from report import BuildError, run_main, step
 
-LAYOUT = 2  # change it when SHIPPED or the way files are written changes
+LAYOUT = 3  # change it when SHIPPED or the way files are written changes
 STATE = ".llama-flash-tree.json"
 # what the build reads, as beginnings of paths; the rest of the sdist (tests, examples) stays in the archive
 SHIPPED = (
@@ -34,7 +34,12 @@ SHIPPED = (
     "vendor/llama.cpp/include/",
     "vendor/llama.cpp/scripts/ui-assets.cmake",
     "vendor/llama.cpp/src/",
+    "vendor/llama.cpp/tools/cli/cli",
+    "vendor/llama.cpp/tools/imatrix/imatrix.cpp",
+    "vendor/llama.cpp/tools/llama-bench/llama-bench.cpp",
     "vendor/llama.cpp/tools/mtmd/",
+    "vendor/llama.cpp/tools/perplexity/perplexity.cpp",
+    "vendor/llama.cpp/tools/quantize/quantize.cpp",
     "vendor/llama.cpp/tools/server/CMakeLists.txt",
     "vendor/llama.cpp/tools/server/main.cpp",
     "vendor/llama.cpp/tools/server/server",

@@ -21,7 +21,7 @@ EXIT_CODES = {
     "3": "batch: all requests are answered, some with an error",
     "130": "Ctrl-C",
     "143": "ended by SIGTERM",
-    "137": "killed for memory, below cap or --cap, which else end as the command that they ran",
+    "137": "killed for memory, below cap or --cap, which else end as the command that they ran; so does exec",
 }
 EPILOG = "Exit codes:  " + "   |   ".join(f"[bold]{code}[/] {when}" for code, when in EXIT_CODES.items())
 
@@ -49,6 +49,12 @@ _COMMANDS = (
         _RUN,
         own("bench"),
         killed_cleanly=True,
+    ),
+    Later(
+        "exec",
+        "Run a tool of llama.cpp's (llama-perplexity, -cli, -imatrix, -bench, -quantize) with weights on flash.",
+        _RUN,
+        own("exec"),
     ),
     Later(
         "top",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..errors import FlashError
 from . import bindings
 
-__all__ = ["FAILED", "Driver", "Pages", "check_template", "copy_of", "load", "serve", "stop", "write_back"]
+__all__ = ["FAILED", "Driver", "Pages", "check_template", "copy_of", "hooks_of", "load", "serve", "stop", "write_back"]
 
 FAILED = -3  # what llama_process returns where a graph could not be computed: the batch is not tried again
 
@@ -87,7 +87,7 @@ def serve(arguments: Sequence[str], driver: Driver, pages: Pages) -> int:
     library = _library()
     encoded = [b"llama-server", *map(os.fsencode, arguments)]
     argv = (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
-    hooks, tell = _hooks(driver), _tell(library, pages)
+    hooks, tell = hooks_of(driver), _tell(library, pages)
     code: int = library.llama_flash_serve(len(encoded), argv, ctypes.byref(hooks), tell)
     return code
 
@@ -114,7 +114,8 @@ def write_back(copy: Any, structure: Any) -> None:
     ctypes.memmove(ctypes.byref(structure), ctypes.byref(copy), ctypes.sizeof(copy))
 
 
-def _hooks(driver: Driver) -> _Hooks:
+def hooks_of(driver: Driver) -> ctypes.Structure:
+    """struct llama_hooks, which calls the driver. It must outlive what it is given to."""
     import llama_cpp
 
     def load(path: bytes, model_params: int, context_params: int) -> int:

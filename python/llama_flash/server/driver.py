@@ -103,6 +103,13 @@ class EngineDriver:
         # 2, "aborted", would be taken for a full KV cache, and half of the batch be tried
         return (FAILED, _STOPPED) if code == 2 else (code, "")
 
+    def _keeps_scores(self, context_params: Any) -> bool:
+        """Whether the caller keeps logits of all tokens of a context, beside the engine's."""
+        return False
+
+    def _scores_bytes(self, session: FlashSession, context_params: Any) -> int:
+        return 4 * int(context_params.n_ctx) * session.meta.n_vocab if self._keeps_scores(context_params) else 0
+
     def _load(self, path: str, model_params: Any, context_params: Any) -> int:
         kept = copy_of(context_params)  # the session asks it as long as it lives
         session = open_session(
@@ -110,7 +117,7 @@ class EngineDriver:
             model_path=path,
             model_params=model_params,
             context_params=kept,
-            logits_all=False,
+            logits_all=self._keeps_scores(context_params),
             lora_path=self._lora_path,
             aside=self._aside,
             verbose=False,
@@ -137,7 +144,7 @@ class EngineDriver:
         if model in self._waiting:  # a second context of the same model finds the memory divided
             self._waiting.discard(model)
             try:
-                session.attach(context, scores_bytes=0)
+                session.attach(context, self._scores_bytes(session, context_params))
             except BaseException:
                 import llama_cpp
 

@@ -365,7 +365,7 @@ class FlashSession:
             return
         if not sys.is_finalizing():  # at the end of the interpreter it was done before, and nobody asks for numbers
             if not native.forked:
-                self._keep()
+                self.keep()
             self.account.finish(self.budget, self.memory, native)
         _live.discard(self)
         self.share.close()
@@ -374,7 +374,7 @@ class FlashSession:
         if "share" in self.__dict__ and self.native is not None:
             self.close()
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Remembers what is of use for the next load, and for plans."""
         native, memento = self.native, self.share.memento
         if native is None or memento is None or native.forked:
@@ -387,4 +387,4 @@ class FlashSession:
 @atexit.register
 def _keep_all() -> None:
     for session in list(_live):
-        session._keep()
+        session.keep()
