@@ -5,12 +5,15 @@
 #include "chat.h"
 #include "common.h"
 #include "ggml.h"
+#include "limits.h"
 #include "llama.h"
 #include "log.h"
 #include "server-context.h"
 #include "server-http.h"
 #include "server-stream.h"
 #include "src/llama-ext.h"
+
+#include <malloc.h>
 
 #include <cstdio>
 #include <exception>
@@ -30,7 +33,8 @@ enum llama_flash_page { LLAMA_FLASH_PAGE_HEALTH  = 0,
                         LLAMA_FLASH_PAGE_METRICS = 1 };
 typedef void (*llama_flash_tell_t)(int page, void * to);
 
-SERVE_API int  llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell);
+SERVE_API int  llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell,
+                                 const llama_flash_limits * limits);
 SERVE_API void llama_flash_serve_write(void * to, const char * text, size_t size);
 SERVE_API void llama_flash_serve_stop();
 SERVE_API bool llama_flash_serve_template(const char * text, char * error, size_t n_error);
@@ -57,9 +61,13 @@ static server_http_context::handler_t with(const server_http_context::handler_t 
 // Serves until it is stopped. Returns 0 then, and 1 if it did not begin: why is in the log, or known to the hooks. argv is llama-server's
 // and ends with a null pointer; nothing but argv and the environment says what is served. The hooks are called on this thread, freed
 // also where else a model is freed.
-int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell) {
+int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell, const llama_flash_limits * limits) {
     int result = 1;
     try {
+        // threads of HTTP come and go: with an arena for each, what large requests have freed would stay with the process
+        mallopt(M_ARENA_MAX, 4);
+        mallopt(M_MMAP_THRESHOLD, 256 << 10); // fixed: texts that are large are given back when they are freed
+        set_limits(*limits);
         llama_set_hooks(*hooks);
         llama_server_extend_routes = [tell](server_routes & routes) {
             routes.get_health  = with(routes.get_health, LLAMA_FLASH_PAGE_HEALTH, tell);

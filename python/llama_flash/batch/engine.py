@@ -17,12 +17,14 @@ from ..server.driver import EngineDriver
 from ..server.engine_server import arguments_of, completed
 from ..server.engine_settings import EngineSettings
 from ..server.engine_thread import EngineThread
+from ..server.limits import Limits
 from ..server.pages import FlashPages
 from ..whole_files import temporary_folder
 
 __all__ = ["Engine", "in_flight"]
 
 _LONGEST = 100  # bytes of a socket's path: 107 is what the system allows
+_NONE = Limits(max_body=1 << 30, max_grammar=1 << 30, max_memory=1 << 50, timeout=3600)  # no stranger asks
 _QUEUED = 8  # requests beyond those computed, so that no sequence waits for the next one
 
 
@@ -52,10 +54,13 @@ class Engine:
             if len(self._socket.encode()) > _LONGEST:
                 raise FlashError(f"{folder}: too long for the path of a socket: set TMPDIR to a shorter one")
             name = model.name.removesuffix(".gguf")
-            asked = completed(EngineSettings(model, name, threads_http=in_flight(parallel) + 4, **settings))
+            asked = completed(
+                EngineSettings(model, name, threads_http=in_flight(parallel) + 4, limits=_NONE, **settings)
+            )
             driver = EngineDriver(asked.flash_offload or True, lambda session: say(session.summary))
             arguments = arguments_of(asked, parallel, self._socket, 0)
-            self._thread = EngineThread(arguments, driver, FlashPages(name, parallel), self._socket, 0)
+            pages, limits = FlashPages(name, parallel), asked.limits.of_requests(asked.n_ctx or 0)
+            self._thread = EngineThread(arguments, driver, pages, limits, self._socket, 0)
             self._thread.start()
             stack.callback(self._thread.stop, math.inf)
             if not self._thread.wait_until_it_answers():

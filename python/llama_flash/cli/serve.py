@@ -20,7 +20,7 @@ EPILOG = (
 )
 
 _SERVER, _MODEL, _FLASH, _CHAT = "Server", "Model", "Weights on flash", "Chats and embeddings"
-_CLASSIC = "llama-cpp-python's server"
+_LIMITS, _CLASSIC = "Limits for clients", "llama-cpp-python's server"
 
 
 def _server(*names: str, **settings: Any) -> Any:
@@ -39,6 +39,10 @@ def _chat(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel=_CHAT, **settings)
 
 
+def _limit(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=_LIMITS, **settings)
+
+
 _FLASH_OPTIONS = (
     *("dram_budget", "reserve", "what", "predictor", "window", "lookahead", "follow", "warm_start"),
     *("io_engine",),
@@ -46,6 +50,7 @@ _FLASH_OPTIONS = (
 _MANY = (  # that the classic server has not, by flags
     *("parallel", "type_k", "type_v", "lora", "prompt_cache", "embeddings", "pooling"),
     *("chat_template", "chat_template_file", "reasoning_format"),
+    *("max_body", "max_grammar", "max_memory", "max_depth", "max_requests", "timeout"),
 )
 
 
@@ -111,6 +116,33 @@ _Embeddings = Annotated[bool | None, _chat("--embeddings", help="Embeddings in p
 _Pooling = Annotated[
     str | None, _chat("--pooling", help="Of embeddings: none, mean, cls, last, rank. Default: the model's.")
 ]
+_MaxBody = Annotated[
+    str | None, _limit("--max-body", help="Size of a request. Default: 1MiB, and 64 bytes for each token of -c.")
+]
+_MaxGrammar = Annotated[
+    str | None,
+    _limit("--max-grammar", help="Size of a grammar, given or made from a JSON schema. Default: 256KiB."),
+]
+_MaxMemory = Annotated[
+    str | None,
+    _limit(
+        "--max-memory",
+        help="Memory of all requests together, counted in the budget. Default: 48MiB, or 32 times --max-body.",
+    ),
+]
+_MaxDepth = Annotated[int | None, _limit("--max-depth", min=1, help="Nesting of a request's JSON. Default: 64.")]
+_MaxRequests = Annotated[
+    int | None,
+    _limit("--max-requests", min=1, help="Requests that are answered or wait at the same time. Default: 128."),
+]
+_Timeout = Annotated[
+    int | None,
+    _limit(
+        "--timeout",
+        min=1,
+        help="Seconds in which a request has to arrive, and pieces of an answer to be taken. Default: 60.",
+    ),
+]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show the engine's log and the requests.")]
 _Classic = Annotated[
     bool,
@@ -151,6 +183,12 @@ def serve(
     reasoning_format: _ReasoningFormat = None,
     embeddings: _Embeddings = None,
     pooling: _Pooling = None,
+    max_body: _MaxBody = None,
+    max_grammar: _MaxGrammar = None,
+    max_memory: _MaxMemory = None,
+    max_depth: _MaxDepth = None,
+    max_requests: _MaxRequests = None,
+    timeout: _Timeout = None,
     verbose: _Verbose = False,
     classic: _Classic = False,
     chat_format: _ChatFormat = None,

@@ -1,6 +1,7 @@
 """llama-server inside this process: its library, and the hooks through which it loads and computes.
 
-The structure is `struct llama_hooks` of the engine's llama-ext.h, the functions are those of plugin/server/serve.cpp.
+The structures are `struct llama_hooks` of the engine's llama-ext.h and that of plugin/server/limits.h, the functions
+are those of plugin/server/serve.cpp.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from typing import Any, Protocol
 from ..errors import FlashError
 from . import bindings
 
-__all__ = ["FAILED", "Driver", "Pages", "check_template", "copy_of", "hooks_of", "load", "serve", "stop", "write_back"]
+__all__ = [
+    *("FAILED", "MEMORY_OF_REQUESTS", "RESERVE", "Driver", "Pages", "RequestLimits"),
+    *("check_template", "copy_of", "hooks_of", "load", "serve", "stop", "write_back"),
+]
 
+MEMORY_OF_REQUESTS = 48 << 20  # bytes that all requests together may take, where nobody says otherwise
+RESERVE = 8 << 20  # bytes that a server leaves alone beside that
 FAILED = -3  # what llama_process returns where a graph could not be computed: the batch is not tried again
 
 logger = logging.getLogger("llama_flash")
@@ -39,6 +45,19 @@ class _Hooks(ctypes.Structure):
     """struct llama_hooks"""
 
     _fields_ = (("load", _Load), ("init", _Init), ("freed", _Freed), ("begin", _Begin), ("end", _End))
+
+
+class RequestLimits(ctypes.Structure):
+    """struct llama_flash_limits."""
+
+    _fields_ = (
+        ("max_body", ctypes.c_uint64),
+        ("max_grammar", ctypes.c_uint64),
+        ("max_memory", ctypes.c_uint64),
+        ("max_depth", ctypes.c_uint32),
+        ("max_requests", ctypes.c_uint32),
+        ("n_ctx", ctypes.c_uint32),
+    )
 
 
 class Driver(Protocol):
@@ -75,11 +94,12 @@ def load() -> None:
     _library()
 
 
-def serve(arguments: Sequence[str], driver: Driver, pages: Pages) -> int:
+def serve(arguments: Sequence[str], driver: Driver, pages: Pages, limits: RequestLimits) -> int:
     """Runs llama-server in this thread until it is stopped. 0 then, 1 if it did not begin.
 
     Args:
         arguments: as on its command line, without its name. llama.cpp's own settings files are not read.
+        limits: what of a request is refused before it is parsed.
 
     Raises:
         FlashError: the server's library is missing.
@@ -88,7 +108,7 @@ def serve(arguments: Sequence[str], driver: Driver, pages: Pages) -> int:
     encoded = [b"llama-server", *map(os.fsencode, arguments)]
     argv = (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
     hooks, tell = hooks_of(driver), _tell(library, pages)
-    code: int = library.llama_flash_serve(len(encoded), argv, ctypes.byref(hooks), tell)
+    code: int = library.llama_flash_serve(len(encoded), argv, ctypes.byref(hooks), tell, ctypes.byref(limits))
     return code
 
 
@@ -156,7 +176,7 @@ def _library() -> Any:
     try:
         library = ctypes.CDLL(str(path))
         library.llama_flash_serve.restype = ctypes.c_int
-        library.llama_flash_serve.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell)
+        library.llama_flash_serve.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell, ctypes.c_void_p)
         library.llama_flash_serve_write.restype = None
         library.llama_flash_serve_write.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
         library.llama_flash_serve_template.restype = ctypes.c_bool

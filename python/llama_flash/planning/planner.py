@@ -176,6 +176,8 @@ def plan(
 
     if parallel > 1:
         server.load()  # its size, too
+        if options.reserve is None:
+            options = replace(options, reserve=server.MEMORY_OF_REQUESTS + server.RESERVE)
     planner = _Planner(meta, options, shape, held_by_all)
     try:
         budget = _budget_of(options, meta)

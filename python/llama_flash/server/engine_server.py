@@ -42,6 +42,8 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
         FlashError, ValueError: see llama_cpp.Llama.
     """
     settings = completed(settings)
+    limits = settings.limits.of_requests(settings.n_ctx or 0)
+    settings = _with_reserve(settings, limits.max_memory)
     with bound(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
     if not is_loopback(host) and settings.api_key is None:
@@ -56,7 +58,7 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
 
     lora = str(settings.lora[0]) if settings.lora else None
     driver = EngineDriver(settings.flash_offload, loaded, lora_path=lora, aside=settings.prompt_cache)
-    server = EngineThread(arguments_of(settings, many, host, port), driver, pages, host, port)
+    server = EngineThread(arguments_of(settings, many, host, port), driver, pages, limits, host, port)
     with Signals() as signals:
         server.start()
         if server.wait_until_it_answers():
@@ -96,6 +98,15 @@ def completed(settings: EngineSettings) -> EngineSettings:
     )
 
 
+def _with_reserve(settings: EngineSettings, requests: int) -> EngineSettings:
+    """What is not for weights, unless somebody said how much: bytes that requests may take, and a little beside."""
+    flash = settings.flash_offload
+    if flash is False:
+        return settings
+    options = {} if flash is True else dict(flash)
+    return replace(settings, flash_offload={"reserve": requests + native.RESERVE, **options})
+
+
 def _parallel(settings: EngineSettings) -> tuple[int, str]:
     """How many answers at the same time, and the reason in brackets."""
     if settings.parallel is not None:
@@ -123,7 +134,7 @@ def arguments_of(settings: EngineSettings, many: int, host: str, port: int) -> l
     threads = settings.threads or default_threads()
     return [
         *("--model", str(settings.model), "--alias", settings.alias),
-        *("--host", host, "--port", str(port)),
+        *("--host", host, "--port", str(port), "--timeout", str(settings.limits.timeout)),
         *("--parallel", str(many), "--ctx-size", str(settings.n_ctx * many), "--no-kv-unified"),
         *("--batch-size", str(settings.n_batch), "--ubatch-size", str(settings.n_ubatch), "--flash-attn", "off"),
         *("--cache-type-k", settings.type_k, "--cache-type-v", settings.type_v),

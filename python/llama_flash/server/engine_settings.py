@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import FlashFormatError
 from ..file_kind import kind_of_file
 from ..model.shape import KV_TYPES
 from ..sizes import parse_size
+from .limits import Limits
 from .values import ENV_PREFIX, flash_values, read_file
 
 __all__ = ["POOLINGS", "REASONING_FORMATS", "EngineSettings", "read_engine_settings"]
@@ -48,6 +49,7 @@ class EngineSettings:
         seed: of requests that name none; None: a random one for each.
         threads_http: requests that are received at the same time; None: a few more than `parallel`.
         flash_offload: as `Llama` takes it.
+        limits: of what clients may ask for.
     """
 
     model: Path
@@ -74,6 +76,7 @@ class EngineSettings:
     threads_http: int | None = None
     flash_offload: Mapping[str, Any] | bool = True
     verbose: bool = False
+    limits: Limits = field(default_factory=Limits)
 
 
 def read_engine_settings(
@@ -108,7 +111,8 @@ def read_engine_settings(
     found.setdefault("model", default_model)
     if found["model"] is None:
         raise FileNotFoundError("no such model: (none named)")
-    return _checked(EngineSettings(**found))
+    limits = Limits(**{each.name: found.pop(each.name) for each in fields(Limits) if each.name in found})
+    return _checked(EngineSettings(**found, limits=limits))
 
 
 def _checked(settings: EngineSettings) -> EngineSettings:
@@ -286,6 +290,12 @@ _SETTINGS: dict[str, tuple[str, _Reader]] = {  # by name: the attribute ("": non
     "seed": ("seed", _whole(0, 0xFFFFFFFF)),
     "flash_offload": ("flash_offload", _flash),
     "verbose": ("verbose", _flag),
+    "max_body": ("max_body", parse_size),
+    "max_grammar": ("max_grammar", parse_size),
+    "max_memory": ("max_memory", parse_size),
+    "max_depth": ("max_depth", _whole(1)),
+    "max_requests": ("max_requests", _whole(1)),
+    "timeout": ("timeout", _whole(1)),
     "flash_attn": ("", _is(False)),
     "interrupt_requests": ("", _is(False)),
     "use_mlock": ("", _is(False)),

@@ -73,8 +73,16 @@ class EngineThread:
         host, port: where it will listen, as `arguments` say; a host that ends in ".sock" is a socket's path.
     """
 
-    def __init__(self, arguments: list[str], driver: EngineDriver, pages: FlashPages, host: str, port: int) -> None:
-        self._arguments, self._driver, self._pages = arguments, driver, pages
+    def __init__(
+        self,
+        arguments: list[str],
+        driver: EngineDriver,
+        pages: FlashPages,
+        limits: native.RequestLimits,
+        host: str,
+        port: int,
+    ) -> None:
+        self._arguments, self._driver, self._pages, self._limits = arguments, driver, pages, limits
         self._host, self._port = host, port
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="llama-server", daemon=True)
@@ -89,7 +97,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            if native.serve(self._arguments, self._driver, self._pages) != 0:
+            if native.serve(self._arguments, self._driver, self._pages, self._limits) != 0:
                 self._failure = self._driver.failure or FlashError("the server did not start: --verbose shows its log")
         except BaseException as failure:
             self._failure = failure
