@@ -121,7 +121,7 @@ def _chosen(names: str) -> list[Case]:
     known["inflated"] = list(INFLATED)
     known |= {name: [] for name in _ALONE}
     for name in _ALONE:
-        if name in names.split(","):
+        if name in names.split(",") and names != name:
             sys.exit(f"error: {name} is measured alone")
     chosen: list[Case] = []
     for name in names.split(","):

@@ -288,4 +288,4 @@ def test_limits_are_flags(model: Path, tmp_path: Path) -> None:
             answer = ask(server, COMPLETION, json.dumps(body).encode())
             assert answer[0] == status and reason in answer[1]
     assert "--max-body: " in refusal(model, "--max-body", "much", command=SERVE)
-    assert "--max-depth: the classic server has no such limit" in refusal(model, "--max-depth", "9")
+    assert "--max-depth and --classic: " in refusal(model, "--max-depth", "9")

@@ -175,9 +175,7 @@ def plan(
     import llama_cpp  # noqa: F401  # so that its size is counted
 
     if parallel > 1:
-        server.load()  # its size, too
-        if options.reserve is None:
-            options = replace(options, reserve=server.MEMORY_OF_REQUESTS + server.RESERVE)
+        options = _of_a_server(options)
     planner = _Planner(meta, options, shape, held_by_all)
     try:
         budget = _budget_of(options, meta)
@@ -193,6 +191,14 @@ def plan(
         return _load_plan(str(model), options, budget, smallest, found, cost, profile, others, parallel, together)
     finally:
         planner.close()
+
+
+def _of_a_server(options: FlashOffload) -> FlashOffload:
+    """With what requests may take. Its library is loaded, so that its size is counted."""
+    server.load()
+    if options.reserve is not None:
+        return options
+    return replace(options, reserve=server.MEMORY_OF_REQUESTS + server.RESERVE)
 
 
 def _budget_of(options: FlashOffload, meta: GgufMeta) -> Budget:
