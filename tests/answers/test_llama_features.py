@@ -71,6 +71,16 @@ def test_a_grammar_holds(model_file: ModelFile) -> None:
     assert set(texts[0]) <= set("abcdef")
 
 
+def test_a_grammar_that_grows_without_end_is_an_error_and_ends_nothing(model_file: ModelFile) -> None:
+    # with each token there are twice as many ways to go on
+    grows = LlamaGrammar.from_string('root ::= "a" root "b" | "a" root "c"', verbose=False)
+    with open_flash(model_file("qwen3moe", "Q4_0"), logits_all=False) as llm:
+        before = text_of(llm)
+        with pytest.raises(ValueError, match="no token can be sampled"):
+            text_of(llm, grammar=grows, max_tokens=200)
+        assert text_of(llm) == before
+
+
 def test_draft_model_gives_the_same_text(model_file: ModelFile) -> None:
     path = model_file("qwen3moe", "Q8_0")
     texts = []
