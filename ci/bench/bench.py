@@ -218,10 +218,8 @@ def _measure_many(options: argparse.Namespace, console: Console) -> int:
     found: list[many.Result] = []
 
     def run(say: Callable[[str], None]) -> None:
-        seconds, layers, widths = (3.0, 2, (1, 2)) if options.quick else (options.seconds, None, many.WIDTHS)
-        for result in many.measure(
-            options.models, seconds, say, keep=options.keep_models, layers=layers, widths=widths
-        ):
+        seconds, layers, most = (3.0, 2, 8) if options.quick else (options.seconds, None, 32)
+        for result in many.measure(options.models, seconds, say, keep=options.keep_models, layers=layers, most=most):
             found.append(result)
             console.print(many.table(result))
 

@@ -77,6 +77,8 @@ PRESETS = {
     "gpt-oss-120b": _GPT_OSS_120B,
     "qwen3-30b-a3b-12l": _QWEN3_30B_A3B_12L,
     "llama2-7b-18l": _LLAMA2_7B_18L,
+    # whose KV cache leaves room for many sequences
+    "llama3-8b-16l": replace(_LLAMA2_7B_18L, shape=replace(_LLAMA2_7B_18L.shape, n_layer=16, n_ff=14336, n_head_kv=8)),
     # small enough to be written by every test run, large enough for a memory cap to bite
     "moe-400m": replace(
         _QWEN3_30B_A3B_12L, shape=replace(_QWEN3_30B_A3B_12L.shape, n_layer=6, n_embd=1024, n_expert=64, n_ff_exp=512)

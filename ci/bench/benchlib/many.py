@@ -27,10 +27,14 @@ from typing import Any
 from rich.table import Table
 
 from benchlib import machine
-from benchlib.models import DENSE_Q4, MOE_SKEWED, RELU_Q8, BenchModel
+from benchlib.models import DENSE_GQA, MOE_SKEWED, RELU_Q8, BenchModel
 from benchlib.turns import BuildError
 
-WIDTHS = (1, 8, 32)
+MODELS: tuple[tuple[str, BenchModel, tuple[int, ...]], ...] = (  # kind, model, numbers of clients
+    ("dense", DENSE_GQA, (1, 8, 32)),
+    ("moe", MOE_SKEWED, (1, 8, 32)),
+    ("relu", RELU_Q8, (1, 8)),  # the KV cache of more takes all
+)
 _CAP = 0.5  # of the file
 _N_CTX = 256  # of each sequence: the least that the engine makes
 _TURN = 3.0  # seconds, about
@@ -141,16 +145,20 @@ def measure(
     *,
     keep: bool = False,
     layers: int | None = None,
-    widths: Sequence[int] = WIDTHS,
+    most: int = 32,
 ) -> Iterator[Result]:
     """A dense model, a mixture and a model in neuron bundles; so many seconds of turns with each.
+
+    Args:
+        layers: of each model; None: all.
+        most: clients at once.
 
     Raises:
         OSError: the disk has no room for a model.
         BuildError: a server did not start, or refused.
     """
-    for kind, model in (("dense", DENSE_Q4), ("moe", MOE_SKEWED), ("relu", RELU_Q8)):
-        yield _measure(kind, model, folder, seconds, report, keep, layers, widths)
+    for kind, model, widths in MODELS:
+        yield _measure(kind, model, folder, seconds, report, keep, layers, [n for n in widths if n <= most])
 
 
 def _measure(

@@ -232,6 +232,7 @@ MOE_K_SKEWED = _moe("moe-k-skewed", SKEWED, "skewed", "Q4_K")
 MOE_K_UNIFORM = _moe("moe-k-uniform", 0.0, "uniform", "Q4_K")
 DENSE = OrdinaryModel("dense-silu", "18 layers of Llama-2-7B's shape, Q8_0", "llama2-7b-18l")
 DENSE_Q4 = OrdinaryModel("dense-q4", "18 layers of Llama-2-7B's shape, Q4_0", "llama2-7b-18l", 0.0, "Q4_0")
+DENSE_GQA = OrdinaryModel("dense-gqa", "16 layers of Llama-3-8B's shape, Q4_0", "llama3-8b-16l", 0.0, "Q4_0")
 MOE_REAL = InflatedModel(
     "moe-real", "the shipped mixture (3 layers, 4 of 32 experts, Q8_0), inflated", True, lambda: _SHIPPED_MOE, _code
 )
