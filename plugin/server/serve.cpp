@@ -62,7 +62,10 @@ static server_http_context::handler_t with(const server_http_context::handler_t 
 // and ends with a null pointer; nothing but argv and the environment says what is served. The hooks are called on this thread, freed
 // also where else a model is freed.
 int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell, const llama_flash_limits * limits) {
-    int result = 1;
+    int               result = 1;
+    ggml_log_callback log; // of the process, which goes on
+    void *            log_data;
+    llama_log_get(&log, &log_data);
     try {
         // threads of HTTP come and go: with an arena for each, what large requests have freed would stay with the process
         mallopt(M_ARENA_MAX, 4);
@@ -88,6 +91,7 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
         fprintf(stderr, "llama-server: unknown exception\n");
     }
     common_log_flush(common_log_main());
+    llama_log_set(log, log_data);
     llama_server_extend_routes = nullptr;
     llama_set_hooks({});
     return result;

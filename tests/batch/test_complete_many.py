@@ -143,6 +143,13 @@ def test_an_open_llama_computes_one_after_the_other_and_stays_open(alone: list[s
         assert list(many) == [] and llm("import os", max_tokens=2)["choices"]
 
 
+def test_the_engines_log_is_the_programs_again(capfd: pytest.CaptureFixture[str]) -> None:
+    list(llama_flash.complete_many(SHIPPED, ["import os"], parallel=1, max_tokens=1))
+    assert "llama_model_loader" not in capfd.readouterr().err
+    with closing(llama_cpp.Llama(str(SHIPPED), n_ctx=64, verbose=True)):
+        assert "llama_model_loader" in capfd.readouterr().err
+
+
 def test_a_program_that_ends_in_the_middle_ends() -> None:
     code = (
         "import sys, llama_flash; many = llama_flash.complete_many(sys.argv[1], iter(lambda: 'import os', None), "
