@@ -143,6 +143,11 @@ def test_an_open_llama_computes_one_after_the_other_and_stays_open(alone: list[s
         assert list(many) == [] and llm("import os", max_tokens=2)["choices"]
 
 
+def test_no_limit_for_strangers_meets_a_program_that_asks_for_much_at_once() -> None:
+    many = llama_flash.complete_many(SHIPPED, ["import os\n"] * 200, parallel=150, n_ctx=256, max_tokens=1)
+    assert [one.error for one in many] == [None] * 200
+
+
 def test_the_engines_log_is_the_programs_again(capfd: pytest.CaptureFixture[str]) -> None:
     list(llama_flash.complete_many(SHIPPED, ["import os"], parallel=1, max_tokens=1))
     assert "llama_model_loader" not in capfd.readouterr().err

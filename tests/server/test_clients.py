@@ -8,10 +8,7 @@ import shutil
 import signal
 import socket
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ import openai
 import pytest
 from caps import require_caps
 from gguf import GGUFValueType
-from serving import KEY, PATIENCE, SERVE, Server, serving, smallest_budget
+from serving import KEY, PATIENCE, SERVE, Server, eventually, post, serving, smallest_budget
 
 from gguf_tools.source import KeyValue, open_gguf
 from gguf_tools.stream import copied, write_gguf
@@ -109,24 +106,6 @@ def client(server: Server) -> openai.OpenAI:
 @pytest.fixture
 def claude(server: Server) -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=PATIENCE)
-
-
-def post(server: Server, path: str, body: dict[str, Any] | bytes) -> tuple[int, dict[str, Any]]:
-    """Status and answer."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers), timeout=PATIENCE) as done:
-            return done.status, json.load(done)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def eventually(what: Callable[[], bool]) -> bool:
-    end = time.monotonic() + PATIENCE
-    while not (true := what()) and time.monotonic() < end:
-        time.sleep(0.05)
-    return true
 
 
 def in_flight(server: Server) -> float:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+import llama_flash
 from llama_flash import FlashOffload
 from llama_flash.budget.rooms import held_by_process
 from llama_flash.model.gguf import read_gguf
 from llama_flash.model.shape import ContextShape
 from llama_flash.server.engine_settings import EngineSettings, read_engine_settings
+from llama_flash.server.limits import Limits
 from llama_flash.server.parallel import choose_parallel
 from llama_flash.server.values import ENV_PREFIX
 
@@ -199,3 +201,9 @@ def test_as_many_answers_at_once_as_cost_little() -> None:
     resident = choose_parallel(meta, FlashOffload(dram_budget=held + 2048 * MIB), one)
     assert resident[0] == 8 and "beside the weights" in resident[1]
     assert choose_parallel(meta, None, one)[0] == 4
+
+
+@pytest.mark.parametrize("n_ctx", [512, 65536])
+def test_a_plan_leaves_alone_what_requests_may_take(n_ctx: int, model: Path) -> None:
+    planned = llama_flash.plan(model, "8GiB", n_ctx=n_ctx, parallel=2).memory.as_dict()["reserve"]
+    assert planned == Limits().of_requests(n_ctx).max_memory + 8 * MIB

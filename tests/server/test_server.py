@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -23,7 +23,7 @@ import openai
 import pytest
 from caps import require_caps
 from prometheus_client.parser import text_string_to_metric_families
-from serving import KEY, PATIENCE, Server, cut_short, refusal, serving, smallest_budget
+from serving import KEY, PATIENCE, Server, cut_short, eventually, post, refusal, serving, smallest_budget
 
 from llama_flash.server.settings import ENV_PREFIX, read_settings
 
@@ -77,24 +77,6 @@ def streamed(client: openai.OpenAI, prompt: str, n: int = 48) -> str:
         reason = chunk.choices[0].finish_reason
     assert reason in ("length", "stop") and len(pieces) > 2
     return "".join(pieces)
-
-
-def post(server: Server, path: str, body: dict[str, Any] | bytes) -> tuple[int, dict[str, Any]]:
-    """Status and answer."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers), timeout=PATIENCE) as done:
-            return done.status, json.load(done)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def eventually(what: Callable[[], bool]) -> bool:
-    end = time.monotonic() + PATIENCE
-    while not (true := what()) and time.monotonic() < end:
-        time.sleep(0.05)
-    return true
 
 
 def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:

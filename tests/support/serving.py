@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 from prometheus_client.parser import text_string_to_metric_families
@@ -98,6 +101,24 @@ def serving(
     finally:
         if server.process.poll() is None:
             server.stop()
+
+
+def post(server: Server, path: str, body: dict[str, Any] | bytes) -> tuple[int, dict[str, Any]]:
+    """Status and answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers), timeout=PATIENCE) as done:
+            return done.status, json.load(done)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def eventually(what: Callable[[], bool]) -> bool:
+    end = time.monotonic() + PATIENCE
+    while not (true := what()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return true
 
 
 def refusal(*arguments: str | Path, command: Sequence[str] = CLASSIC, **environment: str) -> str:

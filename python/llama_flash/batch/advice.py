@@ -9,15 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..budget.held import held_by_all
 from ..budget.rooms import resolve_budget
-from ..errors import FlashBudgetError
 from ..model.gguf import read_gguf
 from ..model.shape import ContextShape
-from ..native.library import settled
 from ..options import FlashOffload
 from ..planning.lent import FEW_TOKENS
-from ..planning.placement import make_plan
+from ..server.parallel import plan_of
 
 __all__ = ["MOST", "parallel_for"]
 
@@ -43,14 +40,12 @@ def parallel_for(model: Path, flash_offload: Mapping[str, Any], n_ctx: int, n_re
     import llama_cpp  # noqa: F401  # so that its size is counted
 
     budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
-    held = held_by_all() - settled()
+    one = ContextShape(n_ctx=n_ctx)
     best, mode = 1, ""
     n = 1
     while n <= MOST and (n == 1 or n_requests is None or n // 2 < n_requests):
-        shape = ContextShape(n_ctx=n * n_ctx, n_outputs=n, n_sequences=n)
-        try:
-            plan = make_plan(meta, options, budget, shape, held)
-        except FlashBudgetError:
+        plan = plan_of(n, meta, options, budget, one)
+        if plan is None:
             break
         mode = mode or plan.mode
         shared = budget.total - plan.expected.total + plan.expected.kv

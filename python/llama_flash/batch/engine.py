@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FlashError
+from ..model.gguf import read_gguf
 from ..native.library import trim_heap
 from ..server.address import SOCKET, connection_to
 from ..server.driver import EngineDriver
@@ -24,7 +25,8 @@ from ..whole_files import temporary_folder
 __all__ = ["Engine", "in_flight"]
 
 _LONGEST = 100  # bytes of a socket's path: 107 is what the system allows
-_NONE = Limits(max_body=1 << 30, max_grammar=1 << 30, max_memory=1 << 50, timeout=3600)  # no stranger asks
+# no stranger asks
+_NONE = Limits(max_body=1 << 30, max_grammar=1 << 30, max_memory=1 << 50, max_requests=1 << 20, timeout=3600)
 _QUEUED = 8  # requests beyond those computed, so that no sequence waits for the next one
 
 
@@ -55,9 +57,10 @@ class Engine:
                 raise FlashError(f"{folder}: too long for the path of a socket: set TMPDIR to a shorter one")
             name = model.name.removesuffix(".gguf")
             asked = completed(
-                EngineSettings(model, name, threads_http=in_flight(parallel) + 4, limits=_NONE, **settings)
+                EngineSettings(model, name, threads_http=in_flight(parallel) + 4, limits=_NONE, **settings),
+                read_gguf(model),
             )
-            driver = EngineDriver(asked.flash_offload or True, lambda session: say(session.summary))
+            driver = EngineDriver(asked.flash_offload, lambda session: say(session.summary))
             arguments = arguments_of(asked, parallel, self._socket, 0)
             pages, limits = FlashPages(name, parallel), asked.limits.of_requests(asked.n_ctx or 0)
             self._thread = EngineThread(arguments, driver, pages, limits, self._socket, 0)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from ..errors import FlashError
 from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
+from ..model.shape import whole_cells
 from ..server.engine_thread import LOOK, Signals
 from .advice import parallel_for
 from .answers import Answers
@@ -25,7 +26,6 @@ from .requests import Request, Requests
 
 __all__ = ["BatchSettings", "Job", "Progress"]
 
-_CELLS = 256  # the engine makes the context of a sequence a multiple of it
 _SAMPLES, _SAMPLE = 16, 1 << 16  # of a model file, and bytes of each: what tells it from others
 
 
@@ -228,7 +228,7 @@ class Job:
 
 def context_for(meta: GgufMeta, needed: int) -> int:
     """Tokens of each sequence: those needed, or as many as the model was trained for; as the engine rounds them."""
-    return -(-min(needed, meta.number("context_length", needed)) // _CELLS) * _CELLS
+    return whole_cells(min(needed, meta.number("context_length", needed)))
 
 
 def pooling_for(meta: GgufMeta) -> str | None:

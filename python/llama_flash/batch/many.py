@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FlashError, FlashReadError
+from ..model.gguf import read_gguf
 from ..options import FlashOffload
 from ..server.engine_server import completed
 from ..server.engine_settings import EngineSettings
@@ -151,7 +152,7 @@ class _Together(Completions):
     ) -> None:
         flash = {name: getattr(options, name) for name in options.__dataclass_fields__}
         if parallel == "auto":
-            tokens = completed(EngineSettings(model, n_ctx=n_ctx)).n_ctx or 0
+            tokens = completed(EngineSettings(model, n_ctx=n_ctx), read_gguf(model)).n_ctx or 0
             parallel = parallel_for(model, flash, tokens)
         engine = Engine(model, parallel, lambda line: None, n_ctx=n_ctx, threads=n_threads, flash_offload=flash)
         requests = ((index, path, json.dumps(body).encode()) for index, path, body in bodies)

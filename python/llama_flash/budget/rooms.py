@@ -12,6 +12,7 @@ is never counted as ours.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,12 +30,15 @@ __all__ = [
     "Room",
     "default_reserve",
     "held_by_process",
+    "kept_budget",
     "reserve_of",
     "resolve_budget",
     "rooms",
     "smallest_budget",
     "steady_reserve",
 ]
+
+logger = logging.getLogger("llama_flash")
 
 # Left unused within the budget, for what is charged to us and cannot be asked for beforehand: page tables (2 MB per
 # GB of slots), thread stacks and other kernel memory, the kernel's charging in batches (256 KiB per core), growth of
@@ -208,6 +212,19 @@ def resolve_budget(
         if asked <= available:
             reason = "dram_budget"
     return Budget(total, reserve_of(total, reserve), reason, asked)
+
+
+def kept_budget(dram_budget: int | str, reserve: int | str | None, model_bytes: int) -> Budget:
+    """resolve_budget for this process, with a warning where there is less than was asked for."""
+    budget = resolve_budget(dram_budget, reserve, model_bytes=model_bytes)
+    if budget.asked is not None and budget.asked > budget.total:
+        logger.warning(
+            "dram_budget is %s, but %s leaves %s: that is used",
+            format_size(budget.asked),
+            budget.reason,
+            format_size(budget.total),
+        )
+    return budget
 
 
 def smallest_budget(needed: int, reserve: int | str | None = None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["KV_TYPES", "ContextShape"]
+__all__ = ["KV_TYPES", "ContextShape", "whole_cells"]
+
+_CELLS = 256  # the engine makes the context of a sequence a multiple of it
 
 # types of KV caches: enum ggml_type
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
@@ -25,3 +27,8 @@ class ContextShape:
     embedding: bool = False
     aside: int = 0  # bytes that the caller keeps beside it, sooner or later: prompts that have left the KV cache
     n_sequences: int = 1  # at most; each has cells of its own, n_ctx / n_sequences of them
+
+
+def whole_cells(n_ctx: int) -> int:
+    """Tokens of a sequence that asked for so many, as the engine rounds them where there are several."""
+    return -(-n_ctx // _CELLS) * _CELLS

@@ -17,12 +17,10 @@ from ..errors import FlashError
 from . import bindings
 
 __all__ = [
-    *("FAILED", "MEMORY_OF_REQUESTS", "RESERVE", "Driver", "Pages", "RequestLimits"),
-    *("check_template", "copy_of", "hooks_of", "load", "serve", "stop", "write_back"),
+    *("FAILED", "Driver", "Pages", "RequestLimits"),
+    *("argv_of", "check_template", "copy_of", "hooks_of", "load", "serve", "shipped", "stop", "write_back"),
 ]
 
-MEMORY_OF_REQUESTS = 48 << 20  # bytes that all requests together may take, where nobody says otherwise
-RESERVE = 8 << 20  # bytes that a server leaves alone beside that
 FAILED = -3  # what llama_process returns where a graph could not be computed: the batch is not tried again
 
 logger = logging.getLogger("llama_flash")
@@ -105,10 +103,9 @@ def serve(arguments: Sequence[str], driver: Driver, pages: Pages, limits: Reques
         FlashError: the server's library is missing.
     """
     library = _library()
-    encoded = [b"llama-server", *map(os.fsencode, arguments)]
-    argv = (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
     hooks, tell = hooks_of(driver), _tell(library, pages)
-    code: int = library.llama_flash_serve(len(encoded), argv, ctypes.byref(hooks), tell, ctypes.byref(limits))
+    argv = argv_of("llama-server", arguments)
+    code: int = library.llama_flash_serve(*argv, ctypes.byref(hooks), tell, ctypes.byref(limits))
     return code
 
 
@@ -122,6 +119,19 @@ def check_template(text: str) -> None:
     reason = ctypes.create_string_buffer(1024)
     if not _library().llama_flash_serve_template(text.encode(), reason, len(reason)):
         raise ValueError(" ".join(reason.value.decode(errors="replace").split()))
+
+
+def argv_of(name: str, arguments: Sequence[str]) -> tuple[int, Any]:
+    """argc and argv of a program."""
+    encoded = [name.encode(), *map(os.fsencode, arguments)]
+    return len(encoded), (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
+
+
+def shipped(name: str) -> Any:
+    """A library that lies beside the engine's, and finds that in the process. Raises OSError: it is missing."""
+    import llama_cpp  # noqa: F401  # its libllama is the one to be found
+
+    return ctypes.CDLL(str(bindings.library_path().with_name(name)))
 
 
 def copy_of(structure: Any) -> Any:
@@ -170,11 +180,8 @@ def _tell(library: Any, pages: Pages) -> Any:
 
 
 def _library() -> Any:
-    path = bindings.library_path().with_name(_LIBRARY)
-    import llama_cpp  # noqa: F401  # its libllama is the one that the server is to find in the process
-
     try:
-        library = ctypes.CDLL(str(path))
+        library = shipped(_LIBRARY)
         library.llama_flash_serve.restype = ctypes.c_int
         library.llama_flash_serve.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell, ctypes.c_void_p)
         library.llama_flash_serve_write.restype = None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import FlashError
-from . import bindings
-from .server import Driver, hooks_of
+from .server import Driver, argv_of, hooks_of, shipped
 
 __all__ = ["run_tool"]
 
@@ -31,21 +29,16 @@ def run_tool(name: str, arguments: Sequence[str], driver: Driver) -> int:
         ValueError: there is no such tool.
     """
     library = _library()
-    encoded = [name.encode(), *map(os.fsencode, arguments)]
-    argv = (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
     hooks = hooks_of(driver)
-    status: int = library.llama_flash_tool(len(encoded), argv, ctypes.byref(hooks))
+    status: int = library.llama_flash_tool(*argv_of(name, arguments), ctypes.byref(hooks))
     if status < 0:
         raise ValueError(f"there is no tool {name}")
     return status
 
 
 def _library() -> Any:
-    path = bindings.library_path().with_name(_LIBRARY)
-    import llama_cpp  # noqa: F401  # its libllama is the one that the tools are to find in the process
-
     try:
-        library = ctypes.CDLL(str(path))
+        library = shipped(_LIBRARY)
         library.llama_flash_tool.restype = ctypes.c_int
         library.llama_flash_tool.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
     except (OSError, AttributeError) as error:

@@ -14,18 +14,18 @@ from typing import Any, Literal
 
 from ..budget.cores import Threads, choose_threads
 from ..budget.held import held_by_all
-from ..budget.rooms import GROWTH, KERNEL, Breakdown, Budget, refuse, reserve_of, resolve_budget
+from ..budget.requests import largest_body, memory_of, reserve_of_server
+from ..budget.rooms import GROWTH, KERNEL, Breakdown, Budget, kept_budget, refuse, reserve_of, resolve_budget
 from ..device.kept import profile_for
 from ..device.profile import DeviceProfile
 from ..errors import FlashBudgetError, FlashError, FlashFormatError
 from ..model.bundles import Bundles, read_bundles
 from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
-from ..model.shape import KV_TYPES, ContextShape
+from ..model.shape import KV_TYPES, ContextShape, whole_cells
 from ..native import server
 from ..native.library import settled
 from ..native.params import Mode, Requirements
 from ..options import FlashOffload
-from ..sizes import format_size
 from .advice import advice_for
 from .cost import Cost, expect
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
@@ -44,7 +44,6 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the model file: budgets that are shown fo
 _SLACK = 4 << 20  # what a load takes that cannot be asked for beforehand: the heap grows, by earlier loads, too
 _ROOM_TO_ASK = 16 << 20
 _MIB = 1 << 20
-_CELLS = 256  # the engine makes the context of a sequence a multiple of it
 
 
 @dataclass(frozen=True)
@@ -175,10 +174,10 @@ def plan(
     import llama_cpp  # noqa: F401  # so that its size is counted
 
     if parallel > 1:
-        options = _of_a_server(options)
+        options = _of_a_server(options, shape)
     planner = _Planner(meta, options, shape, held_by_all)
     try:
-        budget = _budget_of(options, meta)
+        budget = kept_budget(options.dram_budget, options.reserve, meta.file_bytes)
         profile = profile or profile_for(meta.files[0], options.io_engine)
         try:
             found = planner.outcome(budget)
@@ -193,24 +192,12 @@ def plan(
         planner.close()
 
 
-def _of_a_server(options: FlashOffload) -> FlashOffload:
+def _of_a_server(options: FlashOffload, shape: ContextShape) -> FlashOffload:
     """With what requests may take. Its library is loaded, so that its size is counted."""
     server.load()
     if options.reserve is not None:
         return options
-    return replace(options, reserve=server.MEMORY_OF_REQUESTS + server.RESERVE)
-
-
-def _budget_of(options: FlashOffload, meta: GgufMeta) -> Budget:
-    budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
-    if budget.asked is not None and budget.asked > budget.total:
-        logger.warning(
-            "dram_budget is %s, but %s leaves %s: that is used",
-            format_size(budget.asked),
-            budget.reason,
-            format_size(budget.total),
-        )
-    return budget
+    return replace(options, reserve=reserve_of_server(memory_of(largest_body(shape.n_ctx // shape.n_sequences))))
 
 
 def _load_plan(
@@ -284,7 +271,7 @@ def _shape(
             raise ValueError(f"{name}: {kind!r} is no type of KV caches; expected one of {known}")
     n_ctx = n_ctx or meta.number("context_length", 4096)
     if parallel > 1:
-        n_ctx = parallel * (-(-n_ctx // _CELLS) * _CELLS)
+        n_ctx = parallel * whole_cells(n_ctx)
     n_batch = min(n_ctx, n_batch)
     return ContextShape(
         n_ctx=n_ctx,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cost import Cost
+from .lent import FEW_TOKENS
 
 __all__ = ["Together", "advised", "counts"]
 
-_MOST = 16  # tokens that are computed at once while the rest of the buffers is lent
 _WORTH = 1.10  # times the tokens per second, for twice the sequences
 
 
@@ -43,7 +43,7 @@ class Together:
 
 def counts(parallel: int) -> list[int]:
     """Numbers of sequences to compare."""
-    powers = [1 << i for i in range(_MOST.bit_length())]
+    powers = [1 << i for i in range(FEW_TOKENS.bit_length())]
     return sorted({*powers, parallel})
 
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ..budget.cores import default_threads
+from ..budget.requests import reserve_of_server
 from ..model.adapters import check_adapter
-from ..model.gguf import check_vocabulary, read_gguf
-from ..model.shape import KV_TYPES, ContextShape
+from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
+from ..model.shape import KV_TYPES, ContextShape, whole_cells
 from ..native import server as native
 from ..options import FlashOffload
 from ..session.session import FlashSession
@@ -28,8 +29,6 @@ from .parallel import choose_parallel
 
 __all__ = ["arguments_of", "completed", "serve_engine"]
 
-_CELLS = 256  # the engine makes the context of a sequence a multiple of it
-
 
 def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
     """Serves until SIGTERM (then SystemExit is raised) or SIGINT (KeyboardInterrupt). To be called by the main thread.
@@ -41,7 +40,8 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
         OSError: the address cannot be listened at.
         FlashError, ValueError: see llama_cpp.Llama.
     """
-    settings = completed(settings)
+    meta = read_gguf(settings.model)
+    settings = completed(settings, meta)
     limits = settings.limits.of_requests(settings.n_ctx or 0)
     settings = _with_reserve(settings, limits.max_memory)
     with bound(settings.host, settings.port) as listener:
@@ -49,7 +49,7 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
     if not is_loopback(host) and settings.api_key is None:
         say(f"warning: whoever reaches {host} can use this server; set an API key (--api-key)")
     say(f"loading {settings.alias}")
-    many, why = _parallel(settings)
+    many, why = _parallel(settings, meta)
     pages = FlashPages(settings.alias, many)
 
     def loaded(session: FlashSession) -> None:
@@ -70,14 +70,13 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
         signals.raise_last()
 
 
-def completed(settings: EngineSettings) -> EngineSettings:
+def completed(settings: EngineSettings, meta: GgufMeta) -> EngineSettings:
     """With what the model's file says, where nobody else does.
 
     Raises:
-        FlashFormatError, OSError: it is no model, or the adapter is none for it.
+        FlashFormatError, OSError: it has no vocabulary, or the adapter is none for it.
         ValueError: the chat template cannot be used.
     """
-    meta = read_gguf(settings.model)
     check_vocabulary(meta)
     if settings.lora is not None:
         check_adapter(settings.lora[0], meta)
@@ -86,8 +85,7 @@ def completed(settings: EngineSettings) -> EngineSettings:
             native.check_template(settings.chat_template)
         except ValueError as error:
             raise ValueError(f"--chat-template: llama-server cannot use it: {error}") from None
-    n_ctx = settings.n_ctx or min(2048, meta.number("context_length", 2048))
-    n_ctx = -(-n_ctx // _CELLS) * _CELLS
+    n_ctx = whole_cells(settings.n_ctx or min(2048, meta.number("context_length", 2048)))
     least = n_ctx if settings.embeddings else 0  # an embedding is made in one pass
     return replace(
         settings,
@@ -104,10 +102,10 @@ def _with_reserve(settings: EngineSettings, requests: int) -> EngineSettings:
     if flash is False:
         return settings
     options = {} if flash is True else dict(flash)
-    return replace(settings, flash_offload={"reserve": requests + native.RESERVE, **options})
+    return replace(settings, flash_offload={"reserve": reserve_of_server(requests), **options})
 
 
-def _parallel(settings: EngineSettings) -> tuple[int, str]:
+def _parallel(settings: EngineSettings, meta: GgufMeta) -> tuple[int, str]:
     """How many answers at the same time, and the reason in brackets."""
     if settings.parallel is not None:
         return settings.parallel, ""
@@ -124,7 +122,7 @@ def _parallel(settings: EngineSettings) -> tuple[int, str]:
         type_v=KV_TYPES[settings.type_v],
         aside=settings.prompt_cache,
     )
-    many, why = choose_parallel(read_gguf(settings.model), FlashOffload.coerce(settings.flash_offload), one)
+    many, why = choose_parallel(meta, FlashOffload.coerce(settings.flash_offload), one)
     return many, f" (--parallel; {why})"
 
 

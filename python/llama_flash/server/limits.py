@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..native.server import MEMORY_OF_REQUESTS, RequestLimits
+from ..budget.requests import largest_body, memory_of
+from ..native.server import RequestLimits
 from ..sizes import parse_size
 
 __all__ = ["Limits"]
-
-_BODY = 1 << 20  # bytes, without the context's part
-_BYTES_OF_A_TOKEN = 64  # longer than nearly all of them, escaped as JSON has it
-_BODIES = 32  # in bytes of the largest
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,8 @@ class Limits:
         Args:
             n_ctx: tokens of a sequence.
         """
-        body = _BODY + _BYTES_OF_A_TOKEN * n_ctx if self.max_body is None else _size("--max-body", self.max_body)
-        memory = (
-            max(MEMORY_OF_REQUESTS, _BODIES * body)
-            if self.max_memory is None
-            else _size("--max-memory", self.max_memory)
-        )
+        body = largest_body(n_ctx) if self.max_body is None else _size("--max-body", self.max_body)
+        memory = memory_of(body) if self.max_memory is None else _size("--max-memory", self.max_memory)
         return RequestLimits(
             max_body=body,
             max_grammar=_size("--max-grammar", self.max_grammar),

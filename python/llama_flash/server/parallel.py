@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..budget.held import held_by_all
-from ..budget.rooms import resolve_budget
+from ..budget.rooms import Budget, resolve_budget
 from ..errors import FlashBudgetError
 from ..model.gguf import GgufMeta
 from ..model.shape import ContextShape
@@ -18,7 +18,7 @@ from ..planning.placed import Plan
 from ..planning.placement import make_plan
 from ..sizes import format_size
 
-__all__ = ["choose_parallel"]
+__all__ = ["choose_parallel", "plan_of"]
 
 _CHOICES = (8, 4, 2)
 _SHARE = 0.10  # of what the budget leaves for weights from flash: what the KV cache of all may take
@@ -39,19 +39,11 @@ def choose_parallel(meta: GgufMeta, options: FlashOffload | None, one: ContextSh
         return _UNCOUNTED, "no budget is kept"
     budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
 
-    def planned(n: int) -> Plan | None:
-        """None: the budget is too small for so many."""
-        shape = replace(one, n_ctx=n * one.n_ctx, n_outputs=max(n, one.n_outputs), n_sequences=n)
-        try:
-            return make_plan(meta, options, budget, shape, held_by_all() - settled())
-        except FlashBudgetError:
-            return None
-
-    alone = planned(1)
+    alone = plan_of(1, meta, options, budget, one)
     if alone is None:
         return 1, "the budget is small"
     for n in _CHOICES:
-        plan = planned(n)
+        plan = plan_of(n, meta, options, budget, one)
         if plan is None or plan.mode != alone.mode:
             continue
         kv, left = plan.expected.kv, budget.total - plan.expected.total
@@ -61,3 +53,12 @@ def choose_parallel(meta: GgufMeta, options: FlashOffload | None, one: ContextSh
             return n, f"their KV cache of {format_size(kv)} is little beside {format_size(left)} for weights from flash"
     more = format_size(2 * alone.expected.kv)
     return 1, f"the KV cache of 2, {more}, is more than {_SHARE:.0%} of what is left for weights from flash"
+
+
+def plan_of(n: int, meta: GgufMeta, options: FlashOffload, budget: Budget, one: ContextShape) -> Plan | None:
+    """For n sequences, each with a context as `one`. None: the budget is too small for so many."""
+    shape = replace(one, n_ctx=n * one.n_ctx, n_outputs=max(n, one.n_outputs), n_sequences=n)
+    try:
+        return make_plan(meta, options, budget, shape, held_by_all() - settled())
+    except FlashBudgetError:
+        return None

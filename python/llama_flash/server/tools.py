@@ -183,9 +183,7 @@ class _ToolDriver(EngineDriver):
     def keep(self) -> None:
         """Stores what was hot, from another thread."""
         for session in list(self._sessions.values()):
-            with contextlib.suppress(
-                Exception
-            ):  # the process is about to end, and the cache folder is of use only later
+            with contextlib.suppress(Exception):  # the process is about to end
                 session.keep()
 
     def _keeps_scores(self, context_params: Any) -> bool:

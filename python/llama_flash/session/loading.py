@@ -20,7 +20,7 @@ from ..budget.controller import Controller
 from ..budget.cores import describe_threads
 from ..budget.held import held_by_all, promised_by_all
 from ..budget.limits import check_addresses, check_threads, explain_files
-from ..budget.rooms import Breakdown, held_by_process, refuse, resolve_budget
+from ..budget.rooms import Breakdown, held_by_process, kept_budget, refuse
 from ..device.kept import recall
 from ..errors import FlashBudgetError, FlashError
 from ..model.adapters import predictor_with
@@ -35,7 +35,7 @@ from ..planning.advice import advice_for
 from ..planning.placed import Plan
 from ..planning.placement import choose_predictor, make_plan, work_bytes
 from ..planning.reads import experts_ahead, io_choice
-from ..sizes import format_size, parse_size
+from ..sizes import parse_size
 from .account import Account
 from .describe import line_about, nothing_to_offload
 from .memento import Memento
@@ -124,14 +124,7 @@ class Load:
 
                 check_model(self._path)
         check_vocabulary(self.meta, text=False)
-        budget = share.budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=self.meta.file_bytes)
-        if budget.asked is not None and budget.asked > budget.total:
-            logger.warning(
-                "dram_budget is %s, but %s leaves %s: that is used",
-                format_size(budget.asked),
-                budget.reason,
-                format_size(budget.total),
-            )
+        share.budget = kept_budget(options.dram_budget, options.reserve, self.meta.file_bytes)
         if not self._logits_all and not context_params.embeddings:
             # Only the last token's logits are ever asked for: do not reserve n_ubatch rows of the vocabulary. A server
             # has said how many it asks for.
