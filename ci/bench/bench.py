@@ -8,6 +8,7 @@ answers the same real prompts (cases "real").
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -102,6 +103,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=60.0,
         help="of turns for each case, with --against; for each situation of neighbours, each model of many",
     )
+    parser.add_argument(
+        "--device-rate", type=float, metavar="MB/S", help="slow the models' device down to this (not with --against)"
+    )
     parser.add_argument("--keep-models", action="store_true", help="do not delete the models at the end")
     parser.add_argument(
         "--quick", action="store_true", help="models of two layers or 1 GB, one run, no targets worth reading"
@@ -146,7 +150,10 @@ def _measure_model(
 ) -> None:
     layers = 2 if options.quick else None
     files = model.ensure(options.models, layers)
-    try:
+    with contextlib.ExitStack() as stack:
+        if not options.keep_models:
+            stack.callback(files.remove)
+        stack.enter_context(machine.throttled(files.flash, options.device_rate and options.device_rate * 1e6))
         rates = machine.raw_read_rates(files.flash)
         results["machine"] = machine.description(files.flash)
         results["read_rates"][model.name] = rates
@@ -174,9 +181,6 @@ def _measure_model(
                 )
             outcomes.append(outcome)
             console.print(tables.outcome_table(outcome))
-    finally:
-        if not options.keep_models:
-            files.remove()
 
 
 def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Console) -> int:

@@ -62,6 +62,41 @@ def readahead(path: Path, kb: int | None) -> Iterator[None]:
             file.write_text(str(before))
 
 
+_BLKIO = Path("/sys/fs/cgroup/blkio")
+
+
+@contextlib.contextmanager
+def throttled(path: Path, bytes_per_second: float | None) -> Iterator[None]:
+    """Lets this process, and those that it starts, read so much a second at most from the device that holds `path`.
+
+    A group of cgroup v1's blkio controller, removed afterwards. None: as fast as the device is.
+
+    Raises OSError where there is no such controller, or no right to use it, or `path` lies on no block device.
+    """
+    if bytes_per_second is None:
+        yield
+        return
+    number = os.stat(path).st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not (_BLKIO / "blkio.throttle.read_bps_device").exists() or not device.exists():
+        raise OSError(f"reads of {path} cannot be slowed down: no blkio controller of cgroup v1, or no block device")
+    disk = device.resolve()
+    disk = disk.parent if (disk / "partition").exists() else disk  # the whole disk is what can be throttled
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    before = next((line.rsplit(":", 1)[1] for line in lines if line.split(":")[1] == "blkio"), "/")
+    group = _BLKIO / f"llama-flash-bench-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "blkio.throttle.read_bps_device").write_text(
+            f"{(disk / 'dev').read_text().strip()} {bytes_per_second:.0f}"
+        )
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (_BLKIO / before.lstrip("/") / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
 def drop_caches(*paths: Path) -> bool:
     """Empties the page cache; without the right to, only that of the given files. Returns whether all was dropped."""
     os.sync()
