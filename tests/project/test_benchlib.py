@@ -236,7 +236,7 @@ def test_builds_take_turns(tmp_path: Path) -> None:
     command += ["--against", sys.executable, "--models", str(tmp_path), "--out", str(out)]
     subprocess.run(command, cwd=BENCH, check=True, capture_output=True, timeout=600)
     found = json.loads(out.read_text())["against"]
-    assert [case["case"] for case in found] == ["moe-50", "moe-prompt-50"]  # a first token has no turns
+    assert [case["case"] for case in found] == ["moe-50", "moe-prompt-50", "moe-first-50"]
     assert all(len(case["this"]) == len(case["other"]) >= 6 for case in found)
     assert not list(tmp_path.glob("*.gguf"))
 

@@ -1,4 +1,5 @@
 """Two builds beside each other: both have a model loaded, each under a cap of its own, and take turns of a second.
+What begins with a load, or needs a process of its own (a first token, drafts), is run in such turns instead.
 
 What a machine does differently from minute to minute, its device and its clock, meets both alike. What a turn takes is
 compared with the other build's next to it; the median of these ratios counts, with the interval in which it lies for
@@ -24,8 +25,10 @@ from rich.table import Table
 from benchlib import machine
 from benchlib.cases import Case
 from benchlib.child import Spec
+from benchlib.measure import FLASH
 from benchlib.models import Files
-from benchlib.turns import Taker, spec_file
+from benchlib.runs import run
+from benchlib.turns import BuildError, Taker, spec_file
 
 _WORKS = ("decode", "prompt")
 _TURN = 1.0  # seconds, about; a prompt takes as long as it does
@@ -64,10 +67,6 @@ class Comparison:
         return asdict(self) | {"ratio": self.ratio(), "interval": self.interval()}
 
 
-def can_compare(case: Case) -> bool:
-    return case.work in _WORKS and not case.drafts
-
-
 def compare(
     case: Case,
     files: Files,
@@ -81,6 +80,8 @@ def compare(
     Raises:
         BuildError: one could not load the model, or ended.
     """
+    if case.work not in _WORKS or case.drafts:
+        return _compare_processes(case, files, python, rounds, report)
     other: list[float] = []
     this: list[float] = []
     medians = []
@@ -95,6 +96,24 @@ def compare(
         this += [pair[1] for pair in pairs]
         medians.append(statistics.median(pair[0] / pair[1] for pair in pairs))
     return Comparison(case.name, tokens, other, this, medians)
+
+
+def _compare_processes(case: Case, files: Files, python: str, rounds: int, report: Callable[[str], None]) -> Comparison:
+    """A process of each build for each pair, the page cache emptied before."""
+    builds = (python, sys.executable)
+    took: tuple[list[float], list[float]] = ([], [])
+    cap, tokens = case.cap(files.flash.stat().st_size), 1
+    pairs = max(rounds, _LEAST_PAIRS)
+    for i in range(pairs):
+        for k in (0, 1) if i % 2 == 0 else (1, 0):
+            report(f"{case.name}: pair {i + 1} of {pairs}, {builds[k]}")
+            done = run(FLASH, files.flash, cap, python=builds[k], work=case.work, flash=case.flash, **case.spec)
+            if not done.ok:
+                raise BuildError(f"{builds[k]}: {done.error}")
+            tokens = done.measured["tokens"]
+            load = done.measured["load_seconds"] if case.work == "first" else 0.0
+            took[k].append(load + done.measured["seconds"])
+    return Comparison(case.name, tokens, *took, [a / b for a, b in zip(*took, strict=True)])
 
 
 def _round(

@@ -71,9 +71,12 @@ def run(
     patience: float = 60.0,
     timeout: float = _TIMEOUT,
     show: bool = False,
+    python: str = sys.executable,
     **spec: Any,
 ) -> Run:
     """Runs `model` once. spec: fields of child.Spec. show: the child's output goes to the terminal.
+
+    python: of the environment whose build runs it.
 
     patience: seconds to wait until at most `busy_limit` CPUs are busy. Raises
     KeyboardInterrupt when the run was stopped by a signal, FlashCapError where memory cannot be limited.
@@ -88,7 +91,7 @@ def run(
         child = Spec(model=str(model), mode=setting.mode, out=str(out), **spec)
         spec_file.write_text(json.dumps(dataclasses.asdict(child)))
         try:
-            ended = _execute([sys.executable, str(_CHILD), str(spec_file)], cap, show, timeout)
+            ended = _execute([python, str(_CHILD), str(spec_file)], cap, show, timeout)
         except subprocess.TimeoutExpired:
             ended = _Ended(-1, f"not done after {timeout:.0f} s", 0, 0)
         measured = json.loads(out.read_text()) if out.exists() else {}
