@@ -80,6 +80,7 @@ struct llama_flash_params {
     uint32_t panel_bytes; // a panel is a run of rows of about this many bytes; 0: 4 MiB
     uint32_t lookahead;   // most experts of the next layer that are read ahead of its router; 0: none
     uint32_t tries_ahead; // 1: only while that makes tokens faster, which is tried out now and then; 0: always
+    uint32_t few_tokens;  // an op of up to so many tokens generates, and may evict experts; a longer one is a prompt; 0: 16
 };
 
 // the function between up (gate) and down, see docs/reference/format.md
@@ -287,7 +288,7 @@ LLAMA_FLASH_API int32_t llama_flash_session_set_memory(struct llama_flash_sessio
 // at once, even if what is dropped for it would have been worth keeping.
 LLAMA_FLASH_API int32_t llama_flash_session_resize(struct llama_flash_session * session, uint64_t bytes, bool urgent, struct llama_flash_resize * out, struct llama_flash_error * err);
 
-// few: from now on ops compute 16 tokens at once at most, until it is said otherwise. What of the ring of experts only longer ops need
+// few: from now on ops compute few tokens at once, until it is said otherwise. What of the ring of experts only longer ops need
 // becomes slots; !few: it is a ring again. The memory given stays the same. Like a resize it is reached in steps: llama_flash_session_resize
 // with the same bytes says when. A longer op that comes too soon computes the same, with fewer reads in flight.
 LLAMA_FLASH_API int32_t llama_flash_session_few_tokens(struct llama_flash_session * session, bool few, struct llama_flash_error * err);
@@ -310,7 +311,7 @@ struct llama_flash_trace_entry {
     uint64_t token;    // the cache's clock: number of the op's last token since set_memory
     uint32_t tensor;   // as llama_flash_session_trace_tensor numbers them
     uint32_t record;   // of the tensor: an expert, or a neuron of the layer's bundle
-    uint32_t n_tokens; // of the op; more than 16: a prompt, which evicts nothing
+    uint32_t n_tokens; // of the op; more than the few that generate: a prompt, which evicts nothing
     uint32_t uses;     // of these tokens, how many use the expert; of a neuron 1
 };
 
@@ -347,7 +348,7 @@ LLAMA_FLASH_API uint64_t llama_flash_session_tensors(const struct llama_flash_se
 LLAMA_FLASH_API int32_t llama_flash_session_residency(const struct llama_flash_session * session, uint8_t * place, uint32_t * age, uint64_t n_records,
                                                       struct llama_flash_error * err);
 
-// Reuse by distance, counted over all ops of at most 16 tokens since the session began. counts[d], 0 < d < LLAMA_FLASH_REUSE_TOKENS:
+// Reuse by distance, counted over all ops of few tokens since the session began. counts[d], 0 < d < LLAMA_FLASH_REUSE_TOKENS:
 // uses of experts and active neurons whose last use was d tokens before, 1: by the token before. counts[0]: all other uses. counts has
 // LLAMA_FLASH_REUSE_TOKENS elements. LLAMA_FLASH_E_INVALID in a forked child.
 LLAMA_FLASH_API int32_t llama_flash_session_reuse(const struct llama_flash_session * session, uint64_t * counts, struct llama_flash_error * err);

@@ -45,6 +45,7 @@ void selects_by_its_definition(ggml_type type, uint32_t rank, uint32_t n_ff, int
     p.bias     = random_floats(random, n_ff);
 
     std::vector<uint32_t> first_active;
+    std::vector<uint16_t> tokens(n_ff);
     for (int nth : { 1, 2, 3, 5 }) {
         std::vector<float>         projected((size_t) n_tokens * rank, NAN);
         const std::vector<uint8_t> in = converted(p.in, x, n_tokens);
@@ -54,12 +55,16 @@ void selects_by_its_definition(ggml_type type, uint32_t rank, uint32_t n_ff, int
         std::vector<uint32_t>      active;
         const std::vector<uint8_t> out = converted(p.out, projected, n_tokens);
         for (int ith = 0; ith < nth; ith++) {
-            p.select(out.data(), p.out.x_bytes, n_tokens, n_ff * (uint32_t) ith / (uint32_t) nth, n_ff * ((uint32_t) ith + 1) / (uint32_t) nth, active);
+            p.select(out.data(), p.out.x_bytes, n_tokens, n_ff * (uint32_t) ith / (uint32_t) nth, n_ff * ((uint32_t) ith + 1) / (uint32_t) nth, active, tokens.data());
         }
         if (nth == 1) {
             first_active = active;
         }
         CHECK(active == first_active, "%d threads choose otherwise", nth);
+
+        std::vector<uint32_t> any;
+        p.select(out.data(), p.out.x_bytes, n_tokens, 0, n_ff, any, nullptr);
+        CHECK(any == active, "a choice depends on whether it is asked whose it is (%d threads)", nth);
     }
 
     std::vector<float> row(N_EMBD);
@@ -69,7 +74,10 @@ void selects_by_its_definition(ggml_type type, uint32_t rank, uint32_t n_ff, int
         chosen[i] = 1;
     }
     for (uint32_t i = 0; i < n_ff; i++) {
-        double most = -INFINITY;
+        CHECK((tokens[i] != 0) == (bool) chosen[i], "neuron %u is chosen for nobody", i);
+    }
+    for (uint32_t i = 0; i < n_ff; i++) {
+        const double doubt = type == GGML_TYPE_F32 ? 1e-3 : 3.0; // rounded weights and activations
         for (int64_t t = 0; t < n_tokens; t++) {
             double sum = p.bias[i];
             for (uint32_t r = 0; r < rank; r++) {
@@ -79,10 +87,9 @@ void selects_by_its_definition(ggml_type type, uint32_t rank, uint32_t n_ff, int
                 }
                 sum += c[(size_t) i * rank + r] * projected;
             }
-            most = std::fmax(most, sum);
+            const bool own = tokens[i] >> t & 1;
+            CHECK(std::fabs(sum) < doubt || (sum > 0.0) == own, "neuron %u, token %d: %f, chosen %d", i, (int) t, sum, own);
         }
-        const double doubt = type == GGML_TYPE_F32 ? 1e-3 : 3.0; // rounded weights and activations
-        CHECK(std::fabs(most) < doubt || (most > 0.0) == (bool) chosen[i], "neuron %u: %f, chosen %d", i, most, chosen[i]);
     }
     CHECK(!first_active.empty() && first_active.size() < n_ff, "%zu of %u neurons", first_active.size(), n_ff);
 }

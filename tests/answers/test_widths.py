@@ -19,10 +19,10 @@ from engines import Model, assert_same_logits, open_flash, open_resident, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_cpp import llama_cpp
-from neurons import bundled, open_neurons, write_model
+from neurons import bundled, open_neurons, some_active, with_predictors, write_model
 from widths import Row, Sequences, different_rows, in_passes, sequences
 
-WIDTHS = (2, 3, 5, 8, 16, 32)
+WIDTHS = (2, 3, 5, 8, 16, 32, 64)
 TEXT = tokens(64, seed=1)
 OPTIONS: dict[str, Any] = {"n_ctx": 128, "n_batch": 64, "n_ubatch": 64}
 
@@ -93,6 +93,17 @@ def test_no_width_changes_a_bit_of_neurons(form: str, kind: str, predictor: str,
     path = bundled(write_model(model_folder, form, kind, "reglu" if form == "llama" else None))
     with open_neurons(path, predictor=predictor) as llm:
         assert_no_width_matters(llm)
+
+
+@pytest.mark.parametrize("form", ["arcee", "llama"])
+def test_tokens_of_a_pass_are_predicted_one_by_one(form: str, model_folder: Path) -> None:
+    """Up to 16 at once: what a token computes is what its own input asks for. Prompts are computed in full."""
+    path = bundled(write_model(model_folder, form, "Q8_0", "reglu" if form == "llama" else None))
+    path = with_predictors(path, model_folder / f"width-{form}.gguf", some_active)
+    with open_neurons(path, predictor="lowrank") as llm:
+        alone = in_passes(llm, TEXT, 1)
+        assert [different_rows(in_passes(llm, TEXT, width), alone) for width in (2, 3, 5, 8, 16)] == [0] * 5
+        assert different_rows(in_passes(llm, TEXT, 32), alone) > 0, "say so in docs/explanation/width.md"
 
 
 ONE_OF_EACH = ["llama", "gemma3", "gpt2", "mamba2", "rwkv7", "qwen3next", "chameleon"]

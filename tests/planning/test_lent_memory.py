@@ -10,7 +10,7 @@ import pytest
 from llama_flash.budget.rooms import MACHINE, Breakdown, Budget
 from llama_flash.model.shape import ContextShape
 from llama_flash.planning import lent
-from llama_flash.planning.lent import Growth, lent_of
+from llama_flash.planning.lent import Growth, few_tokens, lent_of
 
 MiB = 1 << 20
 PLANNED = Breakdown(kv=256 * MiB, compute=64 * MiB)
@@ -63,3 +63,11 @@ def test_a_plan_expects_what_will_be_lent(small_pages: Path) -> None:
     assert lent_of(PLANNED, shape, budget, None) == idle + 123 * MiB - 4096 * MiB // 100
     assert lent_of(PLANNED, shape, budget, "123MiB") == idle, "what the user sets stands"
     assert lent_of(PLANNED, shape, Budget(4096 * MiB, 123 * MiB, MACHINE), None) == 0, "as in a load"
+
+
+def test_a_pass_with_a_token_of_each_sequence_generates(small_pages: Path) -> None:
+    assert [few_tokens(n) for n in (1, 16, 17, 32)] == [16, 16, 17, 32]
+    memory = Breakdown(compute=64 * MiB, outputs=16 * MiB)
+    shape = ContextShape(n_ctx=32 * 256, n_ubatch=512, n_outputs=32, n_sequences=32)
+    graphs = 48 * MiB * 32 // 512 + 16 * MiB  # each token of such a pass has logits
+    assert Growth(memory, shape).soon(0.0) == graphs + 16 * MiB * 8 // (32 * 256)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
+import numpy as np
 import pytest
 
 from llama_flash import FlashBudgetError
@@ -74,6 +76,60 @@ def test_what_ends_a_load_is_kept_and_nothing_is_raised(tmp_path: Path) -> None:
     assert isinstance(driver.failure, FlashBudgetError)
     assert driver.load(str(tmp_path / "none.gguf"), llama_cpp.llama_model_default_params(), context_params()) == 0
     assert isinstance(driver.failure, OSError)
+
+
+MANY = 24  # more than a pass of drafts has tokens
+ROUNDS = 8
+
+
+def answers_of_many(context: Any, driver: EngineDriver | None = None) -> list[np.ndarray]:
+    """Logits of passes that have a token of each of MANY sequences: [MANY, vocabulary] each."""
+    n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(context)))
+    texts = np.random.default_rng(3).integers(n_vocab, size=(ROUNDS, MANY))
+    batch = llama_cpp.llama_batch_init(MANY, 0, 1)
+    found = []
+    for position, row in enumerate(texts):
+        batch.n_tokens = MANY
+        for i, token in enumerate(row):
+            batch.token[i], batch.pos[i], batch.logits[i] = int(token), position, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, i
+        if driver is not None:
+            driver.begin(context, MANY, MANY)
+        assert llama_cpp.llama_decode(context, batch) == 0
+        if driver is not None:
+            assert driver.end(context, MANY, MANY, 0) == (0, "")
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (MANY, n_vocab))
+        found.append(np.array(logits, copy=True))
+    llama_cpp.llama_batch_free(batch)
+    return found
+
+
+def test_a_pass_of_more_than_16_sequences_generates_and_evicts() -> None:
+    context_of = context_params()
+    context_of.n_ctx, context_of.n_seq_max, context_of.n_outputs_max = MANY * 256, MANY, MANY
+    model_of = llama_cpp.llama_model_default_params()
+    model = llama_cpp.llama_model_load_from_file(str(SHIPPED).encode(), model_of)
+    context = llama_cpp.llama_init_from_model(model, context_of)
+    expected = answers_of_many(context)
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+
+    sessions: list[FlashSession] = []
+    driver = EngineDriver({"what": "experts", "warm_start": False, "reserve": "8MiB"}, sessions.append)
+    model = driver.load(str(SHIPPED), llama_cpp.llama_model_default_params(), context_of)
+    context = driver.init(model, context_of)
+    assert context, driver.failure
+    (session,) = sessions
+    share = session.share
+    session.set_budget(session.memory.fixed + (8 << 20) + share.least + (share.most - share.least) // 4)
+    for found, wanted in zip(answers_of_many(context, driver), expected, strict=True):
+        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+    stats = session.stats()
+    assert stats.decode.calls == ROUNDS and stats.decode.evictions > 0
+    assert share.decoding, "what only prompts need is not lent"
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    driver.freed(model)
 
 
 @pytest.mark.parametrize("n_ctx", [1024, 16384])

@@ -3,6 +3,9 @@
 Each server has the model loaded, those with flash offload under a cap of half of the file, and they take turns: as many
 clients as a server has sequences ask for the same number of tokens each, from prompts of one token, with sampling (a
 model of random weights would repeat itself). The resident server answers any number of clients.
+
+Beside each speed stands what bounds it: the device, were reading what was read all that there is to do, and computing,
+which is what the resident server does.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ MODELS: tuple[tuple[str, BenchModel, tuple[int, ...]], ...] = (  # kind, model, 
 _CAP = 0.5  # of the file
 _N_CTX = 256  # of each sequence: the least that the engine makes
 _TURN = 3.0  # seconds, about
+_LEAST_TOKENS = 8  # of an answer: the first pass of a turn has the first client only
 _WARM_TURNS = 2
 _PATIENCE = 600.0  # seconds
 # what is to be reached, by the kind of model and the number of clients: over one sequence with flash offload, over one
@@ -50,6 +54,23 @@ _TARGETS: dict[str, dict[int, tuple[float | None, float | None, float | None]]] 
 
 
 @dataclass(frozen=True)
+class Reads:
+    """Of all turns of so many clients with flash offload."""
+
+    tokens: int = 0
+    passes: int = 0  # of the engine
+    bytes_read: int = 0
+    wait_seconds: float = 0.0
+
+    def __add__(self, other: Reads) -> Reads:
+        return Reads(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def device(self, rate: float) -> float:
+        """Tokens per second, were reading at so many bytes per second all that there is to do."""
+        return rate * self.tokens / self.bytes_read if self.bytes_read else float("inf")
+
+
+@dataclass(frozen=True)
 class Result:
     """Of one model: tokens per second in all, of each turn, by the number of clients."""
 
@@ -57,6 +78,12 @@ class Result:
     kind: str
     flash: dict[int, list[float]]
     resident: dict[int, list[float]]
+    reads: dict[int, Reads]  # with flash offload
+    rate: float  # bytes per second that the device gives
+
+    def limit(self, n: int) -> float:
+        """Tokens per second of `n` clients at most: what the device gives, and what can be computed."""
+        return min(self.reads[n].device(self.rate), statistics.median(self.resident[n]))
 
     def over(self, n: int, other: dict[int, list[float]], m: int) -> float:
         """Speed of `n` clients with flash offload over that of `m` of `other`: medians of all turns."""
@@ -77,7 +104,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         verdicts = [{"what": what, "ratio": ratio, "least": least} for what, ratio, least in self.verdicts()]
-        return asdict(self) | {"verdicts": verdicts}
+        return asdict(self) | {"verdicts": verdicts, "limit": {n: self.limit(n) for n in self.flash}}
 
 
 class _Served:
@@ -106,12 +133,23 @@ class _Served:
             time.sleep(0.1)
         self._address = found[1], int(found[2])
 
-    def turn(self, n_clients: int, n_tokens: int) -> float:
-        """Tokens per second of all clients together, each of which asks for so many."""
+    def turn(self, n_clients: int, n_tokens: int) -> tuple[float, Reads]:
+        """Tokens per second of all clients together, each of which asks for so many, and what was read for them."""
+        before = self._counted()
         began = time.monotonic()
         with ThreadPoolExecutor(n_clients) as pool:
             told = sum(pool.map(lambda seed: self._ask(seed, n_tokens), range(n_clients)))
-        return told / (time.monotonic() - began)
+        seconds = time.monotonic() - began
+        calls, n_bytes, waited = (now - then for now, then in zip(self._counted(), before, strict=True))
+        return told / seconds, Reads(told, int(calls), int(n_bytes), waited)
+
+    def _counted(self) -> tuple[float, float, float]:
+        """Calls of the engine, bytes that were read and seconds that were waited for them, from the load on."""
+        with contextlib.closing(http.client.HTTPConnection(*self._address, timeout=_PATIENCE)) as connection:
+            connection.request("GET", "/health")
+            flash = json.loads(connection.getresponse().read()).get("flash")
+        total = flash["total"] if flash else {"calls": 0, "bytes_read": 0, "wait_seconds": 0.0}
+        return total["calls"], total["bytes_read"], total["wait_seconds"]
 
     def _ask(self, seed: int, n_tokens: int) -> int:
         """Tokens of the answer."""
@@ -175,6 +213,7 @@ def _measure(
     cap = int(files.stock.stat().st_size * _CAP)
     try:
         machine.drop_caches(files.flash)
+        rate = max(machine.raw_read_rates(files.flash, 1.0).values())
         with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as logs, contextlib.ExitStack() as running:
 
             def served(path: Path, parallel: int, cap: int | None) -> _Served:
@@ -184,45 +223,54 @@ def _measure(
             ways = {("flash", n): served(files.flash, n, cap) for n in widths}
             resident = served(files.stock, max(widths), None)
             ways |= {("resident", n): resident for n in widths}
-            found = _turns(ways, seconds, lambda text: report(f"{model.name}: {text}"))
+            found, reads = _turns(ways, seconds, lambda text: report(f"{model.name}: {text}"))
     finally:
         if not keep:
             files.remove()
     by_mode = {mode: {n: found[mode, n] for n in widths} for mode in ("flash", "resident")}
-    return Result(model.name, kind, by_mode["flash"], by_mode["resident"])
+    counted = {n: reads["flash", n] for n in widths}
+    return Result(model.name, kind, by_mode["flash"], by_mode["resident"], counted, rate)
 
 
 def _turns(
     ways: dict[tuple[str, int], _Served], seconds: float, report: Callable[[str], None]
-) -> dict[tuple[str, int], list[float]]:
-    """Tokens per second of each turn."""
+) -> tuple[dict[tuple[str, int], list[float]], dict[tuple[str, int], Reads]]:
+    """Tokens per second of each turn, and what was read in all of them."""
     tokens = {}
     for (mode, n), server in ways.items():
         report(f"warming up, {n} clients, {mode}")
-        speeds = [server.turn(n, 4) for _ in range(_WARM_TURNS)]
-        tokens[mode, n] = min(_N_CTX - 8, max(4, round(_TURN * speeds[-1] / n)))
+        speeds = [server.turn(n, 4)[0] for _ in range(_WARM_TURNS)]
+        tokens[mode, n] = min(_N_CTX - 8, max(_LEAST_TOKENS, round(_TURN * speeds[-1] / n)))
     found: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
+    reads = {way: Reads() for way in ways}
     order = list(ways)
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(found[order[0]]) < 2:
         report(f"{max(0.0, end - time.monotonic()):.0f} s left")
         random.shuffle(order)
         for way in order:
-            found[way].append(ways[way].turn(way[1], tokens[way]))
-    return found
+            speed, read = ways[way].turn(way[1], tokens[way])
+            found[way].append(speed)
+            reads[way] += read
+    return found, reads
 
 
 def table(result: Result) -> Table:
     """tok/s in all, the spread of the turns, and what was to be reached."""
     shown = Table(title=f"{result.model} at half of its size: tok/s of all clients", title_justify="left")
-    for column in ("clients", "flash", "resident", "turns"):
+    for column in ("clients", "flash", "resident", "tokens, MB a pass", "device alone", "of the limit", "turns"):
         shown.add_column(column, justify="right")
     for n, speeds in result.flash.items():
-        shown.add_row(str(n), _spread(speeds), _spread(result.resident[n]), str(len(speeds)))
+        reads = result.reads[n]
+        passes = max(1, reads.passes)
+        counted = f"{reads.tokens / passes:.1f}, {reads.bytes_read / passes / 1e6:.0f}"
+        bounds = f"{reads.device(result.rate):.2f}", f"{statistics.median(speeds) / result.limit(n):.2f}"
+        shown.add_row(str(n), _spread(speeds), _spread(result.resident[n]), counted, *bounds, str(len(speeds)))
     shown.caption = "; ".join(
         f"{what}: {ratio:.2f} (at least {least:g}: {'yes' if ratio >= least else 'no'})"
         for what, ratio, least in result.verdicts()
     )
+    shown.caption += f"\nthe device: {result.rate / 1e9:.2f} GB/s; the limit: the device alone, or the resident server"
     shown.caption_justify = "left"
     return shown
 

@@ -17,6 +17,8 @@ struct predictor {
     // projected[t * rank + r] for rows r = ith, ith + nth, ...; x: tokens of n_embd, converted for `in`
     void project(const uint8_t * x, size_t x_bytes, int64_t n_tokens, int ith, int nth, float * projected) const;
 
-    // appends the neurons of [first, last) that any token needs; projected: converted for `out`
-    void select(const uint8_t * projected, size_t projected_bytes, int64_t n_tokens, uint32_t first, uint32_t last, std::vector<uint32_t> & active) const;
+    // appends the neurons of [first, last) that any token needs; projected: converted for `out`. tokens[i]: which ones need neuron i, a bit
+    // for each of the first 16; nullptr: nobody asks.
+    void select(const uint8_t * projected, size_t projected_bytes, int64_t n_tokens, uint32_t first, uint32_t last, std::vector<uint32_t> & active,
+                uint16_t * tokens) const;
 };

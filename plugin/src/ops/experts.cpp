@@ -134,7 +134,7 @@ bool expert_op::list(const flash_tensor & t, const ggml_tensor * ids) {
             count[(size_t) e]++;
         }
     }
-    if (ids->ne[1] > DECODE_TOKENS) {
+    if (ids->ne[1] > table.few_tokens) {
         std::sort(distinct.begin(), distinct.end());
     }
     return true;
@@ -248,7 +248,7 @@ bool expert_op::fetch_siblings(const flash_tensor & t, bool decode) {
 void expert_op::first_wave(flash_tensor & t, ggml_tensor * op) {
     const ggml_tensor * ids      = op->src[2];
     const uint32_t      n_tokens = (uint32_t) ids->ne[1];
-    const bool          decode   = ids->ne[1] <= DECODE_TOKENS;
+    const bool          decode   = ids->ne[1] <= table.few_tokens;
     now_early                    = false;
     note_order(t);
     if (!list(t, ids)) {
@@ -335,7 +335,7 @@ struct expert_op::this_run {
     }
 
     void next() {
-        o.next_wave(t, op->src[2]->ne[1] <= DECODE_TOKENS);
+        o.next_wave(t, op->src[2]->ne[1] <= o.table.few_tokens);
         o.fetch_expected();
     }
 

@@ -36,6 +36,7 @@ struct ffn_work {
 
     std::vector<std::vector<uint32_t>> picked;    // by thread: neurons of its range
     std::vector<float>                 projected; // [tokens][rank]
+    std::vector<uint16_t>              tokens_of; // by neuron of a dense layer: which tokens it is active for, a bit for each
     std::vector<uint32_t>              list;      // of the op, ascending
     std::vector<uint32_t>              left;      // of the chunk, not there yet
     std::vector<uint32_t>              there;     // of the chunk, to be computed now

@@ -8,16 +8,19 @@ constexpr float OFF = -1e30f; // finite: OFF * 0 must be 0
 
 // active sets
 
-// leader: b.active is the active set of a new evaluation
-static void chosen(ffn_op & s, flash_bundle & b, int64_t n_tokens) {
+// Leader: b.active is the active set of a new evaluation. by_token: a token computes what its own input asks for, no matter what the
+// others of its pass do.
+static void chosen(ffn_op & s, flash_bundle & b, int64_t n_tokens, bool by_token) {
     s.clock.advance(b.tokens, (uint64_t) n_tokens);
-    b.chosen  = true;
-    b.counted = 0;
+    b.chosen   = true;
+    b.by_token = by_token && n_tokens > 1;
+    b.counted  = 0;
     s.neurons.use(b, (uint32_t) n_tokens);
 }
 
-// all: the threads' shares of the neurons that b's predictor expects for x
-static void predict(ffn_op & s, const flash_bundle & b, const ggml_compute_params * params, const ggml_tensor * x) {
+// all: the threads' shares of the neurons that b's predictor expects for x; tokens: for predictor::select
+static void predict(ffn_op & s, const flash_bundle & b, const ggml_compute_params * params, const ggml_tensor * x, uint16_t * tokens) {
+    static_assert(DECODE_TOKENS <= 8 * sizeof(*tokens), "a bit for each token");
     static thread_local std::vector<uint8_t> x_store;
     static thread_local std::vector<uint8_t> p_store;
 
@@ -30,7 +33,8 @@ static void predict(ffn_op & s, const flash_bundle & b, const ggml_compute_param
     uint32_t first;
     uint32_t last;
     share(b.n_ff, params, first, last);
-    p.select(convert(p.out, s.work.projected.data(), p.rank * sizeof(float), n_tokens, p_store), p.out.x_bytes, n_tokens, first, last, picked);
+    p.select(convert(p.out, s.work.projected.data(), p.rank * sizeof(float), n_tokens, p_store), p.out.x_bytes, n_tokens, first, last, picked,
+             tokens);
 }
 
 // all: the threads' shares of the neurons for which f(column, neuron of the expert) holds for any of the expert's columns
@@ -160,7 +164,7 @@ static void look_ahead(ffn_op & s, const flash_bundle & b, const ggml_compute_pa
         return;
     }
     const flash_bundle & next = s.bundles[b.index + 1];
-    predict(s, next, params, x);
+    predict(s, next, params, x, nullptr);
     ggml_barrier(params->threadpool);
     if (params->ith == 0) {
         gather(s.work, params->nth, s.work.list);
@@ -196,7 +200,7 @@ void sparse_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compute
     }
     const int64_t t0 = leader ? flash_now_ns() : 0;
     if (choose && b.predict.rank > 0) {
-        predict(s, b, params, x);
+        predict(s, b, params, x, x->ne[1] > 1 ? w.tokens_of.data() : nullptr);
     } else if (choose) { // without a predictor: all neurons of the experts that are used
         pick(s, b, params, [](uint32_t, uint32_t) { return true; });
     }
@@ -206,7 +210,7 @@ void sparse_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compute
         if (choose) {
             gather(s.work, params->nth, b.active);
             s.notes.stats.predict_ns += (uint64_t) (flash_now_ns() - t0);
-            chosen(s, b, w.n_tokens);
+            chosen(s, b, w.n_tokens, b.predict.rank > 0);
         }
         w.list = b.active;
         w.end  = 0;
@@ -219,8 +223,10 @@ void sparse_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compute
         ok = for_chunk(s, b, params, part, true, [&](uint32_t i, const uint8_t * slot) {
             const uint32_t e = b.block_of(i);
             for (uint32_t k = w.first_column[e]; k < w.first_column[e + 1]; k++) {
-                const ffn_column & c                 = w.columns[k];
-                token_out(op, c.out)[i - e * b.n_ff] = kernel.dot(slot + p.slot_offset, converted + c.x * kernel.x_bytes);
+                const ffn_column & c = w.columns[k];
+                if (!b.by_token || (w.tokens_of[i] >> c.x & 1)) {
+                    token_out(op, c.out)[i - e * b.n_ff] = kernel.dot(slot + p.slot_offset, converted + c.x * kernel.x_bytes);
+                }
             }
         });
         if (!ok || w.end == w.list.size()) {
@@ -263,7 +269,7 @@ void resident_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compu
         if (params->ith == 0) {
             gather(s.work, params->nth, b.active);
             s.notes.stats.predict_ns += (uint64_t) (flash_now_ns() - t0);
-            chosen(s, b, s.work.n_tokens);
+            chosen(s, b, s.work.n_tokens, false);
             s.work.list = b.active;
             s.work.end  = 0;
             s.reads.settle(false);

@@ -36,6 +36,7 @@ void ffn_work::reserve(const std::vector<flash_bundle> & bundles, uint32_t n_uba
     first_column.reserve(n_blocks + 1);
     columns.reserve(n_used * n_ubatch);
     projected.resize(DECODE_TOKENS * rank);
+    tokens_of.resize(rank > 0 ? n_neurons : 0);
     list.reserve(n_neurons);
     left.reserve(n_neurons);
     there.reserve(n_neurons);
@@ -55,7 +56,7 @@ size_t ffn_work::bytes(const std::vector<flash_bundle> & bundles, uint32_t n_uba
     const size_t n_neurons = max_of(bundles, [](const flash_bundle & b) -> size_t { return b.n_neurons; });
     const size_t n_used    = max_of(bundles, [](const flash_bundle & b) -> size_t { return b.n_expert_used; });
     return max_of(bundles, widest_row) * FFN_RUN_ROWS + 4 * (size_t) n_ubatch * (max_of(bundles, floats_of_token) + 2 * n_used + 2 * FFN_RUN_ROWS + 1) +
-           32 * n_neurons;
+           34 * n_neurons;
 }
 
 // columns

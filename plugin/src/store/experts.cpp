@@ -10,7 +10,7 @@ void expert_store::use(flash_tensor & t, uint32_t e, uint32_t n_tokens, uint32_t
     if (notes.trace.on()) {
         notes.trace.note({ t.tokens, t.number, e, n_tokens, count });
     }
-    if (n_tokens <= DECODE_TOKENS) {
+    if (n_tokens <= table.few_tokens) {
         notes.count_reuse(t.tokens - n_tokens, r.used);
     }
     r.used = t.tokens + 1;

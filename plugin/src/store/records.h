@@ -20,7 +20,8 @@
 #include <string>
 #include <vector>
 
-// an op of up to this many tokens is decoding (speculation included): it may evict; a longer one is a prompt and may not
+// An op of up to this many tokens is decoding (speculation included): it may evict; a longer one is a prompt and may not. Of experts
+// it is more where so many sequences generate at the same time (record_table::few_tokens); neurons of more tokens pass by as a whole.
 constexpr int64_t DECODE_TOKENS = 16;
 
 enum class record_state : uint8_t {
@@ -87,6 +88,7 @@ struct record_table {
     std::vector<std::vector<uint32_t>> groups;      // tensors by group
     std::vector<uint32_t>              class_bytes; // slot size by class
     uint32_t                           n_expert_max = 0;
+    int64_t                            few_tokens   = DECODE_TOKENS; // of an op that may evict experts
 
     // Of all tensors that are bound. panel_bytes: of a panel, about.
     int32_t make_records(uint64_t panel_bytes, llama_flash_error * err);

@@ -82,6 +82,7 @@ class llama_flash_params(ctypes.Structure):
         ("panel_bytes", ctypes.c_uint32),
         ("lookahead", ctypes.c_uint32),
         ("tries_ahead", ctypes.c_uint32),
+        ("few_tokens", ctypes.c_uint32),
     ]
 
     io_engine: int  # enum llama_flash_io_engine
@@ -91,6 +92,7 @@ class llama_flash_params(ctypes.Structure):
     panel_bytes: int  # a panel is a run of rows of about this many bytes; 0: 4 MiB
     lookahead: int  # most experts of the next layer that are read ahead of its router; 0: none
     tries_ahead: int  # 1: only while that makes tokens faster, which is tried out now and then; 0: always
+    few_tokens: int  # an op of up to so many tokens generates, and may evict experts; a longer one is a prompt; 0: 16
 
 
 class llama_flash_bundle_part(ctypes.Structure):
@@ -383,7 +385,7 @@ class llama_flash_trace_entry(ctypes.Structure):
     token: int  # the cache's clock: number of the op's last token since set_memory
     tensor: int  # as llama_flash_session_trace_tensor numbers them
     record: int  # of the tensor: an expert, or a neuron of the layer's bundle
-    n_tokens: int  # of the op; more than 16: a prompt, which evicts nothing
+    n_tokens: int  # of the op; more than the few that generate: a prompt, which evicts nothing
     uses: int  # of these tokens, how many use the expert; of a neuron 1
 
 

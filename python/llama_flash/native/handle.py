@@ -31,7 +31,8 @@ class Session:
     """`struct llama_flash_session`. To be closed.
 
     Args:
-        io_depth, io_threads, lookahead, tries_ahead, panel_bytes: as in struct llama_flash_params; 0: its default.
+        io_depth, io_threads, lookahead, tries_ahead, panel_bytes, few_tokens: as in struct llama_flash_params; 0: its
+            default.
 
     Raises:
         FlashError: the plugin is missing, or refuses.
@@ -46,6 +47,7 @@ class Session:
         lookahead: int = 0,
         tries_ahead: bool = False,
         panel_bytes: int = 0,
+        few_tokens: int = 0,
     ) -> None:
         self._in_use = 0
         self._later: Callable[[], None] | None = None
@@ -59,6 +61,7 @@ class Session:
             lookahead=lookahead,
             tries_ahead=tries_ahead,
             panel_bytes=panel_bytes,
+            few_tokens=few_tokens,
         )
         error = bindings.llama_flash_error()
         self._address = self._lib.llama_flash_session_new(ctypes.byref(params), ctypes.byref(error))
@@ -141,7 +144,7 @@ class Session:
         return state
 
     def few_tokens(self, few: bool) -> None:
-        """Whether calls compute 16 tokens at most from now on, so that room of prompts is of use for others."""
+        """Whether calls compute few tokens from now on, so that room of prompts is of use for others."""
         self._call("llama_flash_session_few_tokens", few)
 
     def divide(self, n_bytes: int) -> Memory:

@@ -11,13 +11,18 @@ from pathlib import Path
 from ..budget.rooms import MACHINE, Breakdown, Budget, reserve_of
 from ..model.shape import ContextShape
 
-__all__ = ["FEW_TOKENS", "Growth", "lent_of"]
+__all__ = ["FEW_TOKENS", "Growth", "few_tokens", "lent_of"]
 
-FEW_TOKENS = 16  # computed at once at most, while the rest of the buffers is lent
+FEW_TOKENS = 16  # drafts, and batches of a caller: computed at once at most, while the rest of the buffers is lent
 _LEAST_TOKENS = 8  # that are expected from one look of the controller to the next
 _SECONDS = 2.0  # twice the time between two looks, if nothing calls for one sooner
 _PAGE_CELLS = 2048  # of one row of a V cache that lies across its rows: F16, 4 KiB a page
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def few_tokens(n_sequences: int) -> int:
+    """Tokens of a pass that generates, at most, in a context of so many sequences: there is one of each."""
+    return max(FEW_TOKENS, n_sequences)
 
 
 class Growth:
@@ -32,7 +37,10 @@ class Growth:
         self._n_ctx = shape.n_ctx
         self._cells = memory.kv + memory.outputs
         self._most = memory.compute + self._cells
-        self._graphs = memory.compute * min(FEW_TOKENS, shape.n_ubatch) // shape.n_ubatch
+        few = min(few_tokens(shape.n_sequences), shape.n_ubatch)
+        logits = min(memory.compute, memory.outputs)  # a graph has them, too
+        self._graphs = (memory.compute - logits) * few // shape.n_ubatch
+        self._graphs += logits * min(few, shape.n_outputs) // shape.n_outputs
         cells = max(1, shape.n_ctx // shape.n_sequences)  # of each sequence
         if not shape.flash_attn and cells > _PAGE_CELLS:  # all rows reach their next page with the same token
             self._graphs += memory.kv * _PAGE_CELLS // cells

@@ -32,6 +32,7 @@ from ..native.library import settled, trim_heap
 from ..native.params import Mode, Requirements, neuron_params
 from ..options import FlashOffload
 from ..planning.advice import advice_for
+from ..planning.lent import few_tokens
 from ..planning.placed import Plan
 from ..planning.placement import choose_predictor, make_plan, work_bytes
 from ..planning.reads import experts_ahead, io_choice
@@ -181,6 +182,7 @@ class Load:
             lookahead=experts_ahead(self.options),
             tries_ahead=self.options.lookahead == "auto",
             panel_bytes=parse_size(self.options.panel_bytes),
+            few_tokens=few_tokens(self._shape().n_sequences),
         )
         self._share.adopt(native)
         self._share.memento = Memento(self.meta, self.options, self._plan)

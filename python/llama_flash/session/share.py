@@ -18,7 +18,7 @@ from ..native.calls import discard_compute
 from ..native.handle import Session
 from ..native.params import Requirements
 from ..options import FlashOffload
-from ..planning.lent import FEW_TOKENS, Growth
+from ..planning.lent import FEW_TOKENS, Growth, few_tokens
 from ..sizes import format_size
 from .account import Account
 from .memento import Memento
@@ -51,6 +51,7 @@ class Share:
         self._beside = 0  # of this model beside flash and interpreter
         self._growth: Growth
         self._decoding = False
+        self._few = FEW_TOKENS
         self._context: Any = None
         self._granted = self._least = self._most = 0  # flash memory: on the way to, at least, at most
         self._moving = self._urgent = self._short = False
@@ -79,6 +80,7 @@ class Share:
         """
         assert self.native is not None
         self._context, self._growth = context, Growth(self.memory, shape)
+        self._few = few_tokens(shape.n_sequences)
         self._beside = self.memory.fixed - self.memory.interpreter
         self._granted, self._most = min(n_bytes, needs.max_memory), needs.max_memory
         self.native.set_memory(self._granted)
@@ -87,7 +89,7 @@ class Share:
 
     def before_call(self, n_tokens: int) -> None:
         """Before the engine computes so many tokens: what only prompts need is lent to flash while there are few."""
-        if n_tokens <= FEW_TOKENS:
+        if n_tokens <= self._few:
             if not self._decoding and self._options.follow and self.native is not None:
                 discard_compute(self._context)
                 self._compute_few(True)
@@ -101,7 +103,7 @@ class Share:
         if self.native is None or not self._options.follow:
             return
         self._growth.add(n_tokens)
-        if n_tokens <= FEW_TOKENS and not self._decoding:
+        if n_tokens <= self._few and not self._decoding:
             self._decoding = True
             Controller.of_process().look_soon()
 
