@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import against, machine, many, neighbours, tables
+from benchlib import against, machine, many, neighbours, prompt_store, tables
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, FULL, HUGE, INFLATED, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
 from benchlib.models import BenchModel, InflatedModel, check_room
 from benchlib.runs import stop_on_signals
-from realmodel import RealModelError
+from realmodel import RealModelError, ensure
 from rich.console import Console
 from rich.markup import escape
 
@@ -84,7 +84,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "naive (flash offload beside naive), limits (beside the physical limit), "
         "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
-        "alone: neighbours (a machine that is shared), many (clients at once)"
+        "alone: neighbours (a machine that is shared), many (clients at once), prompt-store (prompts seen before)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
@@ -230,6 +230,17 @@ def _measure_many(options: argparse.Namespace, console: Console) -> int:
     return _in_turns(run, options, console, lambda: {"many": [result.to_json() for result in found]})
 
 
+def _measure_prompts(options: argparse.Namespace, console: Console) -> int:
+    found: list[prompt_store.Result] = []
+
+    def run(say: Callable[[str], None]) -> None:
+        found.append(prompt_store.measure(options.models, ensure(), say, 1 if options.quick else options.repeats))
+        for table in prompt_store.tables(found[0]):
+            console.print(table)
+
+    return _in_turns(run, options, console, lambda: {"prompt_store": [result.to_json() for result in found]})
+
+
 def _in_turns(
     run: Callable[[Callable[[str], None]], None],
     options: argparse.Namespace,
@@ -267,7 +278,7 @@ def _some_text() -> str:
 
 
 # no cases: other kinds of measurement
-_ALONE = {"neighbours": _measure_neighbours, "many": _measure_many}
+_ALONE = {"neighbours": _measure_neighbours, "many": _measure_many, "prompt-store": _measure_prompts}
 
 
 if __name__ == "__main__":

@@ -425,6 +425,52 @@ LLAMA_FLASH_API int32_t llama_flash_session_add_rows(struct llama_flash_session 
 LLAMA_FLASH_API int32_t llama_flash_session_bind_weight(struct llama_flash_session * session, const char * name, const char * path, uint64_t offset,
                                                         int32_t type, int64_t ne0, int64_t ne1, int64_t ne2, struct llama_flash_error * err);
 
+// Prompts that were computed before, in blocks of tokens (docs/explanation/prompts.md). These calls take a context and no session, and
+// belong to the thread that computes with it, or to one that knows that nobody does.
+
+// What the state of a sequence consists of.
+struct llama_flash_prompt_kind {
+    uint32_t supported;    // 0: it cannot be divided
+    uint32_t has_cells;    // cells of all positions
+    uint32_t window;       // cells of so many positions before the next one; 0: none
+    uint32_t has_state;    // what has no cells (recurrent): llama_state_seq_get_data_ext, partial
+    uint64_t cell_bytes;   // of one token; known when the sequence holds one
+    uint64_t window_bytes; // of one token of the window; the same
+};
+
+LLAMA_FLASH_API int32_t llama_flash_prompt_kind_of(struct llama_context * ctx, int32_t seq, struct llama_flash_prompt_kind * out, struct llama_flash_error * err);
+
+// Copies `size` bytes at `offset` of the state of positions [p0, p1) of the sequence to `to`, in the order of files. window: of its
+// window. *total: bytes of all of it. *sum: of the checksum, where offset is a multiple of 64 KiB and `size` is one, or ends the state.
+// LLAMA_FLASH_E_INVALID: not all of the positions are in memory.
+LLAMA_FLASH_API int32_t llama_flash_prompt_take(struct llama_context * ctx, int32_t seq, bool window, int32_t p0, int32_t p1, uint64_t offset, uint64_t size,
+                                                uint8_t * to, uint64_t * total, uint32_t * sum, struct llama_flash_error * err);
+
+// size of the head of a block's file; what follows has whole sectors of 4096 bytes
+#define LLAMA_FLASH_PROMPT_HEAD 4096
+
+struct llama_flash_prompt_block {
+    int32_t         fd;
+    uint32_t        reserved;
+    const uint8_t * head; // what the file must begin with: LLAMA_FLASH_PROMPT_HEAD bytes, of which the last 16 are not looked at
+};
+
+// Reads n blocks of block_tokens tokens from their files into the sequence, from position p0 on; what it had from there is removed before.
+// tokens: of positions p0 on. *n_good: how many of the first ones are whole and right; the sequence has these, and no more.
+// LLAMA_FLASH_E_MEMORY: there is no room. The last 16 bytes of a head: bytes of the body, 64 bits; two checksums, of the body and
+// of the head before its own, 32 bits each.
+LLAMA_FLASH_API int32_t llama_flash_prompt_restore(struct llama_context * ctx, int32_t seq, bool window, int32_t p0, const int32_t * tokens, uint32_t block_tokens,
+                                                   const struct llama_flash_prompt_block * blocks, uint32_t n, const struct llama_flash_params * params,
+                                                   uint32_t * n_good, struct llama_flash_error * err);
+
+// Copies positions [p0, p1) and the window before p1 from one sequence to another, which has the same tokens before p0. tokens: of
+// positions 0 on. LLAMA_FLASH_E_INVALID: not all of it is there, or it has parts without cells; LLAMA_FLASH_E_MEMORY: no room.
+LLAMA_FLASH_API int32_t llama_flash_prompt_copy(struct llama_context * ctx, int32_t from, int32_t to, int32_t p0, int32_t p1, const int32_t * tokens,
+                                                struct llama_flash_error * err);
+
+// CRC32C by pieces, as heads of files have it: never 0.
+LLAMA_FLASH_API uint32_t llama_flash_checksum(const uint8_t * data, uint64_t size);
+
 // llama_model_load_from_file and llama_init_from_model of the engine, with or without flash tensors: where the engine would end the
 // process with an assert, they return NULL. reason: gets the lines of the engine's log that say why they failed, the last of `size`
 // bytes, "" if they did not; may be NULL. What the engine logs goes to its log callback, too.

@@ -33,8 +33,16 @@ enum llama_flash_page { LLAMA_FLASH_PAGE_HEALTH  = 0,
                         LLAMA_FLASH_PAGE_METRICS = 1 };
 typedef void (*llama_flash_tell_t)(int page, void * to);
 
+// States of prompts that the program keeps: server_prompt_hooks of server-context.h. Called by the thread of the server's main loop.
+struct llama_flash_prompt_hooks {
+    int32_t block;
+    int32_t (*recall)(llama_context * ctx, int32_t seq, const int32_t * tokens, size_t n_tokens, int32_t n_past, int32_t other, int32_t n_other,
+                      const char * adapters);
+    bool (*keep)(llama_context * ctx, int32_t seq, const int32_t * tokens, size_t n_tokens, int64_t stamp, bool all_idle, const char * adapters);
+};
+
 SERVE_API int  llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell,
-                                 const llama_flash_limits * limits);
+                                 const llama_flash_limits * limits, const llama_flash_prompt_hooks * prompts);
 SERVE_API void llama_flash_serve_write(void * to, const char * text, size_t size);
 SERVE_API void llama_flash_serve_stop();
 SERVE_API bool llama_flash_serve_template(const char * text, char * error, size_t n_error);
@@ -58,10 +66,26 @@ static server_http_context::handler_t with(const server_http_context::handler_t 
     };
 }
 
+static void set_prompts(const llama_flash_prompt_hooks & prompts) {
+    const auto recall = prompts.recall;
+    const auto keep   = prompts.keep;
+
+    llama_server_prompt_hooks.block  = prompts.block;
+    llama_server_prompt_hooks.recall = [recall](llama_context * ctx, llama_seq_id seq, const llama_tokens & tokens, int32_t n_past, llama_seq_id other,
+                                                int32_t n_other, const std::string & adapters) {
+        return recall(ctx, seq, tokens.data(), tokens.size(), n_past, other, n_other, adapters.c_str());
+    };
+    llama_server_prompt_hooks.keep = [keep](llama_context * ctx, llama_seq_id seq, const llama_tokens & tokens, int64_t stamp, bool all_idle,
+                                            const std::string & adapters) {
+        return keep(ctx, seq, tokens.data(), tokens.size(), stamp, all_idle, adapters.c_str());
+    };
+}
+
 // Serves until it is stopped. Returns 0 then, and 1 if it did not begin: why is in the log, or known to the hooks. argv is llama-server's
 // and ends with a null pointer; nothing but argv and the environment says what is served. The hooks are called on this thread, freed
-// also where else a model is freed.
-int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell, const llama_flash_limits * limits) {
+// also where else a model is freed. prompts: NULL where none are kept.
+int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell, const llama_flash_limits * limits,
+                      const llama_flash_prompt_hooks * prompts) {
     int               result = 1;
     ggml_log_callback log; // of the process, which goes on
     void *            log_data;
@@ -76,6 +100,9 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
             routes.get_health  = with(routes.get_health, LLAMA_FLASH_PAGE_HEALTH, tell);
             routes.get_metrics = with(routes.get_metrics, LLAMA_FLASH_PAGE_METRICS, tell);
         };
+        if (prompts) {
+            set_prompts(*prompts);
+        }
         common_params_set_config_files(false); // they could set what has been counted
         common_init();
         common_params params;
@@ -93,6 +120,7 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
     common_log_flush(common_log_main());
     llama_log_set(log, log_data);
     llama_server_extend_routes = nullptr;
+    llama_server_prompt_hooks  = {};
     llama_set_hooks({});
     return result;
 }

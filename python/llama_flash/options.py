@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -44,6 +45,9 @@ class FlashOffload:
             128 where single neurons are read.
         io_threads: threads of the pread pool.
         panel_bytes: size of the runs of rows in which dense weights are streamed.
+        prompt_cache: keep the state of prompts on flash, so that what was computed once is read: a folder, or True for
+            one in the user's cache folder. It holds what people typed: the folder is open to its owner alone.
+        prompt_cache_size: bytes that these files may take on the disk; what was used longest ago goes first.
 
     Raises:
         ValueError: a value that makes no sense, with the accepted ones.
@@ -62,6 +66,8 @@ class FlashOffload:
     io_depth: int | None = None
     io_threads: int = 8
     panel_bytes: int | str = "4MiB"
+    prompt_cache: bool | str | os.PathLike[str] = False
+    prompt_cache_size: int | str = "8GiB"
 
     def __post_init__(self) -> None:
         if self.dram_budget != "auto":
@@ -75,6 +81,9 @@ class FlashOffload:
             _in_range("window", self.window, 0, 1 << 20)
         if self.lookahead != "auto" and not isinstance(self.lookahead, bool):
             raise ValueError(f"lookahead: {self.lookahead!r} is not one of True, False, 'auto'")
+        if not isinstance(self.prompt_cache, bool | str | os.PathLike) or self.prompt_cache == "":
+            raise ValueError(f"prompt_cache: {self.prompt_cache!r} is not one of True, False, a folder")
+        _in_range("prompt_cache_size", _checked("prompt_cache_size", self.prompt_cache_size), 1 << 20, 1 << 60)
         for name in ("follow", "warm_start"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}: {value!r} is not one of True, False")

@@ -20,6 +20,7 @@ BELOW: dict[str, set[str]] = {
     "kernels": {"base"},
     "store": {"base", "memory", "io", "kernels"},
     "ops": {"base", "memory", "io", "kernels", "store"},
+    "prompts": {"base", "memory", "io"},
     TOP: {"base", "memory", "io", "kernels", "store", "ops"},
     "observe": {"base", "memory", "io", "kernels", "store", "ops", TOP},
 }

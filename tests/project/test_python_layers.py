@@ -23,6 +23,7 @@ ROOMS = (
     "native",
     "budget",
     "model",
+    "prompts",
     "device",
     "observe",
     "planning",

@@ -157,7 +157,7 @@ def test_a_prompt_seen_before_is_not_computed_again_and_its_memory_is_counted(
     model: Path, budget: int, tmp_path: Path
 ) -> None:
     cache = "16MiB"
-    arguments: list[str | Path] = [model, "-c", "1024", "--parallel", "1", "--prompt-cache", cache]
+    arguments: list[str | Path] = [model, "-c", "1024", "--parallel", "1", "--prompt-cache-ram", cache]
     said = refusal(*arguments, "--dram-budget", str(budget - 8 * MIB), command=SERVE)
     assert re.search(r"too small: .*outputs 16\.\d MiB", said), said
     arguments += ["--dram-budget", str(budget + parse_size(cache))]
@@ -173,7 +173,7 @@ def test_a_prompt_seen_before_is_not_computed_again_and_its_memory_is_counted(
         assert cached is not None and cached > usage.prompt_tokens - 10, "it came back from the cache"
         memory = json.loads(server.get("/health"))["flash"]["memory"]
         assert 16 * MIB <= memory["outputs"] < 18 * MIB
-    without = [argument for argument in arguments if argument not in ("--prompt-cache", cache)]
+    without = [argument for argument in arguments if argument not in ("--prompt-cache-ram", cache)]
     with serving(without, tmp_path / "log", command=SERVE) as server:
         client = server.client()
         assert [complete(client, text, 4) for text in texts] == first
@@ -187,7 +187,7 @@ def test_a_prompt_seen_before_is_not_computed_again_and_its_memory_is_counted(
 def test_prompts_are_kept_within_a_limit_of_the_kernels(model: Path, budget: int, tmp_path: Path) -> None:
     require_caps()
     limit = budget + 24 * MIB
-    arguments = [model, "-c", "1024", "--parallel", "2", "--prompt-cache", "8MiB"]
+    arguments = [model, "-c", "1024", "--parallel", "2", "--prompt-cache-ram", "8MiB"]
     texts = [f"# {i}\n" + "    pass  # and more\n" * 80 for i in range(8)]  # 1.3 MiB of KV cells each, or more
     with serving(arguments, tmp_path / "log", limit, command=SERVE) as server:
         client = server.client()

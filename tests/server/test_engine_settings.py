@@ -140,7 +140,8 @@ def test_the_shipped_model_is_served_where_none_is_named(model: Path, monkeypatc
         ("pooling", "mean", r"--pooling: is of embeddings: add --embeddings"),
         ("pooling", "max", r"pooling: 'max' is not one of none, mean"),
         ("lora", "none.gguf:0.5", r"lora: no such adapter: none\.gguf"),
-        ("prompt_cache", "much", r"prompt_cache: not a size: 'much'"),
+        ("prompt_cache_ram", "much", r"prompt_cache_ram: not a size: 'much'"),
+        ("prompt_cache", "1GiB", r"prompt_cache: '1GiB' is a size: prompts kept in memory are prompt_cache_ram"),
         ("chat_template_file", "none.jinja", r"chat_template_file: none\.jinja: No such file"),
         ("api_key", "", r"an empty key would let everybody in"),
         ("flash_offload", {"windwo": 1}, r"flash_offload: there is no option windwo; there are dram_budget"),
@@ -173,9 +174,14 @@ def test_sizes_scales_and_templates_are_read(model: Path, tmp_path: Path) -> Non
     adapter, template = tmp_path / "a:b.gguf", tmp_path / "chat.jinja"
     adapter.touch()
     template.write_text("{{ messages[0].content }}")
-    flags = {"model": str(model), "lora": str(adapter), "prompt_cache": "1.5MiB", "chat_template_file": str(template)}
+    flags = {
+        "model": str(model),
+        "lora": str(adapter),
+        "prompt_cache_ram": "1.5MiB",
+        "chat_template_file": str(template),
+    }
     found = read_engine_settings(None, flags)
-    assert found.lora == (adapter, 1.0) and found.prompt_cache == 2 * MIB
+    assert found.lora == (adapter, 1.0) and found.prompt_cache_ram == 2 * MIB
     assert found.chat_template == "{{ messages[0].content }}"
     plain = Path(shutil.copy(adapter, tmp_path / "plain.gguf"))
     assert read_engine_settings(None, {"model": str(model), "lora": f"{plain}:0.25"}).lora == (plain, 0.25)

@@ -16,7 +16,7 @@ __all__ = ["app", "main"]
 # code -> when; docs/reference/cli.md has it, too
 EXIT_CODES = {
     "0": "done",
-    "1": "an error, in one line on stderr; verify: not the same; doctor: a problem; bench: nothing measured",
+    "1": "an error, in one line on stderr; verify: not the same, or damaged; doctor: a problem; bench: no figures",
     "2": "no such command or option",
     "3": "batch: all requests are answered, some with an error",
     "130": "Ctrl-C",
@@ -62,6 +62,7 @@ _COMMANDS = (
         _RUN,
         own("top"),
     ),
+    Later("prompts", "List, show, drop or verify the prompts whose state is kept on flash.", _MACHINE, own("prompts")),
     Later(
         "trace",
         "Record which experts, or neurons of bundles, each token asked of the cache, for `llama-flash simulate`.",

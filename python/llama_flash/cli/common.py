@@ -39,6 +39,9 @@ __all__ = [
     "NUbatch",
     "Plot",
     "Predictor",
+    "PromptCache",
+    "PromptCacheDir",
+    "PromptCacheSize",
     "Reserve",
     "Seed",
     "Temperature",
@@ -131,6 +134,17 @@ Follow = Annotated[
 ]
 WarmStart = Annotated[
     bool, _flash("--warm-start/--no-warm-start", help="Read first what was hot when the model was last used.")
+]
+PromptCache = Annotated[
+    bool,
+    _flash(
+        "--prompt-cache",
+        help="Keep the state of prompts on flash: in the user's cache folder, open to the owner alone.",
+    ),
+]
+PromptCacheDir = Annotated[Path | None, _flash("--prompt-cache-dir", metavar="DIR", help="The same, in this folder.")]
+PromptCacheSize = Annotated[
+    str, _flash("--prompt-cache-size", metavar="SIZE", help="What these files may take on the disk.")
 ]
 IoEngine = Annotated[
     str, _flash("--io-engine", help="auto, io_uring or pread.", autocompletion=_words(get_args(IoEngines)))

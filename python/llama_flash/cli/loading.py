@@ -32,6 +32,8 @@ def flash_options(params: Mapping[str, Any]) -> FlashOffload:
     chosen = {field.name: params[field.name] for field in fields(FlashOffload) if field.name in params}
     if chosen.get("reserve") == "0":
         chosen["reserve"] = 0
+    if params.get("prompt_cache_dir") is not None:
+        chosen["prompt_cache"] = params["prompt_cache_dir"]
     if chosen.get("lookahead", False) is None:
         chosen["lookahead"] = "auto"
     return FlashOffload(**chosen)

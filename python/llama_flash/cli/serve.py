@@ -45,10 +45,10 @@ def _limit(*names: str, **settings: Any) -> Any:
 
 _FLASH_OPTIONS = (
     *("dram_budget", "reserve", "what", "predictor", "window", "lookahead", "follow", "warm_start"),
-    *("io_engine",),
+    *("io_engine", "prompt_cache", "prompt_cache_size"),
 )
 _MANY = (  # that the classic server has not, by flags
-    *("parallel", "type_k", "type_v", "lora", "prompt_cache", "embeddings", "pooling"),
+    *("parallel", "type_k", "type_v", "lora", "prompt_cache_ram", "embeddings", "pooling"),
     *("chat_template", "chat_template_file", "reasoning_format"),
     *("max_body", "max_grammar", "max_memory", "max_depth", "max_requests", "timeout"),
 )
@@ -62,8 +62,21 @@ _Parallel = Annotated[
     _server("--parallel", min=1, help="Answers computed at the same time, at most. Default: as many as cost little."),
 ]
 _PromptCache = Annotated[
+    bool | None,
+    _flash(
+        "--prompt-cache",
+        help="Keep the state of prompts on flash: in the user's cache folder, open to the owner alone.",
+        show_default=False,
+    ),
+]
+_PromptCacheDir = Annotated[Path | None, _flash("--prompt-cache-dir", metavar="DIR", help="The same, in this folder.")]
+_PromptCacheSize = Annotated[
     str | None,
-    _server("--prompt-cache", metavar="SIZE", help="Of the budget, for prompts seen before. Default: 0."),
+    _flash("--prompt-cache-size", metavar="SIZE", help="What these files may take on the disk. Default: 8GiB."),
+]
+_PromptCacheRam = Annotated[
+    str | None,
+    _server("--prompt-cache-ram", metavar="SIZE", help="Of the budget, for prompts seen before. Default: 0."),
 ]
 _ConfigFile = Annotated[
     Path | None, _server("--config-file", help="Settings, YAML or JSON, with the model in a list of models.")
@@ -161,7 +174,7 @@ def serve(
     port: _Port = None,
     api_key: _ApiKey = None,
     parallel: _Parallel = None,
-    prompt_cache: _PromptCache = None,
+    prompt_cache_ram: _PromptCacheRam = None,
     config_file: _ConfigFile = None,
     dram_budget: _DramBudget = None,
     reserve: _Reserve = None,
@@ -172,6 +185,9 @@ def serve(
     follow: _Follow = None,
     warm_start: _WarmStart = None,
     io_engine: _IoEngine = None,
+    prompt_cache: _PromptCache = None,
+    prompt_cache_dir: _PromptCacheDir = None,
+    prompt_cache_size: _PromptCacheSize = None,
     model_alias: _ModelAlias = None,
     n_ctx: _NCtx = None,
     threads: _Threads = None,
@@ -210,6 +226,8 @@ def _start(given: dict[str, Any], classic: bool) -> None:
     if model is not None and config_file is not None:
         raise ValueError("MODEL.gguf and --config-file: the file names the model")
     flash = some(*_FLASH_OPTIONS)
+    if "prompt_cache_dir" in given:
+        flash["prompt_cache"] = str(given["prompt_cache_dir"])
     if flash.get("reserve") == "0":
         flash["reserve"] = 0
     path, threads = None if model is None else str(model_path(model)), given.get("threads")

@@ -25,6 +25,7 @@ class ContextShape:
     type_v: int = 1
     flash_attn: bool = False
     embedding: bool = False
+    prompts: int = 0  # bytes that reading and writing the state of prompts takes
     aside: int = 0  # bytes that the caller keeps beside it, sooner or later: prompts that have left the KV cache
     n_sequences: int = 1  # at most; each has cells of its own, n_ctx / n_sequences of them
 

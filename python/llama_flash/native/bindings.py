@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 LLAMA_FLASH_API_VERSION = 8
 LLAMA_FLASH_REUSE_TOKENS = 256
+LLAMA_FLASH_PROMPT_HEAD = 4096
 
 
 class llama_flash_code(IntEnum):
@@ -451,6 +452,38 @@ class llama_flash_weight_use(ctypes.Structure):
     reserved: int
 
 
+class llama_flash_prompt_kind(ctypes.Structure):
+    """What the state of a sequence consists of.."""
+
+    _fields_: ClassVar = [
+        ("supported", ctypes.c_uint32),
+        ("has_cells", ctypes.c_uint32),
+        ("window", ctypes.c_uint32),
+        ("has_state", ctypes.c_uint32),
+        ("cell_bytes", ctypes.c_uint64),
+        ("window_bytes", ctypes.c_uint64),
+    ]
+
+    supported: int  # 0: it cannot be divided
+    has_cells: int  # cells of all positions
+    window: int  # cells of so many positions before the next one; 0: none
+    has_state: int  # what has no cells (recurrent): llama_state_seq_get_data_ext, partial
+    cell_bytes: int  # of one token; known when the sequence holds one
+    window_bytes: int  # of one token of the window; the same
+
+
+class llama_flash_prompt_block(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("fd", ctypes.c_int32),
+        ("reserved", ctypes.c_uint32),
+        ("head", ctypes.POINTER(ctypes.c_uint8)),
+    ]
+
+    fd: int
+    reserved: int
+    head: Any  # what the file must begin with: LLAMA_FLASH_PROMPT_HEAD bytes, of which the last 8 are not looked at
+
+
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_params,
     llama_flash_bundle_part,
@@ -467,6 +500,8 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_trace_tensor,
     llama_flash_probe,
     llama_flash_weight_use,
+    llama_flash_prompt_kind,
+    llama_flash_prompt_block,
 )
 
 # name: (result, arguments)
@@ -651,6 +686,60 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.POINTER(llama_flash_error),
         ],
     ),
+    "llama_flash_prompt_kind_of": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.POINTER(llama_flash_prompt_kind),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_prompt_take": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_bool,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.c_uint64,
+            ctypes.c_uint64,
+            ctypes.POINTER(ctypes.c_uint8),
+            ctypes.POINTER(ctypes.c_uint64),
+            ctypes.POINTER(ctypes.c_uint32),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_prompt_restore": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_bool,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_int32),
+            ctypes.c_uint32,
+            ctypes.POINTER(llama_flash_prompt_block),
+            ctypes.c_uint32,
+            ctypes.POINTER(llama_flash_params),
+            ctypes.POINTER(ctypes.c_uint32),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_prompt_copy": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_int32),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_checksum": (ctypes.c_uint32, [ctypes.POINTER(ctypes.c_uint8), ctypes.c_uint64]),
     "llama_flash_load_model": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
     "llama_flash_new_context": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
 }

@@ -10,14 +10,17 @@ import ctypes
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from ..errors import FlashError
 from . import bindings
+from .prompts import Tokens, clear
 
 __all__ = [
-    *("FAILED", "Driver", "Pages", "RequestLimits"),
+    *("FAILED", "Driver", "Pages", "Prompts", "RequestLimits"),
     *("argv_of", "check_template", "copy_of", "hooks_of", "load", "serve", "shipped", "stop", "write_back"),
 ]
 
@@ -43,6 +46,22 @@ class _Hooks(ctypes.Structure):
     """struct llama_hooks"""
 
     _fields_ = (("load", _Load), ("init", _Init), ("freed", _Freed), ("begin", _Begin), ("end", _End))
+
+
+_Recall = ctypes.CFUNCTYPE(
+    *(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t),
+    *(ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_char_p),
+)
+_Keep = ctypes.CFUNCTYPE(
+    *(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t),
+    *(ctypes.c_int64, ctypes.c_bool, ctypes.c_char_p),
+)
+
+
+class _PromptHooks(ctypes.Structure):
+    """struct llama_flash_prompt_hooks"""
+
+    _fields_ = (("block", ctypes.c_int32), ("recall", _Recall), ("keep", _Keep))
 
 
 class RequestLimits(ctypes.Structure):
@@ -77,6 +96,25 @@ class Driver(Protocol):
         """After it: the code to be returned in place of `code`, and the reason if that is a failure."""
 
 
+class Prompts(Protocol):
+    """Who keeps what prompts have computed. By the thread of the server's main loop. Sequences are numbers."""
+
+    block: int  # states without cells are kept behind multiples of so many tokens
+
+    def recall(
+        self, context: int, seq: int, tokens: Tokens, n_past: int, other: int, n_other: int, adapters: str
+    ) -> int:
+        """Before a prompt is computed, of which seq has n_past tokens and `other` n_other: how many seq has then."""
+
+    def keep(
+        self, context: int, seq: int, tokens: Callable[[], Tokens], n: int, stamp: int, idle: bool, adapters: str
+    ) -> bool:
+        """Between two calls, of each sequence with tokens: whether to call again though there is nothing to compute.
+
+        stamp: another one for other tokens; -1 while they are being computed.
+        """
+
+
 class Pages(Protocol):
     """What the program says beside the server, to whoever it lets ask. By the threads of HTTP, several at once."""
 
@@ -92,12 +130,15 @@ def load() -> None:
     _library()
 
 
-def serve(arguments: Sequence[str], driver: Driver, pages: Pages, limits: RequestLimits) -> int:
+def serve(
+    arguments: Sequence[str], driver: Driver, pages: Pages, limits: RequestLimits, prompts: Prompts | None = None
+) -> int:
     """Runs llama-server in this thread until it is stopped. 0 then, 1 if it did not begin.
 
     Args:
         arguments: as on its command line, without its name. llama.cpp's own settings files are not read.
         limits: what of a request is refused before it is parsed.
+        prompts: who keeps prompts; None: nobody.
 
     Raises:
         FlashError: the server's library is missing.
@@ -105,7 +146,10 @@ def serve(arguments: Sequence[str], driver: Driver, pages: Pages, limits: Reques
     library = _library()
     hooks, tell = hooks_of(driver), _tell(library, pages)
     argv = argv_of("llama-server", arguments)
-    code: int = library.llama_flash_serve(*argv, ctypes.byref(hooks), tell, ctypes.byref(limits))
+    kept = None if prompts is None else _prompt_hooks(prompts)
+    code: int = library.llama_flash_serve(
+        *argv, ctypes.byref(hooks), tell, ctypes.byref(limits), None if kept is None else ctypes.byref(kept)
+    )
     return code
 
 
@@ -166,6 +210,32 @@ def hooks_of(driver: Driver) -> ctypes.Structure:
     return _Hooks(_Load(load), _Init(init), _Freed(driver.freed), _Begin(driver.begin), _End(end))
 
 
+def _prompt_hooks(prompts: Prompts) -> ctypes.Structure:
+    """struct llama_flash_prompt_hooks, which calls `prompts`."""
+
+    def view(tokens: int, n: int) -> Tokens:
+        return np.ctypeslib.as_array(ctypes.cast(tokens, ctypes.POINTER(ctypes.c_int32)), (n,))
+
+    def recall(
+        context: int, seq: int, tokens: int, n: int, n_past: int, other: int, n_other: int, adapters: bytes
+    ) -> int:
+        try:
+            return prompts.recall(context, seq, view(tokens, n), n_past, other, n_other, adapters.decode())
+        except Exception:  # C++ called it; what was there may be half changed
+            logger.exception("a prompt was not recalled")
+            clear(context, seq)
+            return 0
+
+    def keep(context: int, seq: int, tokens: int, n: int, stamp: int, idle: bool, adapters: bytes) -> bool:
+        try:
+            return prompts.keep(context, seq, lambda: view(tokens, n), n, stamp, idle, adapters.decode())
+        except Exception:
+            logger.exception("a prompt was not kept")
+            return False
+
+    return _PromptHooks(prompts.block, _Recall(recall), _Keep(keep))
+
+
 def _tell(library: Any, pages: Pages) -> Any:
     def tell(page: int, to: int) -> None:
         try:
@@ -183,7 +253,9 @@ def _library() -> Any:
     try:
         library = shipped(_LIBRARY)
         library.llama_flash_serve.restype = ctypes.c_int
-        library.llama_flash_serve.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell, ctypes.c_void_p)
+        library.llama_flash_serve.argtypes = (
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell, ctypes.c_void_p, ctypes.c_void_p),
+        )
         library.llama_flash_serve_write.restype = None
         library.llama_flash_serve_write.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
         library.llama_flash_serve_template.restype = ctypes.c_bool

@@ -121,7 +121,7 @@ def estimate(meta: GgufMeta, shape: ContextShape) -> Breakdown:
         interpreter=_ENGINE_HEAP + n_vocab * _HEAP_PER_TOKEN,
         kv=int(kv),
         compute=max(layer, attention, logits) + work_bytes(meta, shape),
-        outputs=shape.n_outputs * per_output + shape.n_scores * 4 * n_vocab + shape.aside,
+        outputs=shape.n_outputs * per_output + shape.n_scores * 4 * n_vocab + shape.aside + shape.prompts,
     )
 
 

@@ -26,6 +26,7 @@ from ..native import server
 from ..native.library import settled
 from ..native.params import Mode, Requirements
 from ..options import FlashOffload
+from ..prompts.store import store_memory
 from .advice import advice_for
 from .cost import Cost, expect
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
@@ -302,6 +303,8 @@ class _Planner:
 
     def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape, held: Callable[[], int]) -> None:
         """held: tells the bytes that the process holds; asking engine and plugin adds to them, once."""
+        if options.prompt_cache is not False:
+            shape = replace(shape, prompts=store_memory(meta))
         self._meta, self._options, self._shape = meta, options, shape
         self._bundles: Bundles | None = read_bundles(meta)
         self._held = held
@@ -330,7 +333,8 @@ class _Planner:
             kv=self._sizes.kv,
             compute=self._sizes.compute + work_bytes(self._meta, self._shape),
             outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab)
-            + self._shape.aside,
+            + self._shape.aside
+            + self._shape.prompts,
             reserve=budget.reserve,
         )
         if placed.mode == "nothing":

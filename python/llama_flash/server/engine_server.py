@@ -26,6 +26,7 @@ from .engine_settings import EngineSettings
 from .engine_thread import EngineThread, Signals
 from .pages import FlashPages
 from .parallel import choose_parallel
+from .prompts import ServerPrompts
 
 __all__ = ["arguments_of", "completed", "serve_engine"]
 
@@ -52,13 +53,17 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
     many, why = _parallel(settings, meta)
     pages = FlashPages(settings.alias, many)
 
+    prompts = ServerPrompts() if settings.keeps_prompts else None
+
     def loaded(session: FlashSession) -> None:
         pages.loaded(session)
+        if prompts is not None:
+            prompts.begin(session)
         say(f"{session.summary}; {many} {'answer' if many == 1 else 'answers'} at the same time{why}")
 
     lora = str(settings.lora[0]) if settings.lora else None
-    driver = EngineDriver(settings.flash_offload, loaded, lora_path=lora, aside=settings.prompt_cache)
-    server = EngineThread(arguments_of(settings, many, host, port), driver, pages, limits, host, port)
+    driver = EngineDriver(settings.flash_offload, loaded, lora_path=lora, aside=settings.prompt_cache_ram)
+    server = EngineThread(arguments_of(settings, many, host, port), driver, pages, limits, host, port, prompts)
     with Signals() as signals:
         server.start()
         if server.wait_until_it_answers():
@@ -120,7 +125,7 @@ def _parallel(settings: EngineSettings, meta: GgufMeta) -> tuple[int, str]:
         n_outputs=1,
         type_k=KV_TYPES[settings.type_k],
         type_v=KV_TYPES[settings.type_v],
-        aside=settings.prompt_cache,
+        aside=settings.prompt_cache_ram,
     )
     many, why = choose_parallel(meta, FlashOffload.coerce(settings.flash_offload), one)
     return many, f" (--parallel; {why})"
@@ -136,7 +141,7 @@ def arguments_of(settings: EngineSettings, many: int, host: str, port: int) -> l
         *("--parallel", str(many), "--ctx-size", str(settings.n_ctx * many), "--no-kv-unified"),
         *("--batch-size", str(settings.n_batch), "--ubatch-size", str(settings.n_ubatch), "--flash-attn", "off"),
         *("--cache-type-k", settings.type_k, "--cache-type-v", settings.type_v),
-        *("--fit", "off", "--cache-ram", str(settings.prompt_cache >> 20), "--ctx-checkpoints", "0"),
+        *("--fit", "off", "--cache-ram", str(settings.prompt_cache_ram >> 20), "--ctx-checkpoints", "0"),
         *("--threads", str(threads), "--threads-batch", str(settings.threads_batch or threads)),
         # /slots would show what others ask, and a page in a browser needs no server on loopback
         *("--no-warmup", "--no-ui", "--offline", "--metrics", "--no-slots", "--cors-origins", "localhost"),

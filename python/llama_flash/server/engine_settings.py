@@ -5,10 +5,11 @@ The names are those of the classic server (settings.py), where they mean somethi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ class EngineSettings:
         lora: adapter and its scale.
         chat_template: in place of the model's own.
         chat_template_kwargs: for the template.
-        prompt_cache: bytes for prompts that were computed before and have left the KV cache.
+        prompt_cache: where the state of prompts is kept on flash: a folder, or true; it goes into flash_offload.
+        prompt_cache_size: bytes that these files may take; the same.
+        prompt_cache_ram: bytes for prompts that were computed before and have left the KV cache.
         seed: of requests that name none; None: a random one for each.
         threads_http: requests that are received at the same time; None: a few more than `parallel`.
         flash_offload: as `Llama` takes it.
@@ -71,12 +74,20 @@ class EngineSettings:
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_format: str = "auto"
-    prompt_cache: int = 0
+    prompt_cache: bool | str = False
+    prompt_cache_size: str | int | None = None
+    prompt_cache_ram: int = 0
     seed: int | None = None
     threads_http: int | None = None
     flash_offload: Mapping[str, Any] | bool = True
     verbose: bool = False
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether the state of prompts is kept on flash."""
+        flash = self.flash_offload
+        return isinstance(flash, Mapping) and flash.get("prompt_cache", False) is not False
 
 
 def read_engine_settings(
@@ -112,7 +123,19 @@ def read_engine_settings(
     if found["model"] is None:
         raise FileNotFoundError("no such model: (none named)")
     limits = Limits(**{each.name: found.pop(each.name) for each in fields(Limits) if each.name in found})
-    return _checked(EngineSettings(**found, limits=limits))
+    return _checked(_with_prompts(EngineSettings(**found, limits=limits)))
+
+
+def _with_prompts(settings: EngineSettings) -> EngineSettings:
+    """What is said of prompts on flash is an option of flash."""
+    said = {"prompt_cache": settings.prompt_cache or None, "prompt_cache_size": settings.prompt_cache_size}
+    said = {name: value for name, value in said.items() if value is not None}
+    if not said:
+        return settings
+    if settings.flash_offload is False:
+        raise ValueError("prompt_cache: is a part of flash_offload, which is false")
+    options = {} if settings.flash_offload is True else dict(settings.flash_offload)
+    return replace(settings, flash_offload={**options, **said})
 
 
 def _checked(settings: EngineSettings) -> EngineSettings:
@@ -244,6 +267,16 @@ def _template_file(value: Any) -> str:
         raise ValueError(f"{value}: {error.strerror}") from None
 
 
+def _store(value: Any) -> bool | str:
+    """A folder, true or false."""
+    if not isinstance(value, str) or value.lower() in ("true", "false", "1", "0", "yes", "no"):
+        return _flag(value)
+    with contextlib.suppress(ValueError):
+        parse_size(value)
+        raise TypeError(f"{value!r} is a size: prompts kept in memory are prompt_cache_ram")
+    return value
+
+
 def _cache(value: Any) -> int:
     """Bytes; llama-server takes whole MiB."""
     n_bytes = 0 if value in (0, "0") else parse_size(value)
@@ -286,7 +319,9 @@ _SETTINGS: dict[str, tuple[str, _Reader]] = {  # by name: the attribute ("": non
     "chat_template_file": ("chat_template", _template_file),
     "chat_template_kwargs": ("chat_template_kwargs", _object),
     "reasoning_format": ("reasoning_format", _one_of(*REASONING_FORMATS)),
-    "prompt_cache": ("prompt_cache", _cache),
+    "prompt_cache": ("prompt_cache", _store),
+    "prompt_cache_size": ("prompt_cache_size", parse_size),
+    "prompt_cache_ram": ("prompt_cache_ram", _cache),
     "seed": ("seed", _whole(0, 0xFFFFFFFF)),
     "flash_offload": ("flash_offload", _flash),
     "verbose": ("verbose", _flag),

@@ -20,6 +20,7 @@ from ..native import server as native
 from .address import connection_to
 from .driver import EngineDriver
 from .pages import FlashPages
+from .prompts import ServerPrompts
 
 __all__ = ["LOOK", "EngineThread", "Signals"]
 
@@ -71,6 +72,7 @@ class EngineThread:
     Args:
         arguments: of llama-server.
         host, port: where it will listen, as `arguments` say; a host that ends in ".sock" is a socket's path.
+        prompts: who keeps the state of prompts; None: nobody.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class EngineThread:
         limits: native.RequestLimits,
         host: str,
         port: int,
+        prompts: ServerPrompts | None = None,
     ) -> None:
+        self._prompts = prompts
         self._arguments, self._driver, self._pages, self._limits = arguments, driver, pages, limits
         self._host, self._port = host, port
         self._failure: BaseException | None = None
@@ -97,11 +101,13 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            if native.serve(self._arguments, self._driver, self._pages, self._limits) != 0:
+            if native.serve(self._arguments, self._driver, self._pages, self._limits, self._prompts) != 0:
                 self._failure = self._driver.failure or FlashError("the server did not start: --verbose shows its log")
         except BaseException as failure:
             self._failure = failure
         finally:
+            if self._prompts is not None:
+                self._prompts.close()
             self._driver.close()
             _one.release()
 

@@ -36,6 +36,7 @@ from ..planning.lent import few_tokens
 from ..planning.placed import Plan
 from ..planning.placement import choose_predictor, make_plan, work_bytes
 from ..planning.reads import experts_ahead, io_choice
+from ..prompts.store import PromptStore, open_store, store_memory
 from ..sizes import parse_size
 from .account import Account
 from .describe import line_about, nothing_to_offload
@@ -117,6 +118,7 @@ class Load:
     def _prepare(self, model_params: Any) -> None:
         options, share, context_params = self.options, self._share, self._context_params
         self._base = held_by_all(share)
+        self._vocab_only = bool(model_params.vocab_only)
         self.meta: GgufMeta = read_gguf(self._path)
         if not model_params.vocab_only:
             check_is_model(self.meta)
@@ -236,6 +238,26 @@ class Load:
         finally:
             self.end()
 
+    def open_prompts(self, context: Any) -> PromptStore | None:
+        """The store of prompts, where one is asked for and can be used."""
+        where, options = self.options.prompt_cache, self.options
+        if where is False or self._vocab_only:
+            return None
+        return open_store(
+            where if where is True else os.fspath(where),
+            parse_size(options.prompt_cache_size),
+            self.meta,
+            context,
+            self._context_params,
+            self._account.predictor,
+            options.io_engine,
+        )
+
+    @property
+    def lora_path(self) -> str | None:
+        """Adapter that is applied."""
+        return self._lora_path
+
     def _attach(self, context: Any, scores_bytes: int) -> None:
         if self._plan.mode == "nothing":
             self._share.memory = replace(self._share.memory, reserve=0)
@@ -267,7 +289,7 @@ class Load:
             weights=buffers.model,
             kv=buffers.context,
             compute=buffers.compute + work_bytes(self.meta, shape),
-            outputs=n_outputs + scores_bytes + self._aside,
+            outputs=n_outputs + scores_bytes + self._aside + shape.prompts,
             reserve=self._share.budget.reserve,
         )
 
@@ -312,6 +334,7 @@ class Load:
             type_v=context.type_v,
             flash_attn=context.flash_attn_type == 1,
             embedding=bool(context.embeddings),
+            prompts=0 if self.options.prompt_cache is False else store_memory(self.meta),
             aside=self._aside,
             n_sequences=max(1, int(context.n_seq_max)),
         )

@@ -30,7 +30,9 @@ from ..observe.stats import FlashStats
 from ..observe.trace import Recorder
 from ..options import FlashOffload
 from ..planning.placed import Plan
+from ..prompts.store import PromptStore
 from .account import Account
+from .keeper import PromptKeeper
 from .loading import Load
 from .share import Share
 
@@ -105,6 +107,8 @@ class FlashSession:
         self.account = Account()
         self.share = Share(model_path, options, self.account)
         self.recorder: Recorder | None = None  # of a trace (observe/trace.py)
+        self.prompts: PromptStore | None = None  # what is kept of prompts, and who does it for a Llama
+        self.keeper: PromptKeeper | None = None
         self._after_calls: list[Callable[[], None]] = []
         self._load = Load(
             model_path,
@@ -118,7 +122,7 @@ class FlashSession:
             aside=aside,
             verbose=verbose,
         )
-        if self.native is not None:
+        if self.native is not None or self.options.prompt_cache is not False:
             _live.add(self)
 
     # the load
@@ -143,6 +147,7 @@ class FlashSession:
             FlashReadError: filling pinned panels failed.
         """
         self._load.attach(context, scores_bytes)
+        self.prompts = self._load.open_prompts(context)
 
     # calls of the engine
 
@@ -181,6 +186,14 @@ class FlashSession:
             self.recorder.drain()
         for callback in self._after_calls:
             callback()
+
+    def keeper_of(self, llm: Any) -> PromptKeeper | None:
+        """Who keeps the prompts of this Llama; None where nobody does."""
+        if self.prompts is None:
+            return None
+        if self.keeper is None:
+            self.keeper = PromptKeeper(self.prompts, llm, self._load.lora_path)
+        return self.keeper
 
     def check_process(self) -> None:
         """Raises FlashError in a forked child: what its parent's other threads were changing is half changed there."""
@@ -356,6 +369,8 @@ class FlashSession:
 
     def close(self) -> None:
         """Frees slots and closes files. `stats` keeps answering with the last numbers. May be called twice."""
+        if self.keeper is not None:
+            self.keeper.stop()
         native = self.native
         if native is None:
             return
@@ -388,3 +403,5 @@ class FlashSession:
 def _keep_all() -> None:
     for session in list(_live):
         session.keep()
+        if session.keeper is not None:
+            session.keeper.flush()

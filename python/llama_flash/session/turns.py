@@ -29,6 +29,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from ..errors import FlashError
+from .keeping import keep_prompts
 
 __all__ = ["Turn", "take_turns"]
 
@@ -187,6 +188,17 @@ class Turn:
             finally:
                 self._working = 0
 
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody has it, as far as can be seen without waiting."""
+        return self._hold is None
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[bool]:
+        """Between two calls, while nobody computes: whether nobody has the turn, so that nobody waits either."""
+        with self._computing():
+            yield self._hold is None and not self._closed
+
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise FlashError("this Llama is closed: it cannot compute any more, nor go on with what it has begun")
@@ -274,6 +286,7 @@ class _Stream(Generator[Any, Any, None]):
 def take_turns(cls: type[_T]) -> type[_T]:
     """Has the methods of `Llama` that use its context take turns; `self._turn` is a Turn."""
     cls.load_state = _after_recall(cls.load_state)  # type: ignore[attr-defined]
+    keep_prompts(cls)
     for name in _CALLS:
         setattr(cls, name, _in_turn(getattr(cls, name)))
     for name in _GENERATORS:

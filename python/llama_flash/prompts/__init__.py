@@ -1,0 +1,1 @@
+"""Prompts that were computed before: their state on flash, in blocks of tokens (docs/explanation/prompts.md)."""

@@ -1,0 +1,85 @@
+"""The first 4096 bytes of a block's file: what the block is of, and two checksums.
+
+Whoever looks for a block knows all of its head but the checksums, so a file is the block only if its head says the
+same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..native.prompts import HEAD_BYTES, Tokens, checksum
+
+__all__ = ["BLOCK", "PARTS", "SUFFIXES", "Head", "chain", "parse_head", "seal"]
+
+BLOCK = 256  # tokens
+PARTS = ("cells", "window", "state")  # what a file holds: cells of all positions, of a window, what has no cells
+SUFFIXES = {part: f".{part}" for part in PARTS}
+
+_MAGIC, _VERSION = b"LFPROMPT", 1
+_FIXED = struct.Struct(
+    "<8sIIII32s32s32s256s"
+)  # magic, version, part, first position, tokens, key, parent, identity, label
+_SUMS = struct.Struct("<QII")  # bytes of the body, its checksum, and that of the head before its own
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a file says that it is."""
+
+    part: str
+    first: int  # position
+    tokens: Tokens
+    key: bytes  # of all tokens up to the last of these
+    parent: bytes  # key of the block before
+    identity: bytes  # of model and context
+    label: str  # the model, for people
+    n_bytes: int = 0  # of the body
+    body_sum: int = 0
+
+    def packed(self) -> bytes:
+        """As the file begins, with zeros where the size of the body and checksums are."""
+        label = self.label.encode()[:255]
+        fixed = _FIXED.pack(
+            *(_MAGIC, _VERSION, PARTS.index(self.part), self.first, len(self.tokens)),
+            *(self.key, self.parent, self.identity, label),
+        )
+        return (fixed + self.tokens.astype("<i4").tobytes()).ljust(HEAD_BYTES, b"\0")
+
+
+def seal(head: bytes, n_bytes: int, body_sum: int) -> bytes:
+    """The head with the size of the body and checksums. body_sum: that of the body, as the sum of its pieces."""
+    sealed = bytearray(head)
+    _SUMS.pack_into(sealed, HEAD_BYTES - _SUMS.size, n_bytes, body_sum or 1, 0)
+    struct.pack_into("<I", sealed, HEAD_BYTES - 4, checksum(memoryview(sealed)[: HEAD_BYTES - 4]))
+    return bytes(sealed)
+
+
+def parse_head(data: bytes) -> Head | None:
+    """What is said by the head of a file; None if it is none of this version, or damaged."""
+    if len(data) != HEAD_BYTES:
+        return None
+    n_bytes, body_sum, head_sum = _SUMS.unpack_from(data, HEAD_BYTES - _SUMS.size)
+    magic, version, part, first, n, key, parent, identity, label = _FIXED.unpack_from(data)
+    room = (HEAD_BYTES - _SUMS.size - _FIXED.size) // 4
+    if magic != _MAGIC or version != _VERSION or part >= len(PARTS) or n > room:
+        return None
+    if checksum(memoryview(bytearray(data))[: HEAD_BYTES - 4]) != head_sum:
+        return None
+    tokens = np.frombuffer(data, "<i4", n, _FIXED.size).astype(np.int32)
+    text = label.rstrip(b"\0").decode(errors="replace")
+    return Head(PARTS[part], first, tokens, key, parent, identity, text, n_bytes, body_sum)
+
+
+def chain(identity: bytes, tokens: Tokens, n_blocks: int) -> Iterator[tuple[bytes, bytes]]:
+    """Key and parent of each of the first blocks: a key names all tokens up to its block's end, and their identity."""
+    key = hashlib.sha256(b"llama-flash prompt 1" + identity).digest()
+    for i in range(n_blocks):
+        parent, words = key, tokens[i * BLOCK : (i + 1) * BLOCK].astype("<i4").tobytes()
+        key = hashlib.sha256(parent + words).digest()
+        yield key, parent

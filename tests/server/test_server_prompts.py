@@ -1,0 +1,98 @@
+"""`llama-flash serve --prompt-cache`: a prompt that was computed before is read, also by another server."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import queue
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import KEY, SERVE, Server, eventually, post, serving
+
+MODELS = Path(str(resources.files("llama_flash") / "models"))
+TEXT = inspect.getsource(queue)  # what all prompts begin with
+BEGIN = TEXT[:2200]
+ENDS = ("\n\ndef put(", "\n\nclass Stack:\n", "\n\nimport os\n")
+N = 24  # tokens of an answer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copy(MODELS / "stdlib-moe-q8_0.gguf", tmp_path_factory.mktemp("served") / "moe.gguf"))
+
+
+def arguments(model: Path, folder: Path, *more: str) -> list[str | Path]:
+    return [model, "-c", "2048", "--parallel", "2", "--api-key", KEY, "--prompt-cache-dir", folder, *more]
+
+
+def ask(server: Server, prompt: str, n: int = N, **more: Any) -> tuple[str, int]:
+    """The answer, and how many tokens of the prompt were not computed."""
+    status, said = post(server, "/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, **more})
+    assert status == 200, said
+    return said["content"], said["timings"]["cache_n"]
+
+
+def kept(folder: Path) -> int:
+    return len(list(folder.glob("[0-9a-f]*.cells")))
+
+
+def test_another_server_reads_what_this_one_has_computed(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    with serving(arguments(model, folder), tmp_path / "1.log", command=SERVE) as server:
+        answers = [ask(server, BEGIN + end) for end in ENDS]
+        n_tokens = len(json.loads(json.dumps(post(server, "/tokenize", {"content": BEGIN})[1]["tokens"])))
+        blocks = n_tokens // 256
+        assert blocks >= 2 and answers[0][1] == 0
+        assert server.stop() == 128 + signal.SIGTERM, server.text
+    assert kept(folder) >= blocks
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+    for end, (text, _) in zip(ENDS, answers, strict=True):  # each in a server that has nothing in memory
+        with serving(arguments(model, folder), tmp_path / "2.log", command=SERVE) as server:
+            again, cached = ask(server, BEGIN + end)
+            assert again == text and cached >= blocks * 256, server.text
+    assert "Traceback" not in server.text
+
+
+def test_it_is_written_while_the_server_is_idle(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    with serving(arguments(model, folder), tmp_path / "server.log", command=SERVE) as server:
+        ask(server, BEGIN)
+        assert eventually(lambda: kept(folder) >= 2)
+        assert ask(server, "import sys\n")[1] == 0
+        server.process.kill()  # what is there was there before the end
+        server.process.wait()
+    with serving(arguments(model, folder), tmp_path / "again.log", command=SERVE) as server:
+        assert ask(server, BEGIN)[1] >= 512
+
+
+def test_a_prompt_is_taken_from_a_sequence_that_is_busy(model: Path, tmp_path: Path) -> None:
+    with serving(arguments(model, tmp_path / "prompts"), tmp_path / "server.log", command=SERVE) as server:
+        text, _ = ask(server, BEGIN + ENDS[1])
+        long = {"id_slot": 0, "ignore_eos": True}
+        with ThreadPoolExecutor() as threads:
+            busy = threads.submit(ask, server, BEGIN + ENDS[0], 900, **long)
+            assert eventually(lambda: "llamacpp:requests_processing" in str(server.metrics()) and busies(server) > 0)
+            shutil.rmtree(tmp_path / "prompts")  # not from there
+            again, cached = ask(server, BEGIN + ENDS[1], id_slot=1)
+            assert not busy.done(), "nobody was busy"
+        assert again == text and cached >= 512
+
+
+def busies(server: Server) -> float:
+    return sum(value for name, value in server.metrics().items() if name.startswith("llamacpp:requests_processing"))
+
+
+def test_nothing_is_kept_unless_asked_for(model: Path, tmp_path: Path) -> None:
+    environment = {"LLAMA_FLASH_CACHE": str(tmp_path / "cache")}
+    with serving(
+        [model, "-c", "2048", "--api-key", KEY], tmp_path / "server.log", command=SERVE, **environment
+    ) as server:
+        ask(server, BEGIN)
+    assert not (tmp_path / "cache" / "prompts").exists()
