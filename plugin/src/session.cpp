@@ -21,8 +21,8 @@ session_lock::session_lock(const llama_flash_session & session) {
 }
 
 llama_flash_session * llama_flash_session::create(const llama_flash_params & params, llama_flash_error * err) {
-    auto * s   = new llama_flash_session();
-    s->params  = params;
+    auto * s  = new llama_flash_session();
+    s->params = params;
     if (params.few_tokens > 0) {
         s->table.few_tokens = params.few_tokens;
     }

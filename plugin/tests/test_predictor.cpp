@@ -29,8 +29,40 @@ std::vector<uint8_t> converted(const row_kernel & kernel, const std::vector<floa
     return out;
 }
 
+constexpr int64_t N_EMBD = 96;
+
+// a: [rank][N_EMBD], c: [n_ff][rank], x: [tokens][N_EMBD]; tokens: for whom each neuron was chosen
+void chosen_for_those_who_need_them(ggml_type type, const predictor & p, const std::vector<float> & a, const std::vector<float> & c,
+                                    const std::vector<float> & x, int64_t n_tokens, const std::vector<uint32_t> & first_active,
+                                    const std::vector<uint16_t> & tokens) {
+    const uint32_t    n_ff = (uint32_t) tokens.size();
+    const uint32_t    rank = p.rank;
+    std::vector<char> chosen(n_ff);
+    for (uint32_t i : first_active) {
+        CHECK(i < n_ff && !chosen[i], "neuron %u of %u", i, n_ff);
+        chosen[i] = 1;
+    }
+    for (uint32_t i = 0; i < n_ff; i++) {
+        CHECK((tokens[i] != 0) == (bool) chosen[i], "neuron %u is chosen for nobody", i);
+    }
+    for (uint32_t i = 0; i < n_ff; i++) {
+        const double doubt = type == GGML_TYPE_F32 ? 1e-3 : 3.0; // rounded weights and activations
+        for (int64_t t = 0; t < n_tokens; t++) {
+            double sum = p.bias[i];
+            for (uint32_t r = 0; r < rank; r++) {
+                double projected = 0.0;
+                for (int64_t k = 0; k < N_EMBD; k++) {
+                    projected += (double) a[(size_t) (r * N_EMBD + k)] * x[(size_t) (t * N_EMBD + k)];
+                }
+                sum += c[(size_t) i * rank + r] * projected;
+            }
+            const bool own = tokens[i] >> t & 1;
+            CHECK(std::fabs(sum) < doubt || (sum > 0.0) == own, "neuron %u, token %d: %f, chosen %d", i, (int) t, sum, own);
+        }
+    }
+}
+
 void selects_by_its_definition(ggml_type type, uint32_t rank, uint32_t n_ff, int64_t n_tokens, uint64_t seed) {
-    constexpr int64_t        N_EMBD = 96;
     random_source            random(seed);
     const std::vector<float> a = random_floats(random, (size_t) (rank * N_EMBD));
     const std::vector<float> c = random_floats(random, (size_t) n_ff * rank);
@@ -55,7 +87,9 @@ void selects_by_its_definition(ggml_type type, uint32_t rank, uint32_t n_ff, int
         std::vector<uint32_t>      active;
         const std::vector<uint8_t> out = converted(p.out, projected, n_tokens);
         for (int ith = 0; ith < nth; ith++) {
-            p.select(out.data(), p.out.x_bytes, n_tokens, n_ff * (uint32_t) ith / (uint32_t) nth, n_ff * ((uint32_t) ith + 1) / (uint32_t) nth, active, tokens.data());
+            const uint32_t first = n_ff * (uint32_t) ith / (uint32_t) nth;
+            const uint32_t last  = n_ff * ((uint32_t) ith + 1) / (uint32_t) nth;
+            p.select(out.data(), p.out.x_bytes, n_tokens, first, last, active, tokens.data());
         }
         if (nth == 1) {
             first_active = active;
@@ -67,30 +101,7 @@ void selects_by_its_definition(ggml_type type, uint32_t rank, uint32_t n_ff, int
         CHECK(any == active, "a choice depends on whether it is asked whose it is (%d threads)", nth);
     }
 
-    std::vector<float> row(N_EMBD);
-    std::vector<char>  chosen(n_ff);
-    for (uint32_t i : first_active) {
-        CHECK(i < n_ff && !chosen[i], "neuron %u of %u", i, n_ff);
-        chosen[i] = 1;
-    }
-    for (uint32_t i = 0; i < n_ff; i++) {
-        CHECK((tokens[i] != 0) == (bool) chosen[i], "neuron %u is chosen for nobody", i);
-    }
-    for (uint32_t i = 0; i < n_ff; i++) {
-        const double doubt = type == GGML_TYPE_F32 ? 1e-3 : 3.0; // rounded weights and activations
-        for (int64_t t = 0; t < n_tokens; t++) {
-            double sum = p.bias[i];
-            for (uint32_t r = 0; r < rank; r++) {
-                double projected = 0.0;
-                for (int64_t k = 0; k < N_EMBD; k++) {
-                    projected += (double) a[(size_t) (r * N_EMBD + k)] * x[(size_t) (t * N_EMBD + k)];
-                }
-                sum += c[(size_t) i * rank + r] * projected;
-            }
-            const bool own = tokens[i] >> t & 1;
-            CHECK(std::fabs(sum) < doubt || (sum > 0.0) == own, "neuron %u, token %d: %f, chosen %d", i, (int) t, sum, own);
-        }
-    }
+    chosen_for_those_who_need_them(type, p, a, c, x, n_tokens, first_active, tokens);
     CHECK(!first_active.empty() && first_active.size() < n_ff, "%zu of %u neurons", first_active.size(), n_ff);
 }
 

@@ -73,9 +73,9 @@ struct flash_bundle {
     int32_t         home_memory = -1; // in neuron_store's homes
 
     // evaluation in progress (ffn.cpp)
-    uint32_t              done         = 0;     // parts computed, a bit each
-    bool                  chosen       = false; // `active` holds the active set
-    bool                  by_token     = false; // and each token has its own part of it (ffn_work::tokens_of)
+    uint32_t              done     = 0;         // parts computed, a bit each
+    bool                  chosen   = false;     // `active` holds the active set
+    bool                  by_token = false;     // and each token has its own part of it (ffn_work::tokens_of)
     std::vector<uint32_t> active;               // ascending
     size_t                counted      = 0;     // of `active`, in the statistics
     uint64_t              tokens       = 0;     // number of the last token computed
