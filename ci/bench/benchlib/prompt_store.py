@@ -286,7 +286,7 @@ def _said(turn: int) -> str:
     import textwrap
 
     text = inspect.getdoc([textwrap, json, re, subprocess, signal][turn % 5]) or ""
-    return f"Question {turn}: what does this say? {text[:700]}"
+    return f"Question {turn}: what does this say? {text[:400]}"
 
 
 @contextmanager
@@ -324,7 +324,7 @@ def _server(model: Path, flags: list[str]) -> Iterator[str]:
 
 def _asked(url: str, messages: list[dict[str, str]]) -> tuple[float, str, int]:
     """Seconds to the first token, the answer, and the tokens of the prompt that were not computed."""
-    body = {"messages": messages, "max_tokens": 48, "temperature": 0, "stream": True, "timings_per_token": True}
+    body = {"messages": messages, "max_tokens": 32, "temperature": 0, "stream": True, "timings_per_token": True}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -355,7 +355,7 @@ def llama(model: str, folder: str, how: str) -> dict[str, Any]:
             llm.set_cache(llama_cpp.LlamaDiskCache(folder))
         messages.append({"role": "user", "content": _said(turn)})
         began, first, text = time.perf_counter(), 0.0, ""
-        for chunk in llm.create_chat_completion(messages, max_tokens=48, temperature=0.0, stream=True):
+        for chunk in llm.create_chat_completion(messages, max_tokens=32, temperature=0.0, stream=True):
             if piece := chunk["choices"][0]["delta"].get("content"):
                 first = first or time.perf_counter() - began
                 text += piece

@@ -70,6 +70,14 @@ void mapping::populate(uint8_t * begin, uint8_t * end) {
     madvise((void *) first, (uintptr_t) end - first, MADV_POPULATE_WRITE);
 }
 
+void mapping::prefer_huge_pages(uint8_t * begin, uint8_t * end) {
+    const uintptr_t first = ((uintptr_t) begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const uintptr_t last  = (uintptr_t) end / HUGE_PAGE * HUGE_PAGE;
+    if (first < last) {
+        madvise((void *) first, last - first, MADV_HUGEPAGE);
+    }
+}
+
 void mapping::give_back_beyond(size_t used) {
     // part of a huge page would stay where it is until the kernel has split the page
     const uintptr_t begin = ((uintptr_t) data + used + page - 1) / page * page;

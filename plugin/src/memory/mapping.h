@@ -29,6 +29,9 @@ class mapping {
     // Asks the kernel for the pages of [begin, end) now. A wish: what it does not give comes with the first touch.
     static void populate(uint8_t * begin, uint8_t * end);
 
+    // Has memory that nobody has touched yet, and that will be used whole, come in huge pages: those within it. A wish.
+    static void prefer_huge_pages(uint8_t * begin, uint8_t * end);
+
     uint8_t * data  = nullptr;
     size_t    bytes = 0;
     size_t    page  = HUGE_PAGE; // that the kernel may give at once

@@ -2,6 +2,7 @@
 #include "base/status.h"
 #include "io/checksum.h"
 #include "llama_flash.h"
+#include "memory/mapping.h"
 #include "prompts/body.h"
 #include "prompts/restore.h"
 
@@ -60,6 +61,19 @@ int32_t llama_flash_prompt_take(llama_context * ctx, int32_t seq, bool window, i
     });
 }
 
+// Cells that are about to be filled, in memory that may never have been touched: small pages would take longer than the reads. Of a V
+// that lies in rows, the first block touches all of it; where most of it will be in use, it is asked for before.
+static void prepare_memory(const llama_kv_range & range, prompt_restore & restore) {
+    const auto ends = std::minmax_element(range.cells.begin(), range.cells.end());
+    for (const llama_kv_plane & plane : range.planes) {
+        if (plane.n_rows == 1) {
+            mapping::prefer_huge_pages(plane.data + *ends.first * plane.cell_bytes, plane.data + (*ends.second + 1) * plane.cell_bytes);
+        } else if (2 * range.cells.size() * plane.cell_bytes >= plane.row_bytes) {
+            restore.prepare(plane.data, plane.data + plane.n_rows * plane.row_bytes);
+        }
+    }
+}
+
 int32_t llama_flash_prompt_restore(llama_context * ctx, int32_t seq, bool window, int32_t p0, const int32_t * tokens, uint32_t block_tokens,
                                    const llama_flash_prompt_block * blocks, uint32_t n, const llama_flash_params * params, uint32_t * n_good,
                                    llama_flash_error * err) {
@@ -77,6 +91,7 @@ int32_t llama_flash_prompt_restore(llama_context * ctx, int32_t seq, bool window
         if (!llama_kv_make_range(ctx, window, seq, p0, p0 + n_tokens, tokens, range)) {
             return flash_fail(err, LLAMA_FLASH_E_MEMORY, "prompt_restore: no cells for positions %d to %d", p0, p0 + n_tokens);
         }
+        prepare_memory(range, *restore);
         for (uint32_t i = 0; i < n; i++) {
             restore->add(blocks[i].fd, blocks[i].head, prompt_body(range, (size_t) i * block_tokens, block_tokens));
         }

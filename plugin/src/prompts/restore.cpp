@@ -7,6 +7,8 @@
 #include <cstring>
 #include <system_error>
 
+static constexpr size_t UNTOUCHED = 2 * HUGE_PAGE; // bytes that a thread asks for at once
+
 static_assert(prompt_restore::PIECE % CHECKSUM_PIECE == 0, "a piece is summed up by itself");
 
 std::unique_ptr<prompt_restore> prompt_restore::create(const llama_flash_params & params, llama_flash_error * err) {
@@ -99,7 +101,17 @@ void prompt_restore::settle(uint32_t number) {
     b.good = b.good && good;
 }
 
+void prompt_restore::prepare(uint8_t * begin, uint8_t * end) {
+    mapping::prefer_huge_pages(begin, end);
+    for (uint8_t * at = begin; at < end; at += UNTOUCHED) {
+        untouched.emplace_back(at, std::min(at + UNTOUCHED, end));
+    }
+}
+
 void prompt_restore::work() {
+    for (size_t i = next_untouched++; i < untouched.size(); i = next_untouched++) {
+        mapping::populate(untouched[i].first, untouched[i].second);
+    }
     std::unique_lock<std::mutex> lock(mutex);
     while (true) {
         arrived_some.wait(lock, [this] { return ended || !arrived.empty(); });

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 class prompt_restore {
@@ -29,6 +30,9 @@ class prompt_restore {
     // To be read to `to`. head: what the file must begin with. A file that cannot be opened for reads, or has another size, counts as
     // damaged.
     void add(int fd, const uint8_t * head, prompt_body to);
+
+    // Memory that will be written to from the first block on: its pages are asked for by all threads, before they copy.
+    void prepare(uint8_t * begin, uint8_t * end);
 
     // Reads them all. Returns how many of the first ones are whole and right; what was written of the others is for the caller to clear.
     size_t run();
@@ -66,6 +70,9 @@ class prompt_restore {
     std::vector<block>      blocks;
     piece                   pieces[PLACES];
     piece                   upcoming = { 0, 0, 0 };
+
+    std::vector<std::pair<uint8_t *, uint8_t *>> untouched; // to be asked for
+    std::atomic<size_t>                          next_untouched{ 0 };
 
     std::mutex              mutex; // of what follows, and of good, wanted and sum
     std::condition_variable arrived_some;
