@@ -145,6 +145,10 @@ def test_bad_budgets_are_refused_when_they_are_written(bad: object) -> None:
         {"reserve": ""},
         {"reserve": math.nan},
         {"reserve": "10%"},
+        {"prompt_cache": ""},
+        {"prompt_cache": 1.5},
+        {"prompt_cache_size": "1KiB"},
+        {"prompt_cache_size": "lots"},
     ],
 )
 def test_bad_values_name_the_option(option: dict[str, object]) -> None:

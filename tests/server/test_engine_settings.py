@@ -63,6 +63,18 @@ def test_flags_come_before_the_file_and_the_file_before_the_environment(
     )
 
 
+def test_prompts_on_flash_are_options_of_flash(model: Path, tmp_path: Path) -> None:
+    found = read_engine_settings(None, {"model": str(model), "prompt_cache": True, "prompt_cache_size": "1GiB"})
+    assert found.keeps_prompts and found.flash_offload == {"prompt_cache": True, "prompt_cache_size": 1 << 30}
+    found = read_engine_settings(
+        None, {"model": str(model), "prompt_cache": str(tmp_path), "flash_offload": {"what": "experts"}}
+    )
+    assert found.flash_offload == {"what": "experts", "prompt_cache": str(tmp_path)}
+    assert not read_engine_settings(None, {"model": str(model)}).keeps_prompts
+    with pytest.raises(ValueError, match="prompt_cache: is a part of flash_offload, which is false"):
+        read_engine_settings(None, {"model": str(model), "prompt_cache": True, "flash_offload": False})
+
+
 def test_every_option_of_flash_can_be_said_in_the_file_and_in_the_environment(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +91,8 @@ def test_every_option_of_flash_can_be_said_in_the_file_and_in_the_environment(
         "io_depth": 8,
         "io_threads": 2,
         "panel_bytes": "1MiB",
+        "prompt_cache": "prompts",
+        "prompt_cache_size": "2GiB",
     }
     assert set(values) == {option.name for option in fields(FlashOffload)}
     assert (

@@ -65,7 +65,6 @@ def test_it_is_written_while_the_server_is_idle(model: Path, tmp_path: Path) -> 
     with serving(arguments(model, folder), tmp_path / "server.log", command=SERVE) as server:
         ask(server, BEGIN)
         assert eventually(lambda: kept(folder) >= 2)
-        assert ask(server, "import sys\n")[1] == 0
         server.process.kill()  # what is there was there before the end
         server.process.wait()
     with serving(arguments(model, folder), tmp_path / "again.log", command=SERVE) as server:

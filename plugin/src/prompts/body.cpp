@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-prompt_body::prompt_body(const llama_kv_range & range, size_t first, size_t n) :
-    planes(range.planes), n_tokens(n) {
+prompt_body::prompt_body(const llama_kv_range & range, size_t first, size_t n) : planes(range.planes), n_tokens(n) {
     for (size_t i = 0; i < n; i++) {
         const size_t cell = range.cells[first + i];
         if (!runs.empty() && runs.back().cell + runs.back().n == cell) {

@@ -19,9 +19,9 @@
 
 class prompt_restore {
   public:
-    static constexpr uint64_t HEAD  = FLASH_SECTOR;
+    static constexpr uint64_t HEAD   = FLASH_SECTOR;
     static constexpr uint64_t SUMS   = 16;       // bytes at the end of the head: bytes of the body, checksums of body and head
-    static constexpr uint64_t PIECE = 1u << 20;  // of a body; a multiple of CHECKSUM_PIECE
+    static constexpr uint64_t PIECE  = 1u << 20; // of a body; a multiple of CHECKSUM_PIECE
     static constexpr uint32_t PLACES = 12;       // pieces in memory
 
     static std::unique_ptr<prompt_restore> create(const llama_flash_params & params, llama_flash_error * err);

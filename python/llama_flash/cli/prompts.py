@@ -114,7 +114,8 @@ def _text(path: Path, tokens: list[int]) -> str:
     try:
         if tokens and max(tokens) >= llm.n_vocab():
             raise ValueError(f"{path}: the prompt is of another model: it has no token {max(tokens)}")
-        return llm.detokenize(tokens, special=True).decode(errors="replace")
+        text: str = llm.detokenize(tokens, special=True).decode(errors="replace")
+        return text
     finally:
         llm.close()
 

@@ -147,9 +147,10 @@ class PromptKeeper:
     def _take(self, llm: Any) -> Saving | None:
         """What a piece was taken of; None: there is nothing to be kept, or it is not there any more."""
         if self._next is not None:
-            saving, self._next = self._next, None
-            self._replace(saving)
-        if (saving := self._saving) is None:
+            latest, self._next = self._next, None
+            self._replace(latest)
+        saving = self._saving
+        if saving is None:
             return None
         n = len(saving.tokens)
         same = self._known >= n and np.array_equal(self._tokens[:n], saving.tokens)
