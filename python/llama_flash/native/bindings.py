@@ -481,7 +481,7 @@ class llama_flash_prompt_block(ctypes.Structure):
 
     fd: int
     reserved: int
-    head: Any  # what the file must begin with: LLAMA_FLASH_PROMPT_HEAD bytes, of which the last 8 are not looked at
+    head: Any  # what the file must begin with: LLAMA_FLASH_PROMPT_HEAD bytes, of which the last 16 are not looked at
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
