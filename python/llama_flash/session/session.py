@@ -148,6 +148,8 @@ class FlashSession:
         """
         self._load.attach(context, scores_bytes)
         self.prompts = self._load.open_prompts(context)
+        if self.prompts is not None:
+            self._load.summary += f"; prompts are kept in {self.prompts.folder.path}"
 
     # calls of the engine
 
