@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import against, machine, many, neighbours, prompt_store, tables
+from benchlib import against, drafts, machine, many, neighbours, prompt_store, tables
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, FULL, HUGE, INFLATED, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
@@ -84,9 +84,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "naive (flash offload beside naive), limits (beside the physical limit), "
         "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
-        "alone: neighbours (a machine that is shared), many (clients at once), prompt-store (prompts seen before)"
+        "alone: neighbours (a machine that is shared), many (clients at once), drafts (beside none), "
+        "prompt-store (prompts seen before)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="with --cases drafts: of its cases")
     parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting, the median counts")
     parser.add_argument("--tokens", type=int, help="tokens decoded per run, instead of each case's number")
@@ -241,6 +243,17 @@ def _measure_prompts(options: argparse.Namespace, console: Console) -> int:
     return _in_turns(run, options, console, lambda: {"prompt_store": [result.to_json() for result in found]})
 
 
+def _measure_drafts(options: argparse.Namespace, console: Console) -> int:
+    found: list[drafts.Result] = []
+
+    def run(say: Callable[[str], None]) -> None:
+        for result in drafts.measure(options.models, say, options.only, keep=options.keep_models, quick=options.quick):
+            found.append(result)
+            console.print(drafts.table([result]))
+
+    return _in_turns(run, options, console, lambda: {"drafts": [result.to_json() for result in found]})
+
+
 def _in_turns(
     run: Callable[[Callable[[str], None]], None],
     options: argparse.Namespace,
@@ -278,7 +291,12 @@ def _some_text() -> str:
 
 
 # no cases: other kinds of measurement
-_ALONE = {"neighbours": _measure_neighbours, "many": _measure_many, "prompt-store": _measure_prompts}
+_ALONE = {
+    "neighbours": _measure_neighbours,
+    "many": _measure_many,
+    "drafts": _measure_drafts,
+    "prompt-store": _measure_prompts,
+}
 
 
 if __name__ == "__main__":

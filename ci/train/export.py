@@ -1,4 +1,4 @@
-"""Write one of the three small models as GGUF: matrices of the chosen type, all else float32, the tokenizer inside.
+"""Write one of the small models as GGUF: matrices of the chosen type, all else float32, the tokenizer inside.
 
     python ci/train/export.py --run DIR --gguf FILE [--type q8_0]
 
@@ -25,9 +25,10 @@ from model import FORMS, POSITION_OFFSET, ModelConfig
 
 FloatArray = npt.NDArray[np.float32]
 
-NAMES = {"arcee": "stdlib-arcee", "moe": "stdlib-moe", "opt": "stdlib-opt"}
+NAMES = {"arcee": "stdlib-arcee", "draft": "stdlib-draft", "moe": "stdlib-moe", "opt": "stdlib-opt"}
 KINDS = {
     "arcee": "A dense model with a squared-ReLU feed-forward block",
+    "draft": "A draft model for stdlib-arcee, taught by it",
     "moe": "A mixture of experts",
     "opt": "A dense model in OPT's form with a sparse ReLU feed-forward block",
 }

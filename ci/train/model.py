@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Form = Literal["arcee", "moe", "opt"]
+Form = Literal["arcee", "draft", "moe", "opt"]
 RopePairs = Literal["neighbours", "halves"]  # ggml's NORM and NEOX
 
 POSITION_OFFSET = 2  # OPT: position p has row p + 2 of its table
@@ -52,6 +52,9 @@ class ModelConfig:
 FORMS: dict[Form, ModelConfig] = {
     "arcee": ModelConfig(
         form="arcee", architecture="arcee", rope_pairs="neighbours", n_embd=256, n_layer=6, n_head=4, n_ff=3072
+    ),
+    "draft": ModelConfig(
+        form="draft", architecture="arcee", rope_pairs="neighbours", n_embd=256, n_layer=1, n_head=4, n_ff=1024
     ),
     "moe": ModelConfig(
         form="moe",
@@ -309,6 +312,7 @@ class MoeFeedForward(nn.Module):
 
 FEED_FORWARD: dict[Form, Callable[[ModelConfig], nn.Module]] = {
     "arcee": SquaredReluFeedForward,
+    "draft": SquaredReluFeedForward,
     "moe": MoeFeedForward,
     "opt": ReluFeedForward,
 }

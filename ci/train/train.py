@@ -1,4 +1,4 @@
-"""Train one of the three small models on Python's standard library.
+"""Train one of the small models on Python's standard library.
 
     python ci/train/train.py --form arcee --out DIR --seed 0 --steps 1000
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from corpus import Corpus, TokenArray, encode_documents, load_corpus, train_tokenizer
 from model import FORMS, Form, LanguageModel, ModelConfig
 from muon import Muon
+from teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Recipe:
 
 RECIPES: dict[Form, Recipe] = {
     "arcee": Recipe(batch=4096),
+    # it begins with what its teacher knows
+    "draft": Recipe(
+        batch=2048, lr_embedding=0.003, lr_output=0.001, lr_vectors=0.002, warmup_steps=20, decay_share=0.4
+    ),
     "moe": Recipe(batch=8192),
     # Learned positions: those of the second half would hardly be trained by longer sequences at the end alone.
     "opt": Recipe(batch=4096, n_ctx_start=1024, lr_embedding=0.015, sparsity=0.5),
@@ -113,11 +118,20 @@ def make_optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Op
     return optimizers
 
 
+def has_bfloat16() -> bool:
+    """Whether products of bfloat16 are fast here: without instructions for them they are many times as slow."""
+    cpu = Path("/proc/cpuinfo")
+    return torch.cuda.is_available() or not cpu.exists() or "bf16" in cpu.read_text()
+
+
 class Trainer:
-    def __init__(self, config: ModelConfig, recipe: Recipe, corpus: Corpus, out: Path, seed: int) -> None:
+    def __init__(
+        self, config: ModelConfig, recipe: Recipe, corpus: Corpus, out: Path, seed: int, teacher: Path | None = None
+    ) -> None:
         self.config, self.recipe, self.seed, self.out = config, recipe, seed, out
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16
+        self.dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+        self.ask_every = 4  # steps of which one learns from the teacher, the others from the text
         torch.manual_seed(seed)
         tokenizer = train_tokenizer(corpus.train)
         tokenizer.save(str(out / "tokenizer.json"))
@@ -128,6 +142,9 @@ class Trainer:
         self.validation = next(batches(held_out, recipe.n_ctx_start, VALIDATION_TOKENS, [seed], 0))
         self.model = LanguageModel(config).to(self.device)
         self.optimizers = make_optimizers(self.model, recipe)
+        self.teacher = None if teacher is None else Teacher(teacher, self.device)
+        if self.teacher is not None:
+            self.teacher.start(self.model)
         self.step = 0
         self.seconds = 0.0
 
@@ -142,7 +159,10 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        loss = self.loss(tokens)
+        if self.teacher is None or self.step % self.ask_every:
+            loss = self.loss(tokens)
+        else:
+            loss = self.teacher.loss(self.model, tokens.to(self.device), self.dtype)
         balance = self.model.balance_loss()
         total = loss if balance is None else loss + self.recipe.balance * balance
         if self.recipe.sparsity:
@@ -201,14 +221,17 @@ class Trainer:
         done = max(0, self.step - turn)
         yield from batches(self.train_documents, self.recipe.n_ctx_end, self.recipe.batch, [self.seed, 1], done)
 
-    def run(self, steps: int | None, minutes: float | None) -> int:
-        """Train up to `steps`; without it, up to what fits `minutes`. Returns the number of steps."""
+    def run(self, steps: int | None, minutes: float | None, until: int | None = None) -> int:
+        """Train up to `steps`; without it, up to what fits `minutes`. Returns the number of steps.
+
+        until: the step to stop at, as if interrupted; None: the last.
+        """
         planned = steps or 1_000_000
         data = self.data(planned)
         started = last_saved = time.perf_counter()
         before = self.seconds
         window: list[float] = []
-        while self.step < planned:
+        while self.step < min(planned, until or planned):
             window.append(self.train_step(next(data), planned))
             now = time.perf_counter()
             self.seconds = before + now - started
@@ -226,7 +249,7 @@ class Trainer:
             if self.step % 200 == 0 or self.step == planned:
                 print(f"step {self.step} held-out sample {self.validate():.4f} bits per byte", flush=True)
                 print("active, percent: " + " ".join(f"{100 * s:.1f}" for s in self.model.active_shares()), flush=True)
-            if now - last_saved > 120 or self.step == planned:
+            if now - last_saved > 120 or self.step in (planned, until):
                 self.save(planned)
                 last_saved = now
         return planned
@@ -241,6 +264,8 @@ def main() -> None:
     length.add_argument("--steps", type=int)
     length.add_argument("--minutes", type=float)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--teacher", type=Path, help="a GGUF file of the form arcee to begin with and to learn from")
+    parser.add_argument("--until", type=int, help="stop at this step, to go on with --resume")
     parser.add_argument("--resume", action="store_true", help="go on from DIR/checkpoint.pt")
     args = parser.parse_args()
     if args.resume and args.steps is None:
@@ -255,11 +280,14 @@ def main() -> None:
         f"{len(corpus.held_out)} held out ({Corpus.n_bytes(corpus.held_out)} bytes), "
         f"{len(corpus.near_duplicates)} near-duplicates dropped, sha256 {corpus.sha256}"
     )
-    trainer = Trainer(FORMS[args.form], RECIPES[args.form], corpus, args.out, args.seed)
+    trainer = Trainer(FORMS[args.form], RECIPES[args.form], corpus, args.out, args.seed, args.teacher)
     print(f"{trainer.model.n_parameters()} parameters, {trainer.train_tokens} tokens in an epoch", flush=True)
     if args.resume:
         trainer.resume(args.steps)
-    steps = trainer.run(args.steps, args.minutes)
+    steps = trainer.run(args.steps, args.minutes, args.until)
+    if trainer.step < steps:
+        print(f"stopped at step {trainer.step} of {steps}: go on with --resume")
+        return
     report = {
         "form": args.form,
         "seed": args.seed,

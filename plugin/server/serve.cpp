@@ -15,11 +15,14 @@
 
 #include <malloc.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 int                                         llama_server(common_params & params, int argc, char ** argv);
 void                                        llama_server_terminate();
@@ -41,8 +44,22 @@ struct llama_flash_prompt_hooks {
     bool (*keep)(llama_context * ctx, int32_t seq, const int32_t * tokens, size_t n_tokens, int64_t stamp, bool all_idle, const char * adapters);
 };
 
+// A sequence that goes on with the next pass: its number, its text, and room for tokens that may follow.
+typedef struct llama_flash_draft {
+    int32_t         sequence;
+    int32_t         n_text;
+    const int32_t * text;
+    int32_t         n_max;    // tokens that `tokens` has room for
+    int32_t         n_tokens; // that were written
+    int32_t *       tokens;
+} llama_flash_draft;
+
+// Makes drafts of n of the n_generating sequences that go on with the next pass. Called on the server's thread.
+typedef void (*llama_flash_make_drafts_t)(int n_generating, llama_flash_draft * drafts, int n);
+
 SERVE_API int  llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell,
-                                 const llama_flash_limits * limits, const llama_flash_prompt_hooks * prompts);
+                                 const llama_flash_limits * limits, const llama_flash_prompt_hooks * prompts,
+                                 llama_flash_make_drafts_t make_drafts);
 SERVE_API void llama_flash_serve_write(void * to, const char * text, size_t size);
 SERVE_API void llama_flash_serve_stop();
 SERVE_API bool llama_flash_serve_template(const char * text, char * error, size_t n_error);
@@ -81,11 +98,27 @@ static void set_prompts(const llama_flash_prompt_hooks & prompts) {
     };
 }
 
+static const int32_t MOST_DRAFTED = 15; // tokens: the most that are asked for (planning/drafted.py)
+
+static void ask_for_drafts(llama_flash_make_drafts_t make_drafts, int n_generating, std::vector<server_draft> & drafts) {
+    std::vector<llama_flash_draft> asked;
+    asked.reserve(drafts.size());
+    for (auto & draft : drafts) {
+        draft.result.resize(std::max(0, std::min(draft.n_max, MOST_DRAFTED)));
+        asked.push_back({ draft.id_slot, (int32_t) draft.text->size(), draft.text->data(), (int32_t) draft.result.size(), 0,
+                          draft.result.data() });
+    }
+    make_drafts(n_generating, asked.data(), (int) asked.size());
+    for (size_t i = 0; i < drafts.size(); i++) {
+        drafts[i].result.resize(std::min((size_t) std::max(0, asked[i].n_tokens), drafts[i].result.size()));
+    }
+}
+
 // Serves until it is stopped. Returns 0 then, and 1 if it did not begin: why is in the log, or known to the hooks. argv is llama-server's
 // and ends with a null pointer; nothing but argv and the environment says what is served. The hooks are called on this thread, freed
-// also where else a model is freed. prompts: NULL where none are kept.
+// also where else a model is freed. prompts: NULL where none are kept. make_drafts: NULL where there are none.
 int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell, const llama_flash_limits * limits,
-                      const llama_flash_prompt_hooks * prompts) {
+                      const llama_flash_prompt_hooks * prompts, llama_flash_make_drafts_t make_drafts) {
     int               result = 1;
     ggml_log_callback log; // of the process, which goes on
     void *            log_data;
@@ -102,6 +135,11 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
         };
         if (prompts) {
             set_prompts(*prompts);
+        }
+        if (make_drafts != nullptr) {
+            llama_server_make_drafts = [make_drafts](int n_generating, std::vector<server_draft> & drafts) {
+                ask_for_drafts(make_drafts, n_generating, drafts);
+            };
         }
         common_params_set_config_files(false); // they could set what has been counted
         common_init();
@@ -121,6 +159,7 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
     llama_log_set(log, log_data);
     llama_server_extend_routes = nullptr;
     llama_server_prompt_hooks  = {};
+    llama_server_make_drafts   = nullptr;
     llama_set_hooks({});
     return result;
 }

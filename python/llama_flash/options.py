@@ -14,6 +14,7 @@ __all__ = ["FlashOffload", "reject_misspelt"]
 
 What = Literal["auto", "experts", "ffn", "all"]
 IoEngine = Literal["auto", "io_uring", "pread"]
+_DRAFTS = ("auto", "off", "ngram")
 Predictor = Literal["auto", "exact", "lowrank", "off"]
 
 
@@ -36,6 +37,9 @@ class FlashOffload:
         lookahead: read ahead the experts that the next layer's router will probably choose, and the neurons that its
             predictor expects ("lowrank"). "auto": experts only while that makes tokens faster, which is tried out while
             decoding; neurons always.
+        draft: guesses at the next tokens, which one pass checks together; no byte of an answer changes. "ngram": what
+            followed when the text was like this before. A path: by a smaller model with the same vocabulary. "auto":
+            "ngram". In each step as many tokens are drafted as pay, or none.
         follow: give memory back and take it again while the model runs, as limits and neighbours move.
         warm_start: remember which weights were hot, in a small file of the user's cache folder, and
             read them in the background after the next load (needs `follow`); and how they were used, for plans.
@@ -60,6 +64,7 @@ class FlashOffload:
     predictor: Predictor = "auto"
     window: int | None = None
     lookahead: bool | Literal["auto"] = "auto"
+    draft: str | os.PathLike[str] = "off"
     follow: bool = True
     warm_start: bool = True
     io_engine: IoEngine = "auto"
@@ -84,6 +89,9 @@ class FlashOffload:
         if not isinstance(self.prompt_cache, bool | str | os.PathLike) or self.prompt_cache == "":
             raise ValueError(f"prompt_cache: {self.prompt_cache!r} is not one of True, False, a folder")
         _in_range("prompt_cache_size", _checked("prompt_cache_size", self.prompt_cache_size), 1 << 20, 1 << 60)
+        if not self.drafts_by_model and self.draft not in _DRAFTS:
+            known = ", ".join(map(repr, _DRAFTS))
+            raise ValueError(f"draft: {self.draft!r} is not one of {known}, nor a GGUF file")
         for name in ("follow", "warm_start"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}: {value!r} is not one of True, False")
@@ -91,6 +99,13 @@ class FlashOffload:
             _in_range("io_depth", self.io_depth, 1, 4096)
         _in_range("io_threads", self.io_threads, 1, 256)
         _in_range("panel_bytes", _checked("panel_bytes", self.panel_bytes), 4096, 1 << 30)
+
+    @property
+    def drafts_by_model(self) -> bool:
+        """Whether `draft` names a file."""
+        if isinstance(self.draft, os.PathLike):
+            return True
+        return isinstance(self.draft, str) and (os.sep in self.draft or self.draft.endswith(".gguf"))
 
     @classmethod
     def coerce(cls, value: bool | Mapping[str, Any] | FlashOffload | None) -> FlashOffload | None:

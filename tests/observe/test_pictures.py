@@ -430,3 +430,15 @@ def test_without_matplotlib_a_command_says_so_before_it_works(
     assert result.returncode == 1
     assert result.stderr == "llama-flash: pictures need matplotlib: pip install 'matplotlib>=3.8' (the extra `plot`)\n"
     assert result.stdout == ""
+
+
+def test_drafts_are_drawn_as_they_were_checked(tmp_path: Path) -> None:
+    nothing = np.zeros(0, np.uint64)
+    drafts = ((5, 3), (4, 4), (15, 2))
+    snapshot = Snapshot("m", "flash", "none", 1, 1, (), 0, None, False, nothing, None, None, drafts)
+    snapshot.save(tmp_path / "snapshot")
+    assert Snapshot.load(tmp_path / "snapshot").drafts == drafts
+    (axes,) = draw(snapshot, "drafts").axes
+    assert "38% accepted, 4.00 tokens" in axes.get_title(loc="left")
+    with pytest.raises(FlashError, match="no draft has been checked"):
+        draw(replace(snapshot, drafts=()), "drafts")

@@ -27,6 +27,7 @@ ROOMS = (
     "device",
     "observe",
     "planning",
+    "drafts",
     "session",
     "server",
     "batch",

@@ -107,16 +107,28 @@ class Result:
         return asdict(self) | {"verdicts": verdicts, "limit": {n: self.limit(n) for n in self.flash}}
 
 
-class _Served:
+class Served:
     """A server of its own process, which has come to serving.
+
+    Args:
+        flash: options of FlashOffload; None: the defaults where there is a cap, else none of it.
+        n_ctx: tokens of a sequence.
 
     Raises:
         BuildError: it did not.
     """
 
-    def __init__(self, model: Path, parallel: int, cap: int | None, folder: str) -> None:
-        settings = Path(folder) / f"{parallel}-{cap}.json"
-        loaded: dict[str, Any] = {"model": str(model), "n_ctx": _N_CTX, "flash_offload": cap is not None}
+    def __init__(
+        self,
+        model: Path,
+        parallel: int,
+        cap: int | None,
+        folder: str,
+        flash: dict[str, Any] | None = None,
+        n_ctx: int = _N_CTX,
+    ) -> None:
+        settings = Path(folder) / f"{parallel}-{cap}-{len(list(Path(folder).iterdir()))}.json"
+        loaded: dict[str, Any] = {"model": str(model), "n_ctx": n_ctx, "flash_offload": flash or cap is not None}
         settings.write_text(json.dumps({"models": [loaded]}))
         command = [sys.executable, "-m", "llama_flash", "serve", "--config-file", str(settings), "--port", "0"]
         command += ["--parallel", str(parallel)]
@@ -161,6 +173,10 @@ class _Served:
             "ignore_eos": True,
             "cache_prompt": False,
         }
+        return int(self.ask(body)["tokens_predicted"])
+
+    def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request for a completion."""
         connection = http.client.HTTPConnection(*self._address, timeout=_PATIENCE)
         with contextlib.closing(connection):
             connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
@@ -168,7 +184,8 @@ class _Served:
             text = answer.read()
         if answer.status != 200:
             raise BuildError(f"the server answers {answer.status}: {text.decode(errors='replace')[:300]}")
-        return int(json.loads(text)["tokens_predicted"])
+        found: dict[str, Any] = json.loads(text)
+        return found
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -216,9 +233,9 @@ def _measure(
         rate = max(machine.raw_read_rates(files.flash, 1.0).values())
         with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as logs, contextlib.ExitStack() as running:
 
-            def served(path: Path, parallel: int, cap: int | None) -> _Served:
+            def served(path: Path, parallel: int, cap: int | None) -> Served:
                 report(f"{model.name}: loading, {parallel} sequences, {'resident' if cap is None else 'flash'}")
-                return running.enter_context(contextlib.closing(_Served(path, parallel, cap, logs)))
+                return running.enter_context(contextlib.closing(Served(path, parallel, cap, logs)))
 
             ways = {("flash", n): served(files.flash, n, cap) for n in widths}
             resident = served(files.stock, max(widths), None)
@@ -233,7 +250,7 @@ def _measure(
 
 
 def _turns(
-    ways: dict[tuple[str, int], _Served], seconds: float, report: Callable[[str], None]
+    ways: dict[tuple[str, int], Served], seconds: float, report: Callable[[str], None]
 ) -> tuple[dict[tuple[str, int], list[float]], dict[tuple[str, int], Reads]]:
     """Tokens per second of each turn, and what was read in all of them."""
     tokens = {}

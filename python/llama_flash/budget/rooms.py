@@ -107,6 +107,7 @@ class Breakdown:
     kv: int = 0  # KV cache and recurrent state
     compute: int = 0  # graph and work buffers
     outputs: int = 0  # logits and embeddings, the engine's and numpy's
+    draft: int = 0  # a draft model: weights, KV cache and buffers
     reserve: int = 0
     slots: int = 0  # experts from flash
     pinned: int = 0  # panels that never leave
@@ -116,7 +117,7 @@ class Breakdown:
     @property
     def fixed(self) -> int:
         """All but the reserve and what belongs to flash."""
-        return self.interpreter + self.weights + self.kv + self.compute + self.outputs
+        return self.interpreter + self.weights + self.kv + self.compute + self.outputs + self.draft
 
     @property
     def flash(self) -> int:

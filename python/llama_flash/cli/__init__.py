@@ -95,6 +95,13 @@ _COMMANDS = (
         _MACHINE,
         own("cap"),
     ),
+    Later(
+        "draft",
+        "Make a copy of a model at few bits that drafts for it: where a dense model has no small sibling.",
+        _FILES,
+        own("draft"),
+        killed_cleanly=True,
+    ),
     *(
         Later(name, help, _FILES, tool(name), killed_cleanly=True)
         for name, help in (

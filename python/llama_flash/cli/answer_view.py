@@ -56,7 +56,9 @@ class Meter:
         tokens, rate = self.tokens, self.tokens_per_second
         hits = "" if tokens.hit_rate is None else f", {tokens.hit_rate:.0%} found in memory"
         speed = "" if rate is None else f"{rate:.1f} tokens/s, "
-        return f"{speed}{format_size(int(tokens.bytes_per_token))} read per token{hits}, {memory}"
+        drafts = now.drafts.since(self._before.drafts)
+        passes = f", {drafts.tokens_per_pass:.1f} tokens per pass" if drafts.drafts and drafts.tokens_per_pass else ""
+        return f"{speed}{format_size(int(tokens.bytes_per_token))} read per token{passes}{hits}, {memory}"
 
 
 class AnswerView:

@@ -59,6 +59,7 @@ def chat(
     predictor: c.Predictor = "auto",
     window: c.Window = None,
     lookahead: c.Lookahead = None,
+    draft: c.Draft = "off",
     follow: c.Follow = True,
     warm_start: c.WarmStart = True,
     io_engine: c.IoEngine = "auto",

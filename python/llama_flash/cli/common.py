@@ -29,6 +29,7 @@ __all__ = [
     "AsJson",
     "Cap",
     "Ctx",
+    "Draft",
     "DramBudget",
     "FlashAttn",
     "Follow",
@@ -127,6 +128,15 @@ Lookahead = Annotated[
         "--lookahead/--no-lookahead",
         help="Read ahead what the next layer will probably use.",
         show_default="while it pays",
+    ),
+]
+Draft = Annotated[
+    str,
+    _flash(
+        "--draft",
+        metavar="auto|off|ngram|FILE",
+        help="Guesses at the next tokens, checked in one pass: from the text, or by a smaller model.",
+        autocompletion=_words(("auto", "off", "ngram")),
     ),
 ]
 Follow = Annotated[

@@ -100,6 +100,8 @@ def print_statistics(stats: FlashStats, title: str) -> None:
     stderr.print(table)
     if stats.total.experts_expected and not stats.reads_ahead:
         stderr.print("reading ahead has stopped: tokens are faster without it")
+    if stats.drafts.source != "off":
+        stderr.print(str(stats.drafts))
     if stats.predictor != "none":
         stderr.print(f"predictor {stats.predictor}; neurons are of all layers")
     stderr.print(f"budget {format_size(stats.budget.total)} ({stats.budget.reason}): {stats.memory}", soft_wrap=True)

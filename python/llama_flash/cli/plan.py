@@ -25,6 +25,7 @@ def plan(
     predictor: c.Predictor = "auto",
     window: c.Window = None,
     lookahead: c.Lookahead = None,
+    draft: c.Draft = "off",
     io_engine: c.IoEngine = "auto",
     n_ctx: c.Ctx = 0,
     n_batch: c.NBatch = 512,

@@ -10,6 +10,7 @@ from rich.table import Table
 from ..device.profile import DeviceProfile
 from ..observe.stats import Counters
 from ..planning.cost import Cost
+from ..planning.drafted import DraftPlan
 from ..planning.planner import LoadPlan, Option
 from ..sizes import format_size
 
@@ -21,6 +22,7 @@ _WHERE = {
     "kv": "KV cache",
     "compute": "compute buffers",
     "outputs": "logits",
+    "draft": "draft model",
     "reserve": "reserve",
     "slots": "slots",
     "pinned": "pinned panels and neurons",
@@ -73,6 +75,8 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
 
     console.print(_token(plan))
 
+    if plan.drafts is not None:
+        console.print(_drafts(plan.drafts))
     if plan.parallel > 1:
         console.print(_together(plan))
         console.print(_advice(plan), soft_wrap=True)
@@ -108,6 +112,24 @@ def _token(plan: LoadPlan) -> Table:
     token.add_row(f"computing, {format_size(int(cost.touched))} of weights, at least", _duration(cost.compute_seconds))
     token.add_row("tokens per second", _rates(cost), style="bold")
     return token
+
+
+def _drafts(drafts: DraftPlan) -> Table:
+    """Tokens per second by how many of the drafted tokens are accepted."""
+    source = {"ngram": "the text itself", "model": f"a model of {format_size(drafts.bytes)}"}.get(
+        drafts.source, "heads"
+    )
+    table = Table(title=f"drafts from {source}, expected", title_justify="left", min_width=60)
+    table.add_column("accepted")
+    for name in ("drafted for a pass", "tokens/s"):
+        table.add_column(name, justify="right")
+    table.add_row("without drafts", "-", format_rate(drafts.without))
+    for each in drafts.expected:
+        table.add_row(f"{each.acceptance:.0%}", str(each.length), format_rate(each.tokens_per_second))
+    if (seen := drafts.seen) is not None:
+        name = f"{seen.acceptance:.0%}, as in the last run"
+        table.add_row(name, str(seen.length), format_rate(seen.tokens_per_second), style="bold")
+    return table
 
 
 def _together(plan: LoadPlan) -> Table:

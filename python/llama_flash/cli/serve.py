@@ -44,7 +44,7 @@ def _limit(*names: str, **settings: Any) -> Any:
 
 
 _FLASH_OPTIONS = (
-    *("dram_budget", "reserve", "what", "predictor", "window", "lookahead", "follow", "warm_start"),
+    *("dram_budget", "reserve", "what", "predictor", "window", "lookahead", "draft", "follow", "warm_start"),
     *("io_engine", "prompt_cache", "prompt_cache_size"),
 )
 _MANY = (  # that the classic server has not, by flags
@@ -95,6 +95,10 @@ _Window = Annotated[int | None, _flash("--window", help="Tokens whose neurons st
 _Lookahead = Annotated[
     bool | None,
     _flash("--lookahead/--no-lookahead", help="Read ahead what the next layer will use. Default: while it pays."),
+]
+_Draft = Annotated[
+    str | None,
+    _flash("--draft", help="Guesses at the next tokens: auto, off, ngram or a GGUF file. Default: off."),
 ]
 _Follow = Annotated[
     bool | None, _flash("--follow/--no-follow", help="Give memory back and take it again as limits move. Default.")
@@ -182,6 +186,7 @@ def serve(
     predictor: _Predictor = None,
     window: _Window = None,
     lookahead: _Lookahead = None,
+    draft: _Draft = None,
     follow: _Follow = None,
     warm_start: _WarmStart = None,
     io_engine: _IoEngine = None,

@@ -20,13 +20,15 @@ from . import bindings
 from .prompts import Tokens, clear
 
 __all__ = [
-    *("FAILED", "Driver", "Pages", "Prompts", "RequestLimits"),
+    *("FAILED", "Driver", "Drafts", "Pages", "Prompts", "RequestLimits"),
+    "Tokens",
     *("argv_of", "check_template", "copy_of", "hooks_of", "load", "serve", "shipped", "stop", "write_back"),
 ]
 
 FAILED = -3  # what llama_process returns where a graph could not be computed: the batch is not tried again
 
 logger = logging.getLogger("llama_flash")
+
 
 _LIBRARY = "libllama-server-impl.so"
 
@@ -39,6 +41,22 @@ _End = ctypes.CFUNCTYPE(
     *(ctypes.c_void_p, ctypes.c_size_t),
 )
 _Tell = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)
+
+
+class _Draft(ctypes.Structure):
+    """struct llama_flash_draft"""
+
+    _fields_ = (
+        ("sequence", ctypes.c_int32),
+        ("n_text", ctypes.c_int32),
+        ("text", ctypes.POINTER(ctypes.c_int32)),
+        ("n_max", ctypes.c_int32),
+        ("n_tokens", ctypes.c_int32),
+        ("tokens", ctypes.POINTER(ctypes.c_int32)),
+    )
+
+
+_MakeDrafts = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(_Draft), ctypes.c_int)
 _HEALTH = 0  # of enum llama_flash_page; else METRICS
 
 
@@ -115,6 +133,16 @@ class Prompts(Protocol):
         """
 
 
+class Drafts(Protocol):
+    """Who guesses at the tokens to come. It may not raise."""
+
+    def __call__(self, n_generating: int, texts: Sequence[tuple[int, Tokens, int]]) -> Sequence[Tokens]:
+        """A draft for each text; of a text: its sequence, its tokens (valid meanwhile), tokens of a draft at most.
+
+        n_generating: sequences that go on with the next pass, those without a draft included.
+        """
+
+
 class Pages(Protocol):
     """What the program says beside the server, to whoever it lets ask. By the threads of HTTP, several at once."""
 
@@ -131,7 +159,12 @@ def load() -> None:
 
 
 def serve(
-    arguments: Sequence[str], driver: Driver, pages: Pages, limits: RequestLimits, prompts: Prompts | None = None
+    arguments: Sequence[str],
+    driver: Driver,
+    pages: Pages,
+    limits: RequestLimits,
+    prompts: Prompts | None = None,
+    drafts: Drafts | None = None,
 ) -> int:
     """Runs llama-server in this thread until it is stopped. 0 then, 1 if it did not begin.
 
@@ -139,6 +172,7 @@ def serve(
         arguments: as on its command line, without its name. llama.cpp's own settings files are not read.
         limits: what of a request is refused before it is parsed.
         prompts: who keeps prompts; None: nobody.
+        drafts: None: there are none.
 
     Raises:
         FlashError: the server's library is missing.
@@ -147,8 +181,10 @@ def serve(
     hooks, tell = hooks_of(driver), _tell(library, pages)
     argv = argv_of("llama-server", arguments)
     kept = None if prompts is None else _prompt_hooks(prompts)
+    make_drafts = _make_drafts(drafts) if drafts is not None else _MakeDrafts()
     code: int = library.llama_flash_serve(
-        *argv, ctypes.byref(hooks), tell, ctypes.byref(limits), None if kept is None else ctypes.byref(kept)
+        *(*argv, ctypes.byref(hooks), tell, ctypes.byref(limits)),
+        *(None if kept is None else ctypes.byref(kept), make_drafts),
     )
     return code
 
@@ -249,12 +285,27 @@ def _tell(library: Any, pages: Pages) -> Any:
     return _Tell(tell)
 
 
+def _make_drafts(drafts: Drafts) -> Any:
+    def make(n_generating: int, asked: Any, n: int) -> None:
+        texts = [
+            (each.sequence, np.ctypeslib.as_array(each.text, (each.n_text,)), each.n_max)
+            for each in (asked[i] for i in range(n))
+        ]
+        for i, draft in enumerate(drafts(n_generating, texts)):
+            asked[i].n_tokens = len(draft)
+            for j, token in enumerate(draft.tolist()):
+                asked[i].tokens[j] = token
+
+    return _MakeDrafts(make)
+
+
 def _library() -> Any:
     try:
         library = shipped(_LIBRARY)
         library.llama_flash_serve.restype = ctypes.c_int
         library.llama_flash_serve.argtypes = (
-            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell, ctypes.c_void_p, ctypes.c_void_p),
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell),
+            *(ctypes.c_void_p, ctypes.c_void_p, _MakeDrafts),
         )
         library.llama_flash_serve_write.restype = None
         library.llama_flash_serve_write.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)

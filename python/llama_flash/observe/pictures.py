@@ -214,6 +214,10 @@ def _no_profile(snapshot: Snapshot) -> str:
     return "" if snapshot.profile else "no profile of the model's device is kept: `llama-flash profile` makes one"
 
 
+def _no_drafts(snapshot: Snapshot) -> str:
+    return "" if snapshot.drafts else "no draft has been checked"
+
+
 def _has_experts(snapshot: Snapshot) -> bool:
     return snapshot.residency is not None and any(t.kind == "experts" for t in snapshot.residency.tensors)
 
@@ -335,6 +339,22 @@ def _bytes(axes: Any, snapshot: Snapshot) -> None:
     axes.set_ylabel(f"{unit} per token")
     time.finish(axes)
     _title(axes, f"Read from flash: {mean / scale:.3g} {unit} per token")
+
+
+def _drafts(axes: Any, snapshot: Snapshot) -> None:
+    drafted, accepted = np.array(snapshot.drafts, np.float64).T
+    size = -(-len(drafted) // _BINS)
+    starts = np.arange(0, len(drafted), size)
+    counts = np.diff([*starts, len(drafted)])
+    edges = 0.5 + np.array([*starts, len(drafted)])
+    for values, color, name in ((drafted, _GREY, "drafted"), (accepted, _BLUE, "accepted")):
+        axes.stairs(np.add.reduceat(values, starts) / counts, edges, fill=True, color=color, label=name)
+    axes.set_ylim(0, 1.06 * drafted.max())
+    axes.set_ylabel("tokens of a draft")
+    axes.set_xlabel("pass that checked one" + (f" (each step: mean of {size})" if size > 1 else ""))
+    _title(
+        axes, f"Drafts: {accepted.sum() / drafted.sum():.0%} accepted, {1 + accepted.mean():.2f} tokens per such pass"
+    )
 
 
 def _bounded(axes: Any, values: Floats, unit: str) -> None:
@@ -467,5 +487,6 @@ _SMALL: dict[str, _Small] = {
     "bytes": (_bytes, _no_lookups),
     "reuse": (_reuse, _no_reuse),
     "device": (_device, _no_profile),
+    "drafts": (_drafts, _no_drafts),
 }
 PICTURES = (*_SMALL, "residency")

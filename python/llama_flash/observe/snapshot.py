@@ -37,10 +37,12 @@ class Snapshot:
     reuse: Reuse  # empty where nothing is on flash, or after close()
     residency: Residency | None  # None there
     profile: DeviceProfile | None  # as kept for the model's device; None if none is
+    drafts: tuple[tuple[int, int], ...] = ()  # of the last passes that checked drafts: drafted tokens, accepted ones
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file for `load`, as a whole or not at all. Raises OSError."""
         head = {name: getattr(self, name) for name in _PLAIN}
+        head["drafts"] = self.drafts
         head["profile"] = None if self.profile is None else self.profile.as_dict()
         head["tensors"] = None if self.residency is None else [asdict(tensor) for tensor in self.residency.tensors]
         nothing = np.zeros(0, np.uint8)
@@ -60,6 +62,7 @@ class Snapshot:
             head = json.loads(file["head"].tobytes())
             tensors = head.pop("tensors")
             profile = head.pop("profile")
+            drafts = tuple((drafted, accepted) for drafted, accepted in head.pop("drafts", ()))
             residency = None
             if tensors is not None:
                 residency = Residency(tuple(Tensor(**tensor) for tensor in tensors), file["place"], file["age"])
@@ -69,6 +72,7 @@ class Snapshot:
                 reuse=file["reuse"],
                 residency=residency,
                 profile=None if profile is None else DeviceProfile.from_dict(profile),
+                drafts=drafts,
             )
 
 
@@ -86,6 +90,7 @@ def take(
     picks_neurons: bool,
     reuse: Reuse,
     residency: Residency | None,
+    drafts: Sequence[tuple[int, int]] = (),
 ) -> Snapshot:
     """Of a model as it is now. calls: the last ones, the oldest first; the others as in Snapshot."""
     try:
@@ -105,6 +110,7 @@ def take(
         reuse=reuse,
         residency=residency,
         profile=profile,
+        drafts=tuple(drafts),
     )
 
 

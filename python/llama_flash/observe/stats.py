@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..budget.cores import explain_throttling
@@ -10,7 +10,7 @@ from ..budget.rooms import Breakdown, Budget
 from ..native import bindings
 from ..sizes import format_size
 
-__all__ = ["Counters", "FlashStats"]
+__all__ = ["Counters", "DraftStats", "FlashStats"]
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,70 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class DraftStats:
+    """What drafts have brought. Times in seconds."""
+
+    source: str = "off"  # where guesses come from: "ngram", "model"; "off": nowhere
+    reason: str = ""  # why it is off, where that was not asked for
+    passes: int = 0  # that have continued texts, with a draft or without
+    tokens: int = 0  # that they gave
+    drafts: int = 0  # passes that checked a draft
+    drafted: int = 0  # tokens of these drafts
+    accepted: int = 0  # of these, those that the model would have said
+    pass_seconds: float = 0.0  # of the passes
+    draft_seconds: float = 0.0  # of drafting, the reading of prompts by a draft model included
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that were accepted; None where none were drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """None before the first pass."""
+        return self.tokens / self.passes if self.passes else None
+
+    def plus(self, texts: int, drafted: int, accepted: int, pass_seconds: float, draft_seconds: float) -> DraftStats:
+        """With one more pass, which went on with so many texts and checked so many drafted tokens."""
+        return replace(
+            self,
+            passes=self.passes + 1,
+            tokens=self.tokens + texts + accepted,
+            drafts=self.drafts + bool(drafted),
+            drafted=self.drafted + drafted,
+            accepted=self.accepted + accepted,
+            pass_seconds=self.pass_seconds + pass_seconds,
+            draft_seconds=self.draft_seconds + draft_seconds,
+        )
+
+    def since(self, before: DraftStats) -> DraftStats:
+        """What has come since `before`."""
+        counted = ("passes", "tokens", "drafts", "drafted", "accepted", "pass_seconds", "draft_seconds")
+        return replace(self, **{name: getattr(self, name) - getattr(before, name) for name in counted})
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, and those derived from them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "acceptance": self.acceptance, "tokens_per_pass": self.tokens_per_pass}
+
+    def __str__(self) -> str:
+        if self.source == "off":
+            return f"drafts: off{f' ({self.reason})' if self.reason else ''}"
+        if self.acceptance is None or self.tokens_per_pass is None:
+            return f"drafts ({self.source}): none made in {self.passes} passes"
+        return (
+            f"drafts ({self.source}): {self.accepted} of {self.drafted} accepted ({self.acceptance:.0%}), "
+            f"{self.tokens_per_pass:.2f} tokens per pass"
+        )
+
+
+@dataclass(frozen=True)
 class FlashStats:
     """State of one model's flash offload. `llm.flash.stats()` returns it.
 
-    `decode` counts calls with one token of each sequence (generation), `prompt` those with more of any; reads between
-    calls, such as filling pinned panels at load, are only in `total`.
+    `decode` counts calls with one token of each sequence and those that check a draft (generation; its tokens are those
+    that were accepted), `prompt` those with more of any; reads between calls, such as filling pinned panels at load,
+    are only in `total`.
     """
 
     mode: str  # "flash", "resident" (the whole model fits) or "nothing" (the file has nothing to offload)
@@ -135,6 +194,7 @@ class FlashStats:
     last: Counters = field(default_factory=Counters)  # the last call
     throttled: int = 0  # periods since the load in which a CPU quota has stopped the process
     throttled_seconds: float = 0.0  # for which it has, of all cores together
+    drafts: DraftStats = field(default_factory=DraftStats)
 
     def active_neurons(self, counters: Counters) -> str:
         """Active neurons per token, and their share of all; "" where none were counted."""
@@ -157,6 +217,7 @@ class FlashStats:
             "throttled": self.throttled,
             "throttled_seconds": self.throttled_seconds,
             "reads_ahead": self.reads_ahead,
+            "drafts": self.drafts.as_dict(),
             **{name: getattr(self, name).as_dict() for name in ("total", "prompt", "decode", "last")},
         }
 
@@ -176,6 +237,8 @@ class FlashStats:
                 f"({format_size(int(counters.bytes_per_token))} per token){active}{rate}, "
                 f"waited {counters.wait_seconds:.2f} s"
             )
+        if self.drafts.source != "off":
+            lines.append(str(self.drafts))
         if self.throttled:
             lines.append(explain_throttling(self.throttled, self.throttled_seconds))
         return "\n".join(lines)

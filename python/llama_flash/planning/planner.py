@@ -29,6 +29,7 @@ from ..options import FlashOffload
 from ..prompts.store import store_memory
 from .advice import advice_for
 from .cost import Cost, expect
+from .drafted import ACCEPTANCES, MOST_DRAFTED, DraftPlan, DraftSizes, draft_sizes, drafted, pass_shape
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
 from .lent import lent_of
 from .placed import Plan
@@ -86,6 +87,7 @@ class LoadPlan:
     parallel: int  # sequences that the memory is planned for
     together: tuple[Together, ...]  # what numbers of sequences get that generate at the same time, within this budget
     threads: Threads  # that compute, where no number is given
+    drafts: DraftPlan | None = None  # None: none are made
 
     @property
     def bytes_per_token(self) -> float:
@@ -120,6 +122,7 @@ class LoadPlan:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values["together"] = [option.as_dict() for option in self.together]
         values["advised_parallel"] = self.advised_parallel
+        values["drafts"] = self.drafts.as_dict() if self.drafts else None
         values["budget"] = asdict(self.budget)
         values["memory"] = self.memory.as_dict()
         values["cost"] = self.cost.as_dict()
@@ -164,14 +167,11 @@ def plan(
         FlashFormatError, OSError: the file cannot be read.
         ValueError, TypeError: see FlashOffload.
     """
-    options = FlashOffload.coerce(flash_offload)
-    if options is None:
-        raise ValueError("flash_offload: there is nothing to plan where it is off; True or options are expected")
-    if dram_budget != "auto":
-        options = replace(options, dram_budget=dram_budget)
+    options = _asked(flash_offload, dram_budget)
     meta = read_gguf(model)
     check_vocabulary(meta, text=False)
-    shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn, parallel)
+    n_drafted = MOST_DRAFTED if options.draft != "off" else 0
+    shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn, parallel, n_drafted)
     import llama_cpp  # noqa: F401  # so that its size is counted
 
     if parallel > 1:
@@ -188,9 +188,17 @@ def plan(
         together = planner.together(found, budget, profile)
         smallest = 0 if found.plan.mode == "nothing" else planner.smallest()
         others = planner.others(smallest, profile)
-        return _load_plan(str(model), options, budget, smallest, found, cost, profile, others, parallel, together)
+        drafts = planner.drafts(found, budget, profile)
+        return _load_plan(model, options, budget, smallest, found, cost, profile, others, parallel, together, drafts)
     finally:
         planner.close()
+
+
+def _asked(flash_offload: bool | Mapping[str, Any] | FlashOffload | None, dram_budget: int | str) -> FlashOffload:
+    options = FlashOffload.coerce(flash_offload)
+    if options is None:
+        raise ValueError("flash_offload: there is nothing to plan where it is off; True or options are expected")
+    return options if dram_budget == "auto" else replace(options, dram_budget=dram_budget)
 
 
 def _of_a_server(options: FlashOffload, shape: ContextShape) -> FlashOffload:
@@ -202,7 +210,7 @@ def _of_a_server(options: FlashOffload, shape: ContextShape) -> FlashOffload:
 
 
 def _load_plan(
-    model: str,
+    model: str | os.PathLike[str],
     options: FlashOffload,
     budget: Budget,
     smallest: int,
@@ -212,12 +220,13 @@ def _load_plan(
     others: tuple[Option, ...],
     parallel: int,
     together: tuple[Together, ...],
+    drafts: DraftPlan | None,
 ) -> LoadPlan:
     placed, memory = found.plan, found.memory
     io_engine, depth = io_choice(options, placed.bundles, profile)
     held = memory.slots // found.needs.neuron_record if found.needs and found.needs.neuron_record else 0
     return LoadPlan(
-        model=model,
+        model=os.fspath(model),
         budget=budget,
         smallest=smallest,
         mode=placed.mode,
@@ -240,6 +249,7 @@ def _load_plan(
         parallel=parallel,
         together=together,
         threads=choose_threads(),
+        drafts=drafts,
     )
 
 
@@ -253,8 +263,9 @@ def _shape(
     logits_all: bool,
     flash_attn: bool,
     parallel: int,
+    n_drafted: int,
 ) -> ContextShape:
-    """The context that `Llama` makes of its arguments, or a server of many sequences."""
+    """The context that `Llama` makes of its arguments, or a server of many sequences. n_drafted: of each, at most."""
     for name, value, least in (
         ("n_ctx", n_ctx, 0),
         ("n_batch", n_batch, 1),
@@ -278,7 +289,7 @@ def _shape(
         n_ctx=n_ctx,
         n_batch=n_batch,
         n_ubatch=min(n_batch, n_ubatch),
-        n_outputs=n_batch if logits_all else parallel,
+        n_outputs=n_batch if logits_all else min(n_batch, parallel * (1 + n_drafted)),
         n_scores=n_ctx if logits_all else 0,
         type_k=KV_TYPES["f16"] if type_k is None else type_k,
         type_v=KV_TYPES["f16"] if type_v is None else type_v,
@@ -303,6 +314,9 @@ class _Planner:
 
     def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape, held: Callable[[], int]) -> None:
         """held: tells the bytes that the process holds; asking engine and plugin adds to them, once."""
+        self._draft = draft_sizes(options.draft, shape.n_ctx) if options.drafts_by_model else DraftSizes()
+        self._aside = shape.aside
+        shape = replace(shape, aside=shape.aside + self._draft.beside)
         if options.prompt_cache is not False:
             shape = replace(shape, prompts=store_memory(meta))
         self._meta, self._options, self._shape = meta, options, shape
@@ -323,7 +337,8 @@ class _Planner:
 
         bare: bytes of the process, before any use of the engine; None: as it was before anything was asked.
         """
-        placed = make_plan(self._meta, self._options, budget, self._shape, self._bare if bare is None else bare)
+        bare = (self._bare if bare is None else bare) + self._draft.weights
+        placed = make_plan(self._meta, self._options, budget, self._shape, bare)
         n_vocab, n_embd = self._meta.n_vocab, self._meta.number("embedding_length")
         memory = Breakdown(
             interpreter=self._base + self._sizes.heap + _SLACK,
@@ -333,8 +348,9 @@ class _Planner:
             kv=self._sizes.kv,
             compute=self._sizes.compute + work_bytes(self._meta, self._shape),
             outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab)
-            + self._shape.aside
+            + self._aside
             + self._shape.prompts,
+            draft=self._draft.bytes,
             reserve=budget.reserve,
         )
         if placed.mode == "nothing":
@@ -455,6 +471,27 @@ class _Planner:
             lookahead=experts_ahead(self._options),
             usage=self._usage,
             tokens=tokens,
+        )
+
+    def drafts(self, found: _Outcome, budget: Budget, profile: DeviceProfile) -> DraftPlan | None:
+        """What drafts cost and bring; found: the outcome within `budget`, with them."""
+        options = self._options
+        if options.draft == "off" or found.predictor == "lowrank":
+            return None
+        cost, without = self.cost(found, profile), self.cost(found, profile)
+        if self._draft.bytes:
+            with_all = replace(budget, total=budget.total + self._draft.bytes)
+            without = self.cost(self.outcome(with_all), profile)
+        memory, skew = found.decoding or found.memory, self._usage.skew if self._usage else None
+        shape = pass_shape(self._meta, found.plan, memory, found.needs, skew)
+        per_guess = self._draft.weights / profile.dram
+        seen = self._usage.acceptance if self._usage else None
+        return DraftPlan(
+            source="model" if options.drafts_by_model else "ngram",
+            bytes=self._draft.bytes,
+            without=without.tokens_per_second,
+            expected=tuple(drafted(cost, shape, acceptance, per_guess) for acceptance in ACCEPTANCES),
+            seen=None if seen is None else drafted(cost, shape, seen, per_guess),
         )
 
     def others(self, smallest: int, profile: DeviceProfile) -> tuple[Option, ...]:

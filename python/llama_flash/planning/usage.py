@@ -45,10 +45,11 @@ class Usage:
     skew: float | None = None  # of the routing, see misses.expert_misses; None: not seen
     shared: float | None = None  # see misses.neuron_misses
     active: float | None = None  # share of the neurons that a token activates
+    acceptance: float | None = None  # share of the drafted tokens that were accepted
     predictor: str = "none"  # how active neurons were found; with another one all of this says nothing
 
     def __post_init__(self) -> None:
-        told = [n for n in (self.skew, self.shared, self.active) if n is not None]
+        told = [n for n in (self.skew, self.shared, self.active, self.acceptance) if n is not None]
         numbers = (self.tokens, self.computing, self.read, self.waited, *told)
         if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
             raise ValueError("numbers that are none")
@@ -111,6 +112,7 @@ def save(files: Sequence[Path], usage: Usage) -> None:
     before = load(files)
     if before is not None:
         usage = replace(usage, skew=before.skew if usage.skew is None else usage.skew)
+        usage = replace(usage, acceptance=before.acceptance if usage.acceptance is None else usage.acceptance)
         if usage.shared is None and usage.active is None and before.predictor == usage.predictor:
             usage = replace(usage, shared=before.shared, active=before.active)
     content = {"version": _VERSION, "fingerprint": fingerprint(files, ""), "usage": asdict(usage)}

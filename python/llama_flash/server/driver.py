@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..errors import FlashError
 from ..model.load import load_model, new_context
-from ..native.server import FAILED, copy_of, write_back
+from ..native.server import FAILED, Tokens, copy_of, write_back
 from ..options import FlashOffload
 from ..session.session import FlashSession, open_session
 
@@ -35,6 +37,7 @@ class EngineDriver:
 
     Attributes:
         failure: what ended the last load.
+        drafts: who guesses at the tokens to come; None where that is off.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class EngineDriver:
         self.failure: BaseException | None = None
         self._flash_offload, self._loaded = flash_offload, loaded
         self._lora_path, self._aside = lora_path, aside
+        options = FlashOffload.coerce(flash_offload)
+        self.drafts = None if options is None or options.draft == "off" else self.make_drafts
         self._paths: dict[int, str] = {}  # by model
         self._sessions: dict[int, FlashSession] = {}  # by model
         self._waiting: set[int] = set()  # models whose session waits for its context
@@ -102,6 +107,16 @@ class EngineDriver:
             return FAILED, str(error)
         # 2, "aborted", would be taken for a full KV cache, and half of the batch be tried
         return (FAILED, _STOPPED) if code == 2 else (code, "")
+
+    def make_drafts(self, n_generating: int, texts: Sequence[tuple[int, Tokens, int]]) -> Sequence[Tokens]:
+        """For a native.server.Drafts."""
+        try:
+            for session in self._sessions.values():
+                if session.drafter is not None:
+                    return session.drafter.draft(texts, n_generating - len(texts))
+        except Exception:  # C++ called it; without a draft everything is right, too
+            logger.exception("no drafts for %d sequences", len(texts))
+        return [np.zeros(0, np.intc) for _ in texts]
 
     def _keeps_scores(self, context_params: Any) -> bool:
         """Whether the caller keeps logits of all tokens of a context, beside the engine's."""

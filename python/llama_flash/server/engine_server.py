@@ -19,6 +19,7 @@ from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
 from ..model.shape import KV_TYPES, ContextShape, whole_cells
 from ..native import server as native
 from ..options import FlashOffload
+from ..planning.drafted import MOST_DRAFTED
 from ..session.session import FlashSession
 from .address import bound, is_loopback
 from .driver import EngineDriver
@@ -155,6 +156,10 @@ def _chosen(settings: EngineSettings) -> Iterator[str]:
     """Arguments for what is off unless somebody asks for it."""
     if settings.api_key is not None:
         yield from ("--api-key", _quoted(settings.api_key))
+    flash = FlashOffload.coerce(settings.flash_offload)
+    if flash is not None and flash.draft != "off" and not settings.embeddings:
+        # so that logits of drafts have room; the drafts themselves are made by driver.py
+        yield from ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", str(MOST_DRAFTED))
     if settings.embeddings:
         yield "--embeddings"
     if settings.pooling is not None:

@@ -101,7 +101,8 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            if native.serve(self._arguments, self._driver, self._pages, self._limits, self._prompts) != 0:
+            driver = self._driver
+            if native.serve(self._arguments, driver, self._pages, self._limits, self._prompts, driver.drafts) != 0:
                 self._failure = self._driver.failure or FlashError("the server did not start: --verbose shows its log")
         except BaseException as failure:
             self._failure = failure

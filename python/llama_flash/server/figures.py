@@ -9,10 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["COUNTERS", "EVENTS", "GAUGES", "TEXTS", "TOKENS", "Tally", "public"]
+__all__ = ["COUNTERS", "DRAFTS", "EVENTS", "GAUGES", "TEXTS", "TOKENS", "Tally", "public"]
 
 EVENTS = ("shrink", "grow", "pressure", "short")  # FlashEvent.kind
-_COUNTED = ("total", "prompt", "decode")
+_COUNTED = ("total", "prompt", "decode", "drafts")
 
 # of the model that is loaded: name, help, key of FlashSession.describe
 GAUGES = (
@@ -32,6 +32,13 @@ COUNTERS = (
     ("evictions", "Records that gave way to others.", "evictions"),
     ("read_retries", "Reads that were made again.", "retries"),
     ("read_errors", "Reads that failed.", "errors"),
+)
+# of drafts, of all loads: name, help, name in stats.DraftStats
+DRAFTS = (
+    ("drafted", "Tokens that were guessed and checked.", "drafted"),
+    ("accepted", "Of these, those that the model would have said.", "accepted"),
+    ("draft_passes", "Passes that have continued texts, with a draft or without.", "passes"),
+    ("draft_seconds", "Time spent on guessing.", "draft_seconds"),
 )
 TOKENS = (("prompt", "prompt"), ("generated", "decode"))  # kind, part of FlashStats
 TEXTS = {
@@ -54,7 +61,8 @@ class Tally:
 
     def add(self, stats: dict[str, Any]) -> None:
         for part in _COUNTED:
-            self.counters[part].update({name: value for name, value in stats[part].items() if value is not None})
+            numbers = {name: value for name, value in stats[part].items() if isinstance(value, int | float)}
+            self.counters[part].update(numbers)
 
     def count(self, part: str, name: str, now: dict[str, Any] | None) -> float:
         """Of all its loads; now: statistics of the present one."""

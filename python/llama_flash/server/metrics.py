@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from ..budget.cores import Throttling
 from .clients import Clients
-from .figures import COUNTERS, EVENTS, GAUGES, TEXTS, TOKENS
+from .figures import COUNTERS, DRAFTS, EVENTS, GAUGES, TEXTS, TOKENS
 from .models import Models
 
 __all__ = ["Metrics"]
@@ -55,6 +55,12 @@ class Metrics(Collector):
             family = CounterMetricFamily(f"llama_flash_{name}", text, labels=["model"])
             for model, tally in models.tallies.items():
                 family.add_metric([model], tally.count("total", key, now[model]))
+            yield family
+
+        for name, text, key in DRAFTS:
+            family = CounterMetricFamily(f"llama_flash_{name}", text, labels=["model"])
+            for model, tally in models.tallies.items():
+                family.add_metric([model], tally.count("drafts", key, now[model]))
             yield family
 
         tokens = CounterMetricFamily("llama_flash_tokens", TEXTS["tokens"], labels=["model", "kind"])

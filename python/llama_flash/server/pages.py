@@ -15,7 +15,7 @@ from typing import Any
 from ..budget.cores import Throttling
 from ..session.session import FlashSession
 from ..version import version
-from .figures import COUNTERS, EVENTS, GAUGES, TEXTS, TOKENS, Tally, public
+from .figures import COUNTERS, DRAFTS, EVENTS, GAUGES, TEXTS, TOKENS, Tally, public
 
 __all__ = ["FlashPages"]
 
@@ -65,6 +65,8 @@ class FlashPages:
             yield _family(f"llama_flash_{name}", "gauge", text, [(model, now[key])] if now else [])
         for name, text, key in COUNTERS:
             yield _counter(name, text, [(model, tally.count("total", key, now))])
+        for name, text, key in DRAFTS:
+            yield _counter(name, text, [(model, tally.count("drafts", key, now))])
         kinds = [({**model, "kind": kind}, tally.count(part, "tokens", now)) for kind, part in TOKENS]
         yield _counter("tokens", TEXTS["tokens"], kinds)
         yield _counter("events", TEXTS["events"], [({**model, "kind": kind}, tally.events[kind]) for kind in EVENTS])

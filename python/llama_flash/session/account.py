@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..budget.cores import Throttling
@@ -9,7 +10,7 @@ from ..budget.rooms import Breakdown, Budget
 from ..native.handle import Session
 from ..native.library import IO_ENGINES
 from ..observe.history import History
-from ..observe.stats import Counters, FlashStats
+from ..observe.stats import Counters, DraftStats, FlashStats
 from ..planning.placed import Plan
 
 __all__ = ["Account"]
@@ -35,6 +36,7 @@ class Account:
         self.plan: Plan  # as soon as there is one
         self.predictor = "none"  # how active neurons are found
         self.history = History()  # of the last calls
+        self.drafts: Callable[[], DraftStats] = DraftStats
         self.history.reset(None)
         self._throttling = Throttling()
         self._progress = _Progress()
@@ -51,17 +53,26 @@ class Account:
         self._progress = _Progress(seen=Counters.from_struct(raw))
         self.history.reset(raw)
 
-    def add(self, n_tokens: int, native: Session | None, n_sequences: int = 1) -> None:
-        """A call of so many tokens has ended: one of each sequence is generation, more of any is a prompt."""
+    def add(self, n_tokens: int, native: Session | None, n_sequences: int = 1, drafted: int = 0) -> None:
+        """A call of so many tokens has ended: one of each sequence is generation, more of any is a prompt.
+
+        drafted: tokens of them that are guesses. They count when they are `accepted`.
+        """
         before = self._progress
         raw = None if native is None else native.stats()
         self.history.end(n_tokens, raw, n_sequences)
         seen = before.seen if raw is None else Counters.from_struct(raw)
-        last = replace(seen - before.seen, tokens=n_tokens, calls=1)
-        if n_tokens == n_sequences:
+        last = replace(seen - before.seen, tokens=n_tokens - drafted, calls=1)
+        if n_tokens - drafted == n_sequences:
             self._progress = _Progress(seen, before.prompt, before.decode + last, last)
         else:
             self._progress = _Progress(seen, before.prompt + last, before.decode, last)
+
+    def accepted(self, n_tokens: int) -> None:
+        """Of the tokens that were drafted for the last call, so many are what the model says."""
+        more = Counters(tokens=n_tokens)
+        progress = self._progress
+        self._progress = replace(progress, decode=progress.decode + more, last=progress.last + more)
 
     def stats(self, budget: Budget, memory: Breakdown, native: Session | None) -> FlashStats:
         if self._final is not None:
@@ -91,6 +102,7 @@ class Account:
             last=progress.last,
             throttled=throttled,
             throttled_seconds=throttled_seconds,
+            drafts=self.drafts(),
         )
 
     def finish(self, budget: Budget, memory: Breakdown, native: Session) -> None:

@@ -22,6 +22,12 @@ from ..budget.held import held_by_all, promised_by_all
 from ..budget.limits import check_addresses, check_threads, explain_files
 from ..budget.rooms import Breakdown, held_by_process, kept_budget, refuse
 from ..device.kept import recall
+from ..drafts.choice import checked, source_of
+from ..drafts.drafter import Drafter, Source
+from ..drafts.length import MOST
+from ..drafts.mixed import MixedText
+from ..drafts.model import ModelDraft, check_vocabularies
+from ..drafts.ngram import TextDraft
 from ..errors import FlashBudgetError, FlashError
 from ..model.adapters import predictor_with
 from ..model.gguf import GgufMeta, check_is_model, check_vocabulary, claims_wide_heads, read_gguf
@@ -30,14 +36,16 @@ from ..native.calls import abort_callback, context_memory, flash_buffer_type, ov
 from ..native.handle import Session
 from ..native.library import settled, trim_heap
 from ..native.params import Mode, Requirements, neuron_params
+from ..observe.stats import DraftStats
 from ..options import FlashOffload
 from ..planning.advice import advice_for
+from ..planning.drafted import pass_shape
 from ..planning.lent import few_tokens
 from ..planning.placed import Plan
 from ..planning.placement import choose_predictor, make_plan, work_bytes
 from ..planning.reads import experts_ahead, io_choice
 from ..prompts.store import PromptStore, open_store, store_memory
-from ..sizes import parse_size
+from ..sizes import format_size, parse_size
 from .account import Account
 from .describe import line_about, nothing_to_offload
 from .memento import Memento
@@ -80,12 +88,14 @@ class Load:
         self._path, self._share, self._account = path, share, account
         self._context_params = context_params
         self._logits_all, self._lora_path, self._aside, self._verbose = logits_all, lora_path, aside, verbose
+        self._draft: ModelDraft | None = None
 
         Controller.of_process().begin_load(self)
         try:
             self._prepare(model_params)
         except BaseException as failure:
             self.end()
+            self.close_draft()
             share.close()
             if isinstance(failure, OSError):
                 explain_files(failure, [path])
@@ -117,9 +127,14 @@ class Load:
 
     def _prepare(self, model_params: Any) -> None:
         options, share, context_params = self.options, self._share, self._context_params
-        self._base = held_by_all(share)
         self._vocab_only = bool(model_params.vocab_only)
         self.meta: GgufMeta = read_gguf(self._path)
+        if options.drafts_by_model and not (model_params.vocab_only or context_params.embeddings):
+            checked(options)
+            self._draft = ModelDraft(
+                options.draft, self.n_ctx, max(1, int(context_params.n_threads)), max(1, int(context_params.n_seq_max))
+            )
+        self._base = held_by_all(share)
         if not model_params.vocab_only:
             check_is_model(self.meta)
             if claims_wide_heads(self.meta):
@@ -131,7 +146,8 @@ class Load:
         if not self._logits_all and not context_params.embeddings:
             # Only the last token's logits are ever asked for: do not reserve n_ubatch rows of the vocabulary. A server
             # has said how many it asks for.
-            context_params.n_outputs_max = context_params.n_outputs_max or 1
+            drafted = 0 if options.draft == "off" else MOST
+            context_params.n_outputs_max = context_params.n_outputs_max or min(1 + drafted, context_params.n_batch)
         self._account.plan = self._make_plan()
         share.memory = self._plan.expected
         if self._plan.bundles:
@@ -164,7 +180,8 @@ class Load:
 
             held = functools.partial(held_by_all, self._share)
             budget = self._share.budget
-            raise smallest_budget_of(self.meta, self.options, budget, self._shape(), held, refused) from None
+            options = replace(self.options, draft="off")  # which is held already
+            raise smallest_budget_of(self.meta, options, budget, self._shape(), held, refused) from None
 
     @staticmethod
     def _set_load_mode(model_params: Any) -> None:
@@ -284,12 +301,14 @@ class Load:
         held = held_by_process() - buffers.model
         shape = self._shape()
         n_outputs = shape.n_outputs * 4 * (self.meta.n_vocab + self.meta.number("embedding_length"))
+        draft = self._draft
         return Breakdown(
-            interpreter=max(self._base, held + promised_by_all(self._share, held)),
+            interpreter=max(self._base, held + promised_by_all(self._share, held)) - (draft.weights if draft else 0),
             weights=buffers.model,
             kv=buffers.context,
             compute=buffers.compute + work_bytes(self.meta, shape),
             outputs=n_outputs + scores_bytes + self._aside + shape.prompts,
+            draft=draft.bytes if draft else 0,
             reserve=self._share.budget.reserve,
         )
 
@@ -303,6 +322,44 @@ class Load:
             raise refuse(budget, memory, needs.min_memory, self.options.reserve, advice=self._advice())
         self._share.give(left, needs, context, self._shape())
         self._account.begin(native)
+
+    def drafter(self, context: Any) -> Drafter | None:
+        """What makes drafts for the model of this context; None where none are to be made.
+
+        Raises:
+            FlashError: the draft model has another vocabulary.
+        """
+        import llama_cpp as engine
+
+        options, model = self.options, engine.llama_get_model(context)
+        name, reason = source_of(options, self._context_params, self._account.predictor, model)
+        if reason and options.draft != "auto":
+            logger.warning("no drafts: %s", reason)
+        if reason:
+            self._account.drafts = lambda: DraftStats(reason=reason)
+        if name == "off":
+            self.close_draft()
+            return None
+        if self._draft is not None:
+            check_vocabularies(self._draft, engine.llama_model_get_vocab(model), self.name)
+        native = self._share.native
+        needs = native.requirements() if native is not None else None
+        shape = pass_shape(self.meta, self._plan, self._share.memory, needs)
+        # a pass in two halves would read everything twice
+        most = min(MOST, int(self._context_params.n_batch) - 1, int(self._context_params.n_ubatch) - 1)
+        n_texts = max(1, int(self._context_params.n_seq_max))
+        draft = self._draft
+
+        def source(text: int) -> Source:
+            return TextDraft() if draft is None else MixedText(draft.source(text))
+
+        n_vocab = int(engine.llama_vocab_n_tokens(engine.llama_model_get_vocab(model)))
+        return Drafter(source, self.n_ctx // n_texts, n_vocab, shape, most) if most > 0 else None
+
+    def close_draft(self) -> None:
+        """Frees the draft model, if there is one. May be called twice."""
+        if self._draft is not None:
+            self._draft.close()
 
     def choose_predictor(self, left: int) -> Requirements:
         """How active neurons are found, and what that needs; left: bytes there are for it."""
@@ -318,7 +375,10 @@ class Load:
         return native.requirements()
 
     def _advice(self) -> tuple[str, ...]:
-        return advice_for(self.meta, self._plan, self.options, self._shape())
+        advice = advice_for(self.meta, self._plan, self.options, self._shape())
+        if self._draft is None:
+            return advice
+        return (*advice, f"The draft model takes {format_size(self._draft.bytes)} of it.")
 
     def _shape(self) -> ContextShape:
         context = self._context_params
@@ -335,7 +395,7 @@ class Load:
             flash_attn=context.flash_attn_type == 1,
             embedding=bool(context.embeddings),
             prompts=0 if self.options.prompt_cache is False else store_memory(self.meta),
-            aside=self._aside,
+            aside=self._aside + (self._draft.beside if self._draft else 0),
             n_sequences=max(1, int(context.n_seq_max)),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -57,15 +58,30 @@ class Memento:
         with contextlib.suppress(OSError):  # the model is gone
             hot.save(self._meta.files[0], self._mark or self._fingerprint(), np.asarray(ids))
 
-    def store_usage(self, native: Session, history: History, since: float, memory: Breakdown, predictor: str) -> None:
-        """Remembers how experts and neurons were used, for plans. since: when memory was moved last, as calls began."""
+    def store_usage(
+        self,
+        native: Session,
+        history: History,
+        since: float,
+        memory: Breakdown,
+        predictor: str,
+        acceptance: float | None = None,
+    ) -> None:
+        """Remembers how experts and neurons were used, for plans.
+
+        Args:
+            since: when memory was moved last, as calls began.
+            acceptance: share of the drafted tokens that were accepted.
+        """
         if not self._wanted:
             return
         calls = [call for call in history.calls() if call.began > since]
-        seen = usage.observe(calls, self._plan, memory, native.requirements(), predictor)
-        if seen is not None:
-            with contextlib.suppress(OSError):  # the model is gone
-                usage.save(self._meta.files, seen)
+        with contextlib.suppress(OSError):  # the model is gone
+            seen = usage.observe(calls, self._plan, memory, native.requirements(), predictor)
+            if seen is None and acceptance is not None:
+                seen = usage.load(self._meta.files)
+            if seen is not None:
+                usage.save(self._meta.files, replace(seen, acceptance=acceptance))
 
     def _fingerprint(self) -> str:
         """Of the files, and of what numbers the records."""

@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..budget.controller import Callback, Controller
 from ..budget.rooms import Breakdown, Budget
+from ..drafts.drafter import Drafter
 from ..errors import FlashError, FlashFormatError
 from ..file_kind import kind_of_file
 from ..model.bundles import holds_bundles
@@ -109,6 +111,8 @@ class FlashSession:
         self.recorder: Recorder | None = None  # of a trace (observe/trace.py)
         self.prompts: PromptStore | None = None  # what is kept of prompts, and who does it for a Llama
         self.keeper: PromptKeeper | None = None
+        self.drafter: Drafter | None = None  # what `Llama` asks for guesses
+        self._began = 0.0  # of the call under way, by time.perf_counter()
         self._after_calls: list[Callable[[], None]] = []
         self._load = Load(
             model_path,
@@ -150,6 +154,10 @@ class FlashSession:
         self.prompts = self._load.open_prompts(context)
         if self.prompts is not None:
             self._load.summary += f"; prompts are kept in {self.prompts.folder.path}"
+        self.drafter = self._load.drafter(context)
+        if self.drafter is not None:
+            self.account.drafts = lambda drafter=self.drafter: drafter.stats  # type: ignore[misc]
+            self.drafter.on_accepted(self.account.accepted)
 
     # calls of the engine
 
@@ -162,6 +170,7 @@ class FlashSession:
         self.check_process()
         self.share.before_call(n_tokens)
         self.history.begin()
+        self._began = time.perf_counter()
 
     def before_state(self) -> None:
         """Before a saved state is loaded into the KV cache.
@@ -179,8 +188,9 @@ class FlashSession:
             FlashReadError: a read failed during the call. Its results are void; the model can be used again.
         """
         self.check_process()
-        native = self.native
-        self.account.add(n_tokens, native, n_sequences)
+        native, drafter = self.native, self.drafter
+        drafted = drafter.n_drafted if drafter and drafter.passed(n_tokens, time.perf_counter() - self._began) else 0
+        self.account.add(n_tokens, native, n_sequences, drafted)
         self.share.after_call(n_tokens)
         if native is not None:
             native.raise_pending()
@@ -345,14 +355,15 @@ class FlashSession:
             picks_neurons=bundles is not None and (stats.predictor != "off" or bundles.n_expert_used > 0),
             reuse=self.reuse(),
             residency=self.residency(),
+            drafts=[(drafted, taken) for drafted, taken, *_ in self.drafter.last] if self.drafter else (),
         )
 
     def plot(self, what: str | Sequence[str] = "all", path: str | os.PathLike[str] | None = None) -> Figure:
         """Pictures of the last 4096 calls, of what is in memory and of the device: docs/how-to/pictures.md.
 
         Args:
-            what: "latency", "hits", "bytes", "reuse", "residency", "device", or several of these in one figure; "all":
-                those that there is something to show for.
+            what: "latency", "hits", "bytes", "reuse", "residency", "device", "drafts", or several of these in one
+                figure; "all": those that there is something to show for.
             path: where to write the figure to, too: .png, .svg or .pdf.
 
         Returns:
@@ -373,6 +384,7 @@ class FlashSession:
         """Frees slots and closes files. `stats` keeps answering with the last numbers. May be called twice."""
         if self.keeper is not None:
             self.keeper.stop()
+        self._load.close_draft()
         native = self.native
         if native is None:
             return
@@ -398,7 +410,8 @@ class FlashSession:
             return
         if self.stats().total.tokens:
             memento.store_hot(native)
-        memento.store_usage(native, self.history, self.share.settled, self.memory, self.predictor)
+        acceptance = self.account.drafts().acceptance
+        memento.store_usage(native, self.history, self.share.settled, self.memory, self.predictor, acceptance)
 
 
 @atexit.register

@@ -131,7 +131,7 @@ class Share:
             pinned=given.pinned,
             stream=given.stream,
             bookkeeping=given.bookkeeping,
-            weights=self._beside - before.kv - before.compute - before.outputs + given.resident,
+            weights=self._beside - before.kv - before.compute - before.outputs - before.draft + given.resident,
         )
         self.neuron_slots = given.n_neuron_slots
         held = given.slots + given.pinned
@@ -168,7 +168,8 @@ class Share:
 
     def _kept(self) -> int:
         """Resident parts that count as weights and are part of the flash memory."""
-        return self.memory.weights + self.memory.kv + self.memory.compute + self.memory.outputs - self._beside
+        memory = self.memory
+        return memory.weights + memory.kv + memory.compute + memory.outputs + memory.draft - self._beside
 
     # what the controller asks
 
@@ -185,7 +186,7 @@ class Share:
 
     @property
     def certain(self) -> int:
-        return self._beside - self.memory.kv - self.memory.compute - self.memory.outputs
+        return self._beside - self.memory.kv - self.memory.compute - self.memory.outputs - self.memory.draft
 
     @property
     def decoding(self) -> bool:

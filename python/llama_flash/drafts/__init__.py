@@ -1,0 +1,1 @@
+"""Guesses at the next tokens that one pass checks: docs/explanation/drafts.md."""

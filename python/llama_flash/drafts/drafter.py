@@ -1,0 +1,222 @@
+"""Drafts for one model: asked with each text so far, gives tokens that the next pass checks with it.
+
+For `llama_cpp.Llama` it is what upstream calls a draft model, and has one text; a server has one for each sequence.
+Nobody tells it which guesses were taken: the texts of the next call do. How long passes took it is told by the session
+(`passed`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..observe.stats import DraftStats
+from ..planning.lent import FEW_TOKENS
+from .acceptance import Acceptance
+from .length import MOST, Length
+from .passes import Passes
+
+__all__ = ["Drafter", "Source"]
+
+Tokens = npt.NDArray[np.intc]
+
+_LAST = 4096  # checked drafts that are remembered
+
+
+class Source(Protocol):
+    """Where the guesses at one text come from."""
+
+    name: str  # "ngram", "model"
+    assumed: Sequence[float]  # chances by kind, before anything was seen
+
+    def follow(self, text: Tokens) -> int:
+        """The text has become this one. Returns how many of its tokens are new."""
+
+    def guesses(self) -> Iterator[tuple[int, int]]:
+        """Tokens that may come next, one after the other, each with its kind. Not more are made than are asked for."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+@dataclass
+class _Text:
+    """A text, and the draft behind it that the pass under way checks."""
+
+    source: Source
+    at: int = -1  # tokens of the text when the draft was made; -1: there is none
+    draft: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+
+    def begin(self, n_tokens: int) -> None:
+        self.at, self.draft, self.kinds = n_tokens, [], []
+
+
+class Drafter:
+    """Of one model.
+
+    Args:
+        source: makes the source of the text with this number; that of text 0 is made at once.
+        n_ctx: tokens of a text, at most.
+        n_vocab: behind a text with other tokens than these, such as pictures, nothing is drafted.
+        assumed: see Passes.
+        most: drafted tokens of a pass.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[int], Source],
+        n_ctx: int,
+        n_vocab: int,
+        assumed: Callable[[int], float],
+        most: int = MOST,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.passes = Passes(assumed)
+        self.last: deque[tuple[int, int, float, float]] = deque(maxlen=_LAST)  # drafted, taken, seconds: pass, drafting
+        self._source, self._n_ctx, self._n_vocab, self._clock = source, n_ctx, n_vocab, clock
+        self._texts = {0: _Text(source(0))}
+        first = self._texts[0].source
+        self._costs = first.name != "ngram"  # guesses take time
+        self._length = Length(self.passes, min(most, MOST))
+        self._acceptance = Acceptance(first.assumed)
+        self._stats = DraftStats(source=first.name)
+        self._asked: list[_Text] = []  # texts that go on in the pass under way
+        self._others = 0  # ... and were not asked for
+        self._spent = 0.0  # seconds of drafting for it
+        self._once = 0.0  # of them the reading of texts that are new
+        self._pass = 0.0  # seconds of it; 0: it was not made yet
+        self._accepted: Callable[[int], None] = lambda n: None
+
+    def on_accepted(self, callback: Callable[[int], None]) -> None:
+        """Calls `callback(n)` when it is known how many drafted tokens a pass has brought."""
+        self._accepted = callback
+
+    @property
+    def n_drafted(self) -> int:
+        """Tokens that the pass under way checks."""
+        return sum(len(text.draft) for text in self._asked)
+
+    @property
+    def stats(self) -> DraftStats:
+        return self._stats
+
+    def __call__(self, input_ids: Tokens, /, **_: Any) -> Tokens:
+        """The draft behind the only text."""
+        (draft,) = self.draft([(0, input_ids, self._n_ctx)])
+        return draft
+
+    def draft(self, asked: Sequence[tuple[int, Tokens, int]], others: int = 0) -> list[Tokens]:
+        """The drafts behind texts that go on in the next pass; each: its number, its tokens, tokens of a draft at most.
+
+        others: texts that go on with one token, and are not asked for. A pass that has tokens besides teaches nothing.
+        """
+        self._settle({number: tokens for number, tokens, _ in asked})
+        began = self._clock()
+        self._once, self._others = 0.0, others
+        n_texts = len(asked) + others
+        for number, tokens, _ in asked:
+            if number not in self._texts:
+                self._texts[number] = _Text(self._source(number))
+            self._texts[number].begin(len(tokens))
+            self._asked.append(self._texts[number])
+        if asked and self._length.begins(self._acceptance.mean if self._costs else 1.0, n_texts):
+            left, expected = FEW_TOKENS - n_texts, float(n_texts)
+            for i, (text, (_, tokens, most)) in enumerate(zip(self._asked, asked, strict=True)):
+                room = min(most, self._n_ctx - len(tokens) - 1, left // (len(asked) - i))
+                if room > 0 and tokens.min() >= 0 and tokens.max() < self._n_vocab:
+                    expected += self._make(text, tokens, room, expected)
+                    left -= len(text.draft)
+        self._spent = self._clock() - began
+        return [np.array(text.draft, np.intc) for text in self._asked]
+
+    def _make(self, text: _Text, tokens: Tokens, room: int, before: float) -> float:
+        """Makes a draft behind one of the texts; returns how many tokens it is expected to bring.
+
+        before: tokens that the pass is expected to bring so far.
+        """
+        length, acceptance = self._length, self._acceptance
+        width = len(self._asked) + self._others + self.n_drafted
+        began = self._clock()
+        if text.source.follow(tokens) > length.most + 1:
+            self._once += self._clock() - began
+            began = self._clock()
+        guesses = text.source.guesses()
+        chances: list[float] = []
+        expected, reach, ready = before, 1.0, self._clock()
+        while len(chances) < min(room, length.most):
+            spent = self._clock() - began if self._costs else 0.0
+            if self._costs and not length.goes_on(width + len(chances), expected, reach, spent, acceptance.mean):
+                break
+            guess = next(guesses, None)
+            if guess is None:
+                break
+            token, kind = guess
+            chances.append(acceptance.chance(kind))
+            reach *= chances[-1]
+            expected += reach
+            text.draft.append(token)
+            text.kinds.append(kind)
+        if self._costs and chances:
+            length.took_to_guess((self._clock() - ready) / len(chances))
+        n = length.best(width, before, chances, self._clock() - began if self._costs else 0.0)
+        del text.draft[n:], text.kinds[n:]
+        return float(sum(np.cumprod(chances[:n])))
+
+    def passed(self, n_tokens: int, seconds: float) -> bool:
+        """The engine has computed so many tokens. Returns whether they were the texts' next ones and their drafts."""
+        if not self._asked or n_tokens != len(self._asked) + self._others + self.n_drafted:
+            self._forget()
+            return False
+        self._pass = seconds
+        self.passes.add(n_tokens, seconds)
+        return True
+
+    def _settle(self, texts: dict[int, Tokens]) -> None:
+        """Learns from the texts what has become of the last drafts."""
+        asked, took = self._asked, self._pass
+        drafted, taken, all_known = self.n_drafted, 0, bool(took)
+        for number, text in self._texts.items():
+            if took and text in asked:
+                n = self._taken(text, texts.get(number))
+                all_known = all_known and n is not None
+                taken += n or 0
+        if all_known:
+            counted = self._spent - self._once
+            n_texts = len(asked) + self._others
+            self._length.checked(n_texts, drafted, n_texts + taken, took, counted)
+            self._stats = self._stats.plus(n_texts, drafted, taken, took, self._spent)
+            if drafted:
+                self.last.append((drafted, taken, took, self._spent))
+        if taken:
+            self._accepted(taken)
+        self._forget()
+
+    def _taken(self, text: _Text, now: Tokens | None) -> int | None:
+        """Tokens of its draft that are in the text now, before one that the model has said; None: another text."""
+        at, draft = text.at, text.draft
+        if now is None or not at < len(now) <= at + len(draft) + 1:
+            return None
+        taken = len(now) - at - 1
+        if draft[:taken] != now[at : at + taken].tolist():
+            return None
+        for kind in text.kinds[:taken]:
+            self._acceptance.add(kind, True)
+        if taken < len(draft):
+            self._acceptance.add(text.kinds[taken], False)
+        return taken
+
+    def _forget(self) -> None:
+        for text in self._asked:
+            text.begin(-1)
+        self._asked, self._spent, self._once, self._pass = [], 0.0, 0.0, 0.0
+
+    def close(self) -> None:
+        for text in self._texts.values():
+            text.source.close()

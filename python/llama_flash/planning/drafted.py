@@ -1,0 +1,127 @@
+"""What drafts are expected to bring: tokens per second by how many of the drafted tokens are accepted.
+
+The formulas are in docs/explanation/drafts.md. Nothing here is measured; what a run shows takes its place
+(drafts/passes.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..budget.rooms import Breakdown
+from ..model.gguf import GgufMeta, read_gguf
+from ..model.shape import ContextShape
+from ..native.params import Requirements
+from .cost import Cost
+from .lent import FEW_TOKENS
+from .misses import USUAL_SKEW, expert_slots, experts_together, neurons_together
+from .placed import Plan
+
+__all__ = ["ACCEPTANCES", "MOST_DRAFTED", "DraftPlan", "DraftSizes", "Drafted", "draft_sizes", "drafted", "pass_shape"]
+
+MOST_DRAFTED = FEW_TOKENS - 1  # tokens: with the one before them they are few
+
+ACCEPTANCES = (0.5, 0.7, 0.9)  # shares of the drafted tokens, for plans
+
+_PANELS = 0.01  # of a pass: a further token's, where reading all weights takes the time
+_DRAM = 0.15  # ... where all weights are in memory: large matrices are read once for several tokens
+_ROUTED = 0.5  # ... at least, where each token has experts or neurons of its own
+_ACTIVE = 0.1  # share of the neurons
+
+DRAFT_BATCH = 256  # tokens of a draft model's pass over a text that is new
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Drafts of the best length for an acceptance."""
+
+    acceptance: float
+    length: int  # drafted tokens of a pass; 0: none pay
+    tokens_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What drafts cost and bring. Sizes in bytes."""
+
+    source: str  # "ngram", "model"
+    bytes: int  # of memory: a draft model's weights, KV cache and buffers
+    without: float  # tokens per second without drafts, and with that memory for the model
+    expected: tuple[Drafted, ...]  # for some acceptances
+    seen: Drafted | None  # for the one that was seen in the last run
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DraftSizes:
+    """Of a draft model, in bytes."""
+
+    weights: int = 0
+    beside: int = 0  # KV cache, graph buffers, logits: touched when they are used
+
+    @property
+    def bytes(self) -> int:
+        return self.weights + self.beside
+
+
+def draft_sizes(path: str | os.PathLike[str], n_ctx: int) -> DraftSizes:
+    """What a draft model takes beside the model that it drafts for; n_ctx: tokens of that one's context.
+
+    Raises:
+        FlashFormatError, FlashError: it cannot be loaded.
+        OSError: it cannot be read.
+    """
+    from .dry_run import engine_sizes  # for plans: not in memory otherwise
+
+    meta = read_gguf(path)
+    n_batch = min(DRAFT_BATCH, n_ctx)
+    sizes = engine_sizes(meta, None, ContextShape(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch))
+    weights = sum(tensor.size for tensor in meta.tensors.values()) + sizes.doubled
+    return DraftSizes(weights + sizes.heap, sizes.kv + sizes.compute + 4 * meta.n_vocab)
+
+
+def pass_shape(
+    meta: GgufMeta, plan: Plan, memory: Breakdown, needs: Requirements | None, skew: float | None = None
+) -> Callable[[int], float]:
+    """What a pass with so many tokens takes, in passes with one: panels are read once, of experts and neurons those
+    that any of the tokens needs."""
+    if plan.mode != "flash" or needs is None:
+        further = _ROUTED if meta.number("expert_count") else _DRAM
+        return lambda n: 1 + further * (n - 1)
+    if plan.bundles or plan.neuron_bytes:
+        return lambda n: max(1 + _ROUTED * (n - 1), neurons_together(n, _ACTIVE, 0.0))
+    if plan.expert_bytes and needs.n_experts:
+        share = meta.number("expert_used_count") / max(1, meta.number("expert_count"))
+        held = min(1.0, memory.slots / expert_slots(needs))
+        routing = USUAL_SKEW if skew is None else skew
+        return lambda n: max(1 + _ROUTED * (n - 1), experts_together(n, share, held, routing))
+    return lambda n: 1 + _PANELS * (n - 1)
+
+
+def drafted(cost: Cost, shape: Callable[[int], float], acceptance: float, per_guess: float = 0.0) -> Drafted:
+    """The best length and what it brings, if each guess is taken with the same chance.
+
+    Args:
+        cost: of a token without drafts.
+        per_guess: seconds to draft a token.
+    """
+    one = 1 / cost.tokens_per_second
+    best = Drafted(acceptance, 0, cost.tokens_per_second)
+    expected = reach = 1.0
+    for n in range(1, FEW_TOKENS):
+        reach *= acceptance
+        expected += reach
+        rate = expected / (one * shape(n + 1) + n * per_guess)
+        if rate > best.tokens_per_second:
+            best = Drafted(acceptance, n, rate)
+    return best

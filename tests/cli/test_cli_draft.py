@@ -1,0 +1,42 @@
+"""`llama-flash draft`, and --draft where text is generated: a model's copy at few bits drafts for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+ARCEE = Path(str(resources.files("llama_flash") / "models/stdlib-arcee-q8_0.gguf"))
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llama_flash", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_copy_at_few_bits_drafts_for_its_model(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gguf"
+    made = command("draft", ARCEE, copy, "--type", "q4_0")
+    assert made.returncode == 0 and copy.stat().st_size < 0.7 * ARCEE.stat().st_size, made.stderr
+    again = command("draft", ARCEE, copy)
+    assert again.returncode == 1 and "--force" in again.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.gguf"]
+
+    options = ("-p", "def main(argv):\n", "-n", "40", "--temp", "0", "--what", "all", "--json")
+    plain, drafted = (json.loads(command("run", ARCEE, *options, "--draft", draft).stdout) for draft in ("off", copy))
+    assert drafted["text"] == plain["text"]
+    assert drafted["flash"]["drafts"]["acceptance"] > 0.5 and drafted["flash"]["drafts"]["source"] == "model"
+    assert drafted["flash"]["decode"]["calls"] < plain["flash"]["decode"]["calls"]
+
+
+def test_what_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(64))
+    failed = command("draft", broken, tmp_path / "copy.gguf")
+    assert failed.returncode == 1 and len(failed.stderr.strip().splitlines()) < 30
+    assert not (tmp_path / "copy.gguf").exists()
+    unknown = command("draft", ARCEE, tmp_path / "copy.gguf", "--type", "q9")
+    assert unknown.returncode == 1 and "q2_k, q2_0" in unknown.stderr

@@ -1,0 +1,66 @@
+"""What a plan says of drafts: what they cost, and what they bring for how many are accepted."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llama_flash
+from llama_flash import FlashOffload
+from llama_flash.planning.cost import Cost
+from llama_flash.planning.drafted import MOST_DRAFTED, drafted
+
+MODELS = Path(str(resources.files("llama_flash") / "models"))
+ARCEE, MOE = MODELS / "stdlib-arcee-q8_0.gguf", MODELS / "stdlib-moe-q8_0.gguf"
+
+
+def cost(seconds: float) -> Cost:
+    return Cost((), 0.0, seconds, ())
+
+
+@given(st.floats(0, 1), st.floats(0.001, 10), st.floats(0, 1), st.floats(0, 1))
+def test_the_best_length_is_as_good_as_every_other(acceptance: float, one: float, further: float, per: float) -> None:
+    def shape(n: int) -> float:
+        return 1 + further * (n - 1)
+
+    best = drafted(cost(one), shape, acceptance, per * one)
+    for n in range(MOST_DRAFTED + 1):
+        expected = sum(acceptance**i for i in range(n + 1))
+        assert best.tokens_per_second >= expected / (one * shape(n + 1) + n * per * one) * (1 - 1e-9)
+    assert best.tokens_per_second >= 1 / one * (1 - 1e-9)
+
+
+def test_a_plan_says_what_a_draft_model_costs_and_brings() -> None:
+    plain = llama_flash.plan(ARCEE, "400MiB", flash_offload={"what": "all"})
+    made = llama_flash.plan(ARCEE, "400MiB", flash_offload={"what": "all", "draft": ARCEE})
+    assert plain.drafts is None and plain.memory.draft == 0
+    assert made.drafts is not None and made.drafts.source == "model"
+    assert made.drafts.bytes == made.memory.draft > ARCEE.stat().st_size * 0.9
+    assert made.smallest > plain.smallest + (made.drafts.bytes >> 21 << 20)
+    rates = [each.tokens_per_second for each in made.drafts.expected]
+    assert rates == sorted(rates) and [each.acceptance for each in made.drafts.expected] == [0.5, 0.7, 0.9]
+    assert made.as_dict()["drafts"]["source"] == "model"
+
+
+def test_passes_cost_more_where_each_token_has_experts_of_its_own() -> None:
+    plans = {path: llama_flash.plan(path, "400MiB", flash_offload={"what": "all"}) for path in (ARCEE, MOE)}
+    assert all(plan.mode == "flash" for plan in plans.values())
+    ngram = llama_flash.plan(MOE, "400MiB", flash_offload={"what": "all", "draft": "ngram"}).drafts
+    assert ngram is not None and ngram.bytes == 0
+    assert ngram.expected[0].length == 0, "half of the drafts accepted do not pay for a mixture"
+
+
+@pytest.mark.parametrize("value", ["ngrams", "", 3, True])
+def test_what_is_no_draft_is_refused(value: object) -> None:
+    with pytest.raises((ValueError, TypeError), match="draft"):
+        FlashOffload(draft=value)  # type: ignore[arg-type]
+
+
+def test_a_path_is_a_draft_model(tmp_path: Path) -> None:
+    assert FlashOffload(draft=tmp_path / "x").drafts_by_model
+    assert FlashOffload(draft="small.gguf").drafts_by_model
+    assert not FlashOffload(draft="ngram").drafts_by_model
