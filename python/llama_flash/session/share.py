@@ -80,7 +80,8 @@ class Share:
         """
         assert self.native is not None
         self._context, self._growth = context, Growth(self.memory, shape)
-        self._few = few_tokens(shape.n_sequences)
+        if needs.n_experts > 0:  # moving panels costs more than a few of them more would save
+            self._few = few_tokens(shape.n_sequences)
         self._beside = self.memory.fixed - self.memory.interpreter
         self._granted, self._most = min(n_bytes, needs.max_memory), needs.max_memory
         self.native.set_memory(self._granted)
