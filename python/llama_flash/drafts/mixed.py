@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ class MixedText:
     """Of one text: a drafter.Source. Kinds are those of the text, then those of the model."""
 
     name = "model"
-    assumed = (*TextDraft.assumed, *ModelText.assumed)
+    assumed: Sequence[float] = (*TextDraft.assumed, *ModelText.assumed)
 
     def __init__(self, model: ModelText) -> None:
         self._text, self._model = TextDraft(), model

@@ -7,7 +7,7 @@ of a byte of the large model for every pass only.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ class ModelText:
     """One text of a draft model's: a drafter.Source."""
 
     name = "model"
-    assumed = _ASSUMED
+    assumed: Sequence[float] = _ASSUMED
 
     def __init__(self, model: ModelDraft, text: int) -> None:
         self._model, self._text = model, text

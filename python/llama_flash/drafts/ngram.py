@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ class TextDraft:
     """Of one text at a time. A guess's kind is how many tokens before it were the same, those of the draft included."""
 
     name = "ngram"
-    assumed = _ASSUMED
+    assumed: Sequence[float] = _ASSUMED
     bytes = held = 0
 
     def __init__(self) -> None:
