@@ -1,7 +1,7 @@
 # Everything there is to do, from a clean clone: `make` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help build wheel test test-full lint format sanitize bench reproduce demo bindings reference patch-apply patch-rebase patch-export clean
+.PHONY: help build ui wheel test test-full lint format sanitize bench reproduce demo bindings reference patch-apply patch-rebase patch-export clean
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -11,6 +11,11 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 build:  ## .venv with the patched engine, the plugin and the Python packages, from one wheel
+	@$(PYTHON) $(ENGINE)/build.py
+
+# not a part of `build`: it takes as long as half of that, and npm
+ui: build  ## the page of `llama-flash serve` for chats, from the engine's sources, into .venv (needs npm, once; 5 minutes)
+	@$(BIN)/python $(ENGINE)/ui.py
 	@$(PYTHON) $(ENGINE)/build.py
 
 wheel:  ## dist/: a wheel for every x86-64 CPU with AVX2, not only for this one

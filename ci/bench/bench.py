@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import against, drafts, machine, many, neighbours, prompt_store, tables
+from benchlib import against, drafts, latency, machine, many, neighbours, prompt_store, tables
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, FULL, HUGE, INFLATED, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
@@ -84,8 +84,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "naive (flash offload beside naive), limits (beside the physical limit), "
         "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
-        "alone: neighbours (a machine that is shared), many (clients at once), drafts (beside none), "
-        "prompt-store (prompts seen before)"
+        "alone: neighbours (a machine that is shared), many (clients at once), latency (of a first token), "
+        "drafts (beside none), prompt-store (prompts seen before)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="with --cases drafts: of its cases")
@@ -97,13 +97,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--against",
         metavar="PYTHON",
-        help="of another build's environment: both in turns with flash offload, or beside neighbours",
+        help="of another build's environment: both in turns with flash offload, beside neighbours, or latency",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=60.0,
-        help="of turns for each case, with --against; for each situation of neighbours, each model of many",
+        help="of turns for each case, with --against; for each situation of neighbours or latency, each model of many",
     )
     parser.add_argument(
         "--device-rate", type=float, metavar="MB/S", help="slow the models' device down to this (not with --against)"
@@ -254,6 +254,18 @@ def _measure_drafts(options: argparse.Namespace, console: Console) -> int:
     return _in_turns(run, options, console, lambda: {"drafts": [result.to_json() for result in found]})
 
 
+def _measure_latency(options: argparse.Namespace, console: Console) -> int:
+    found: list[latency.Result] = []
+
+    def run(say: Callable[[str], None]) -> None:
+        seconds = 5.0 if options.quick else options.seconds
+        for result in latency.measure(options.models, seconds, options.against, say, keep=options.keep_models):
+            found.append(result)
+            console.print(latency.table(result))
+
+    return _in_turns(run, options, console, lambda: {"latency": [result.to_json() for result in found]})
+
+
 def _in_turns(
     run: Callable[[Callable[[str], None]], None],
     options: argparse.Namespace,
@@ -294,6 +306,7 @@ def _some_text() -> str:
 _ALONE = {
     "neighbours": _measure_neighbours,
     "many": _measure_many,
+    "latency": _measure_latency,
     "drafts": _measure_drafts,
     "prompt-store": _measure_prompts,
 }

@@ -30,7 +30,10 @@ OLDEST_PYTHON = (3, 10)
 EXTRAS = "server,test,dev,plot"
 
 # what the wheel is made of: a build with the same contents is up to date
-INPUTS = ("pyproject.toml", "README.md", "LICENSE", "ci/engine", "patches", "plugin", "python", "gguf_tools")
+INPUTS = (
+    *("pyproject.toml", "README.md", "LICENSE", "ci/engine", "patches", "plugin", "python", "gguf_tools"),
+    "build/ui/made",  # by ui.py
+)
 # variables that change what is compiled
 ENVIRONMENT = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")
 
@@ -172,6 +175,14 @@ def install(wheel: Path) -> None:
     stamp.write_text(key)
 
 
+def without_page() -> str:
+    """What to say of a wheel without the server's page."""
+    if (BUILD / "ui/dist/index.html").is_file():
+        return ""
+    how = "`make ui` makes it" if shutil.which("npm") else "install npm, then `make ui` makes it"
+    return f"; the server has no page for chats: {how}"
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """One build at a time."""
@@ -208,7 +219,7 @@ def main() -> None:
         wheel = build_wheel(BUILD / "dist", BUILD / "cmake")
         install(wheel)
         stamp.write_text(key)
-        say(f"build: {wheel.relative_to(ROOT)} is installed in .venv")
+        say(f"build: {wheel.relative_to(ROOT)} is installed in .venv{without_page()}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`make sanitize`: engine and plugin built for ASan (with UBSan in the plugin) and for TSan, and the tests under them.
 
-What runs: plugin/tests through ctest, then `pytest -m sanitize` with the sanitized libraries in place of .venv's.
+What runs: plugin/tests through ctest, then `pytest -m sanitize` with the sanitized libraries in place of .venv's. With
+`--kind server` alone: llama-server is instrumented, too, and is sent hostile requests.
 """
 
 from __future__ import annotations
@@ -9,33 +10,48 @@ import argparse
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from build import BUILD, ENGINE, ROOT, VENV, explain
+from build import BUILD, ENGINE, VENV, explain
 from report import BuildError, run_logged, run_main, say
 
 
 @dataclass(frozen=True)
 class Kind:
-    name: str  # LLAMA_FLASH_SANITIZE
+    name: str
+    sanitizer: str  # LLAMA_FLASH_SANITIZE
     runtimes: tuple[str, ...]  # loaded before Python, which is not instrumented; gcc's names
     options: dict[str, str]
     python_options: dict[str, str]  # in place of `options` where Python runs
+    server: bool = False  # instrumented, too; not a part of a run without --kind
+
+    @property
+    def pytest(self) -> list[str]:
+        """What is run, and how it is chosen."""
+        return ["-m", "", "tests/server/test_hostile_requests.py"] if self.server else ["-m", "sanitize and not weighs"]
+
+    @property
+    def targets(self) -> list[str]:
+        return ["llama_flash", "llama-server-impl" if self.server else "plugin_tests"]
 
 
+_ADDRESS = Kind(
+    "address",
+    "address",
+    ("libasan.so", "libubsan.so"),
+    {
+        "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    },
+    # CPython and its extensions keep memory until the process ends
+    {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1"},
+)
 KINDS = (
+    _ADDRESS,
+    replace(_ADDRESS, name="server", server=True),
     Kind(
-        "address",
-        ("libasan.so", "libubsan.so"),
-        {
-            "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0:halt_on_error=1",
-            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        },
-        # CPython and its extensions keep memory until the process ends
-        {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1"},
-    ),
-    Kind(
+        "thread",
         "thread",
         ("libtsan.so",),
         # Python and numpy are not instrumented: what they synchronise among themselves is not seen
@@ -68,7 +84,8 @@ def build(kind: Kind, folder: Path) -> None:
         f"configuring the {kind.name} build",
         [
             *("cmake", "-S", ENGINE, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"),
-            *(f"-DPython_EXECUTABLE={VENV / 'bin/python'}", f"-DLLAMA_FLASH_SANITIZE={kind.name}"),
+            *(f"-DPython_EXECUTABLE={VENV / 'bin/python'}", f"-DLLAMA_FLASH_SANITIZE={kind.sanitizer}"),
+            f"-DLLAMA_FLASH_SANITIZE_SERVER={'ON' if kind.server else 'OFF'}",
             # line numbers are enough, and -O1 compiles in half the time
             *("-DCMAKE_C_FLAGS_RELWITHDEBINFO=-O1 -g1", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1"),
             "-DLLAMA_FLASH_TESTS=ON",
@@ -79,7 +96,7 @@ def build(kind: Kind, folder: Path) -> None:
     )
     run_logged(
         f"compiling the {kind.name} build",
-        ["cmake", "--build", folder, "--target", "llama_flash", "plugin_tests"],
+        ["cmake", "--build", folder, "--target", *kind.targets],
         BUILD / f"logs/sanitize-{kind.name}.log",
         explain=explain,
         progress_pattern=r"\[\d+/\d+\]",
@@ -89,19 +106,19 @@ def build(kind: Kind, folder: Path) -> None:
 
 def run(kind: Kind, folder: Path, pytest_arguments: list[str]) -> bool:
     options = {**os.environ, **kind.options}
-    prefix = without_aslr() if kind.name == "thread" else []
+    prefix = without_aslr() if kind.sanitizer == "thread" else []
     ok = True
-    if list((ROOT / "plugin/tests").glob("*.cpp")):
+    if not kind.server:
         say(f"plugin/tests under the {kind.name} sanitizer")
         ctest = [str(VENV / "bin/ctest"), "--test-dir", str(folder / "plugin"), "--output-on-failure"]
         ok = subprocess.run([*prefix, *ctest], env=options).returncode == 0
-    say(f"pytest -m sanitize under the {kind.name} sanitizer")
+    say(f"pytest {' '.join(kind.pytest)} under the {kind.sanitizer} sanitizer")
     python = {
         **options,
         **kind.python_options,
         "LD_PRELOAD": " ".join(runtime_path(name) for name in kind.runtimes),
         "LLAMA_CPP_LIB_PATH": str(folder / "bin"),
-        "LLAMA_FLASH_SANITIZE": kind.name,
+        "LLAMA_FLASH_SANITIZE": kind.sanitizer,
         # so that ASan sees every allocation
         "PYTHONMALLOC": "malloc",
     }
@@ -110,8 +127,7 @@ def run(kind: Kind, folder: Path, pytest_arguments: list[str]) -> bool:
         str(VENV / "bin/python"),
         "-m",
         "pytest",
-        "-m",
-        "sanitize and not weighs",
+        *kind.pytest,
         "--capture=sys",
         *pytest_arguments,
     ]
@@ -128,7 +144,7 @@ def main() -> None:
     args, pytest_arguments = parser.parse_known_args()
     failed = []
     for kind in KINDS:
-        if args.kind in (None, kind.name):
+        if args.kind == kind.name or (args.kind is None and not kind.server):
             folder = BUILD / f"sanitize-{kind.name}"
             build(kind, folder)
             if not run(kind, folder, pytest_arguments):

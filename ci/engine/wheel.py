@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from build import BUILD, ROOT, alone, build_wheel, prepare
+from build import BUILD, ROOT, alone, build_wheel, prepare, without_page
 from report import run_main, say
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     with alone():
         prepare()
         wheel = build_wheel(ROOT / "dist", BUILD / "cmake-portable", "cmake.define.LLAMA_FLASH_PORTABLE=ON")
-        say(f"wheel: {wheel.relative_to(ROOT)}")
+        say(f"wheel: {wheel.relative_to(ROOT)}{without_page()}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #include "limits.h"
 
+#include "answers.h"
 #include "json.h"
 #include "sampling.h"
 #include "server-http.h"
@@ -62,13 +63,17 @@ struct Ticket {
     uint64_t                   n_bytes = 0;
     uint64_t                   n_body  = 0; // bytes of the body, as far as it is counted
 
-    explicit Ticket(std::shared_ptr<Admission> to) : admission(std::move(to)) { admission->n_requests++; }
+    explicit Ticket(std::shared_ptr<Admission> to) : admission(std::move(to)) {
+        admission->n_requests++;
+        count_running(1);
+    }
 
     Ticket(const Ticket &)             = delete;
     Ticket & operator=(const Ticket &) = delete;
 
     ~Ticket() {
         admission->n_requests--;
+        count_running(-1);
         admission->n_bytes -= n_bytes;
         trim(*admission);
     }
@@ -212,7 +217,9 @@ class Shape {
 
 void check_parameters(const common_json & body) {
     for (const char * name : INTERNAL) {
-        if (body.contains(name)) {
+        // the engine's page says that it wants none of it
+        const bool declined = body.contains(name) && body.at(name).is_boolean() && !body.at(name).get<bool>();
+        if (body.contains(name) && !(declined && name == std::string("backend_sampling"))) {
             refuse(std::string(name) + " is set by the server itself");
         }
     }
@@ -322,5 +329,7 @@ void set_limits(const llama_flash_limits & limits) {
         }
         check(body, admission->limits);
     };
+    forget_answers();
+    http.answered = count_answer;
     server_http_set_limits(std::move(http));
 }

@@ -1,6 +1,7 @@
 // llama-server as two C functions, compiled into its library: for a program that has signal handlers and an exit of its own, and that
 // loads and computes through hooks (llama-ext.h). Of arguments that end the process (--help, --version, --completion-bash) none may
 // be given.
+#include "answers.h"
 #include "arg.h"
 #include "chat.h"
 #include "common.h"
@@ -12,6 +13,7 @@
 #include "server-http.h"
 #include "server-stream.h"
 #include "src/llama-ext.h"
+#include "ui.h"
 
 #include <malloc.h>
 
@@ -20,13 +22,14 @@
 #include <cstdio>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
-int                                         llama_server(common_params & params, int argc, char ** argv);
-void                                        llama_server_terminate();
-extern std::function<void(server_routes &)> llama_server_extend_routes;
+int                                                                llama_server(common_params & params, int argc, char ** argv);
+void                                                               llama_server_terminate();
+extern std::function<void(server_routes &, server_http_context &)> llama_server_extend_routes;
 
 #define SERVE_API extern "C" __attribute__((visibility("default")))
 
@@ -73,7 +76,7 @@ static server_http_context::handler_t with(const server_http_context::handler_t 
         std::string said;
         tell(which, &said);
         if (which == LLAMA_FLASH_PAGE_METRICS) {
-            response->data += said;
+            response->data += said + told_answers();
         } else if (!said.empty()) {
             auto members = nlohmann::ordered_json::parse(response->data);
             members.update(nlohmann::ordered_json::parse(said));
@@ -114,6 +117,20 @@ static void ask_for_drafts(llama_flash_make_drafts_t make_drafts, int n_generati
     }
 }
 
+// What a browser is told where there is no page to chat.
+static server_http_res_ptr in_place_of_the_page(bool off) {
+    auto response          = std::make_unique<server_http_res>();
+    response->content_type = "text/plain; charset=utf-8";
+    response->data         = "This is llama-flash, a server with OpenAI's interface: give a client the address http://.../v1\n";
+    if (off) {
+        response->data += "Its page for chats is off (--no-page).\n";
+    } else {
+        response->data += "It was built without its page for chats. To have that: install npm, which comes with Node.js, run `make ui` ";
+        response->data += "where llama-flash was built, and start this server again.\n";
+    }
+    return response;
+}
+
 // Serves until it is stopped. Returns 0 then, and 1 if it did not begin: why is in the log, or known to the hooks. argv is llama-server's
 // and ends with a null pointer; nothing but argv and the environment says what is served. The hooks are called on this thread, freed
 // also where else a model is freed. prompts: NULL where none are kept. make_drafts: NULL where there are none.
@@ -129,10 +146,6 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
         mallopt(M_MMAP_THRESHOLD, 256 << 10); // fixed: texts that are large are given back when they are freed
         set_limits(*limits);
         llama_set_hooks(*hooks);
-        llama_server_extend_routes = [tell](server_routes & routes) {
-            routes.get_health  = with(routes.get_health, LLAMA_FLASH_PAGE_HEALTH, tell);
-            routes.get_metrics = with(routes.get_metrics, LLAMA_FLASH_PAGE_METRICS, tell);
-        };
         if (prompts) {
             set_prompts(*prompts);
         }
@@ -144,6 +157,13 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
         common_params_set_config_files(false); // they could set what has been counted
         common_init();
         common_params params;
+        llama_server_extend_routes = [tell, &params](server_routes & routes, server_http_context & http) {
+            routes.get_health  = with(routes.get_health, LLAMA_FLASH_PAGE_HEALTH, tell);
+            routes.get_metrics = with(routes.get_metrics, LLAMA_FLASH_PAGE_METRICS, tell);
+            if (!params.ui || llama_ui_get_assets().empty()) {
+                http.get("/", [off = !params.ui](const server_http_req &) { return in_place_of_the_page(off); });
+            }
+        };
         if (common_params_parse(argc, argv, params, LLAMA_EXAMPLE_SERVER)) {
             server_stream_session_manager_start(); // the server itself stops it
             llama_backend_init();

@@ -193,11 +193,12 @@ def test_what_cannot_be_loaded_says_why_and_the_next_one_can(tmp_path: Path) -> 
     assert one.index == 0 and one.text
 
 
-def test_as_many_at_once_as_have_room_beside_weights() -> None:
+def test_as_many_at_once_as_bring_the_most_tokens() -> None:
     held = psutil.Process().memory_info().rss
     plenty = {"dram_budget": held + 2000 * MIB, "what": "experts"}
-    assert parallel_for(SHIPPED, plenty, 512) == MOST == 16
+    assert parallel_for(SHIPPED, plenty, 512) == MOST == 32, "there is room for all experts and for all caches"
     assert parallel_for(SHIPPED, plenty, 512, n_requests=3) == 4 and parallel_for(SHIPPED, plenty, 512, 1) == 1
-    found = [parallel_for(SHIPPED, {"dram_budget": held + n * MIB, "what": "experts"}, 1024) for n in (90, 150, 300)]
-    assert found == sorted(found) and found[0] < found[-1]
+    little = {"dram_budget": held + 150 * MIB, "what": "experts"}
+    short, long = parallel_for(SHIPPED, little, 512), parallel_for(SHIPPED, little, 4096)
+    assert long < short, "the caches of long contexts take the memory of experts"
     assert os.environ.get("LLAMA_FLASH_CACHE")

@@ -222,10 +222,14 @@ def test_the_plan_is_what_a_load_does(form: str, model_file: ModelFile) -> None:
 def bundles_planned_as_loaded() -> None:
     path = MODELS / "stdlib-opt-q8_0-flash.gguf"
     load(path).close()  # 3 MiB above the smallest budget, what the first load leaves on the heap would decide
-    all_options: list[dict[str, Any]] = [{}, {"predictor": "exact"}, {"predictor": "off"}, {"window": 3, "what": "ffn"}]
+    all_options: list[dict[str, Any]] = [
+        *({}, {"predictor": "exact"}, {"predictor": "lowrank"}, {"predictor": "off"}),
+        {"window": 3, "what": "ffn"},
+    ]
     for options in all_options:
         smallest = llama_flash.plan(path, flash_offload=options, **SMALL).smallest
-        for budget in (smallest + 3 * MIB, smallest + 40 * MIB):
+        little = 3 if "predictor" in options else 10  # where "auto" is far from choosing otherwise
+        for budget in (smallest + little * MIB, smallest + 40 * MIB):
             plan = llama_flash.plan(path, budget, flash_offload=options, **SMALL)
             llm = load(path, budget, options)
             compare(plan, llm)

@@ -67,6 +67,9 @@ def clone(tmp_path: Path) -> Path:
     shutil.copytree(ROOT, target, ignore=ignored)
     (target / "build").mkdir()
     (target / "build/sdist").symlink_to(ROOT / "build/sdist")
+    if (made_before := ROOT / "build/ui/made").exists():  # a part of what was built
+        (target / "build/ui").mkdir()
+        shutil.copy(made_before, target / "build/ui")
     (target / ".venv").symlink_to(ROOT / ".venv")
     return target
 
@@ -103,6 +106,21 @@ def test_the_whole_matrix_is_collected() -> None:
     made(ROOT, "integrations")
     collected = made(ROOT, "test-full", "ARGS=--collect-only -q tests/project/test_make.py")
     assert "test_make.py::test_the_whole_matrix_is_collected" in collected
+
+
+@pytest.mark.full
+def test_ui_says_what_it_needs(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With npm it would take packages from the network: without it, it has laid out the page's sources by then."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("make", "python3", "sh"):
+        found = shutil.which(name)
+        assert found
+        (tools / name).symlink_to(found)
+    monkeypatch.setenv("PATH", str(tools))
+    refused = make(clone, "ui")
+    assert refused.returncode != 0 and "npm is not there" in refused.stderr, refused.stdout + refused.stderr
+    assert (clone / "build/ui/sources/package.json").is_file()
 
 
 @pytest.mark.full

@@ -167,6 +167,14 @@ class Head:
         return path
 
 
+def with_value(source: Path, target: Path, key: str, value: Value) -> Path:
+    """A copy, weights included, in which a key has another value."""
+    head = Head.of(source).put(key, value)
+    encoded = head.encode()
+    target.write_bytes(encoded + bytes(-len(encoded) % head.alignment()) + source.read_bytes()[-head.data :])
+    return target
+
+
 _NUMBERS = (
     0,
     1,

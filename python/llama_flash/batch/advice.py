@@ -1,31 +1,36 @@
 """How many sequences a job computes at the same time, where nobody says so.
 
-More of them share each weight that a pass reads; their KV cache takes memory from the weights that are kept.
+More of them share each weight that a pass reads; their KV cache takes memory from the weights that are kept. What is
+the better of the two is the plan's model of a pass to say.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..budget.rooms import resolve_budget
+from ..errors import FlashError
 from ..model.gguf import read_gguf
 from ..model.shape import ContextShape
+from ..native.library import trim_heap
 from ..options import FlashOffload
-from ..planning.lent import FEW_TOKENS
+from ..planning.planner import speeds_together
 from ..server.parallel import plan_of
 
 __all__ = ["MOST", "parallel_for"]
 
-MOST = FEW_TOKENS  # with more tokens in a pass the cache would take it for a prompt, which evicts nothing
-_KV_SHARE = 0.25  # of the memory that is left for weights on flash and for KV caches
+MOST = 32
+
+logger = logging.getLogger("llama_flash")
 
 
 def parallel_for(model: Path, flash_offload: Mapping[str, Any], n_ctx: int, n_requests: int | None = None) -> int:
-    """The largest of 1, 2, 4, 8, 16 whose KV cache takes a quarter at most of what it and flash weights share.
+    """Which of 1, 2, 4, 8, 16 and 32 sequences are expected to generate the most tokens per second in all.
 
-    A model that fits into memory as a whole stays there: then it is the largest with which it does.
+    A model that fits into memory as a whole stays there: then it is the most with which it does.
 
     Args:
         n_ctx: tokens of each sequence.
@@ -41,16 +46,23 @@ def parallel_for(model: Path, flash_offload: Mapping[str, Any], n_ctx: int, n_re
 
     budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
     one = ContextShape(n_ctx=n_ctx)
-    best, mode = 1, ""
+    room = [1]
+    mode = ""
     n = 1
     while n <= MOST and (n == 1 or n_requests is None or n // 2 < n_requests):
         plan = plan_of(n, meta, options, budget, one)
-        if plan is None:
+        if plan is None or plan.mode != (mode or plan.mode):
             break
-        mode = mode or plan.mode
-        shared = budget.total - plan.expected.total + plan.expected.kv
-        if plan.mode != mode or (mode == "flash" and plan.expected.kv > _KV_SHARE * shared):
-            break
-        best = n
+        mode = plan.mode
+        room.append(n)
         n *= 2
-    return best
+    if mode != "flash" or room[-1] == 1:
+        return room[-1]
+    try:
+        speeds = speeds_together(meta, options, budget, one, room[-1])
+    except FlashError as error:  # the load will say what is wrong
+        logger.debug("how many sequences are worth having is not known: %s", error)
+        return 1
+    finally:
+        trim_heap()
+    return max(speeds, key=lambda n: (speeds[n], -n))

@@ -57,7 +57,7 @@ class Engine:
                 raise FlashError(f"{folder}: too long for the path of a socket: set TMPDIR to a shorter one")
             name = model.name.removesuffix(".gguf")
             asked = completed(
-                EngineSettings(model, name, threads_http=in_flight(parallel) + 4, limits=_NONE, **settings),
+                EngineSettings(model, name, threads_http=in_flight(parallel) + 4, page=False, limits=_NONE, **settings),
                 read_gguf(model),
             )
             driver = EngineDriver(asked.flash_offload, lambda session: say(session.summary))

@@ -71,7 +71,7 @@ def complete_many(
         model: GGUF file, or its first shard; or an open `Llama`.
         prompts: texts to continue, or lists of messages ({"role": ..., "content": ...}) to answer. Taken as they are
             needed, a few more than are computed, by the threads that take answers.
-        parallel: answers computed at the same time; "auto": as many as have room for their KV cache beside weights.
+        parallel: answers computed at the same time; "auto": as many as bring the most tokens, by the plan.
         n_ctx: tokens of each prompt with its answer; None: 2048, or fewer if the model was trained so.
         n_threads: that compute; None: as many as may run.
         flash_offload: True, or options as `Llama` takes them.

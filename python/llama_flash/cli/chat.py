@@ -88,8 +88,7 @@ def chat(
     options = flash_options(ctx.params)
     if cap is not None:
         command = command_line(ctx, model=path, cap=None)
-        limit = cap_bytes(cap, meta, context_tokens(meta, n_ctx))
-        raise typer.Exit(run_again_capped(limit, command, as_json))
+        raise typer.Exit(run_again_capped(cap_bytes(cap, meta, context_tokens(meta, n_ctx)), command, as_json))
     llm = open_model(path, meta, ctx.params, options)
     conversation = Conversation(llm, system=system, n_tokens=n_tokens, temperature=temperature, seed=seed)
     try:

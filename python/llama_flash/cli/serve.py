@@ -48,7 +48,7 @@ _FLASH_OPTIONS = (
     *("io_engine", "prompt_cache", "prompt_cache_size"),
 )
 _MANY = (  # that the classic server has not, by flags
-    *("parallel", "type_k", "type_v", "lora", "prompt_cache_ram", "embeddings", "pooling"),
+    *("parallel", "page", "type_k", "type_v", "lora", "prompt_cache_ram", "embeddings", "pooling"),
     *("chat_template", "chat_template_file", "reasoning_format"),
     *("max_body", "max_grammar", "max_memory", "max_depth", "max_requests", "timeout"),
 )
@@ -61,6 +61,7 @@ _Parallel = Annotated[
     int | None,
     _server("--parallel", min=1, help="Answers computed at the same time, at most. Default: as many as cost little."),
 ]
+_Page = Annotated[bool | None, _server("--page/--no-page", help="A page for chats, at /. Default.")]
 _PromptCache = Annotated[
     bool | None,
     _flash(
@@ -178,6 +179,7 @@ def serve(
     port: _Port = None,
     api_key: _ApiKey = None,
     parallel: _Parallel = None,
+    page: _Page = None,
     prompt_cache_ram: _PromptCacheRam = None,
     config_file: _ConfigFile = None,
     dram_budget: _DramBudget = None,

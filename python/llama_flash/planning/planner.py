@@ -31,14 +31,14 @@ from .advice import advice_for
 from .cost import Cost, expect
 from .drafted import ACCEPTANCES, MOST_DRAFTED, DraftPlan, DraftSizes, draft_sizes, drafted, pass_shape
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
-from .lent import lent_of
+from .lent import FEW_TOKENS, lent_of
 from .placed import Plan
 from .placement import choose_predictor, make_plan, work_bytes
 from .reads import experts_ahead, io_choice
 from .together import Together, advised, counts
 from .usage import usage_of
 
-__all__ = ["LoadPlan", "Option", "plan", "smallest_budget_of"]
+__all__ = ["LoadPlan", "Option", "plan", "smallest_budget_of", "speeds_together"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -438,15 +438,20 @@ class _Planner:
             budget, parts, parts.stream, self._options.reserve, smallest=self.smallest(), advice=refused.advice
         )
 
-    def together(self, found: _Outcome, budget: Budget, profile: DeviceProfile) -> tuple[Together, ...]:
+    def together(
+        self, found: _Outcome, budget: Budget, profile: DeviceProfile, most: int = FEW_TOKENS
+    ) -> tuple[Together, ...]:
         """What numbers of sequences get, as far as they have room; found: the last outcome, within `budget`."""
         result: list[Together] = []
-        planned, memory = self._shape.n_sequences, found.decoding or found.memory
-        for n in counts(planned):
+        planned = self._shape.n_sequences
+        for n in counts(planned, most):
+            # wider passes are computed like prompts, for which nothing is lent
+            memory = (found.decoding if n <= FEW_TOKENS else None) or found.memory
             # contexts beside those that are planned for: their cells are no slots
             kv = max(0, n - planned) * memory.kv // planned
             if found.needs is not None and kv:
-                left = memory.flash - kv
+                unused = max(0, budget.total - found.memory.total)  # where all weights have room
+                left = memory.flash - max(0, kv - unused)
                 if left < found.needs.min_memory:
                     break
                 given = self._needs(found.plan).divide(min(left, found.needs.max_memory))
@@ -510,6 +515,27 @@ class _Planner:
         except FlashBudgetError:
             return Option(total, label, "too small", "none", None, None)
         return Option(total, label, found.plan.mode, found.predictor, found.memory, self.cost(found, profile))
+
+
+def speeds_together(
+    meta: GgufMeta, options: FlashOffload, budget: Budget, one: ContextShape, most: int
+) -> dict[int, float]:
+    """Tokens per second of all sequences together, by their number: powers of two up to `most` that have room.
+
+    one: the context of a sequence.
+
+    Raises:
+        FlashBudgetError: there is no room for one.
+        FlashFormatError, OSError: the file cannot be read.
+    """
+    planner = _Planner(meta, options, one, held_by_all)
+    try:
+        found = planner.outcome(budget)
+        profile = profile_for(meta.files[0], options.io_engine)
+        together = planner.together(found, budget, profile, most)
+        return {option.sequences: option.tokens_per_second for option in together}
+    finally:
+        planner.close()
 
 
 def smallest_budget_of(

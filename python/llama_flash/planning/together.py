@@ -41,9 +41,9 @@ class Together:
         return {name: getattr(self, name) for name in names}
 
 
-def counts(parallel: int) -> list[int]:
-    """Numbers of sequences to compare."""
-    powers = [1 << i for i in range(FEW_TOKENS.bit_length())]
+def counts(parallel: int, most: int = FEW_TOKENS) -> list[int]:
+    """Numbers of sequences to compare: powers of two up to `most`, and `parallel`."""
+    powers = [1 << i for i in range(most.bit_length())]
     return sorted({*powers, parallel})
 
 

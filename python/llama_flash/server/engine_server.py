@@ -144,12 +144,25 @@ def arguments_of(settings: EngineSettings, many: int, host: str, port: int) -> l
         *("--cache-type-k", settings.type_k, "--cache-type-v", settings.type_v),
         *("--fit", "off", "--cache-ram", str(settings.prompt_cache_ram >> 20), "--ctx-checkpoints", "0"),
         *("--threads", str(threads), "--threads-batch", str(settings.threads_batch or threads)),
-        # /slots would show what others ask, and a page in a browser needs no server on loopback
-        *("--no-warmup", "--no-ui", "--offline", "--metrics", "--no-slots", "--cors-origins", "localhost"),
+        # /slots would show what others ask, and a page from elsewhere in a browser needs no server on loopback
+        *("--no-warmup", "--offline", "--metrics", "--no-slots", "--cors-origins", "localhost"),
+        *_page(settings),
         *("--log-verbosity", "3" if settings.verbose else "0"),
         *("--reasoning-format", settings.reasoning_format),
         *_chosen(settings),
     ]
+
+
+def _page(settings: EngineSettings) -> Iterator[str]:
+    """The page offers tools of its own with each request, which is refused where the model's template has none."""
+    if not settings.page:
+        yield "--no-ui"
+        return
+    yield "--ui"
+    template = settings.chat_template or read_gguf(settings.model).values.get("tokenizer.chat_template")
+    if "tools" not in str(template):
+        # what the page's setting "custom JSON" is, until somebody says otherwise there: added to each request
+        yield from ("--ui-config", json.dumps({"customJson": json.dumps({"tool_choice": "none"})}))
 
 
 def _chosen(settings: EngineSettings) -> Iterator[str]:

@@ -50,6 +50,7 @@ class EngineSettings:
         prompt_cache_size: bytes that these files may take; the same.
         prompt_cache_ram: bytes for prompts that were computed before and have left the KV cache.
         seed: of requests that name none; None: a random one for each.
+        page: the one for chats, at `/`.
         threads_http: requests that are received at the same time; None: a few more than `parallel`.
         flash_offload: as `Llama` takes it.
         limits: of what clients may ask for.
@@ -78,6 +79,7 @@ class EngineSettings:
     prompt_cache_size: str | int | None = None
     prompt_cache_ram: int = 0
     seed: int | None = None
+    page: bool = True
     threads_http: int | None = None
     flash_offload: Mapping[str, Any] | bool = True
     verbose: bool = False
@@ -324,6 +326,7 @@ _SETTINGS: dict[str, tuple[str, _Reader]] = {  # by name: the attribute ("": non
     "prompt_cache_ram": ("prompt_cache_ram", _cache),
     "seed": ("seed", _whole(0, 0xFFFFFFFF)),
     "flash_offload": ("flash_offload", _flash),
+    "page": ("page", _flag),
     "verbose": ("verbose", _flag),
     "max_body": ("max_body", parse_size),
     "max_grammar": ("max_grammar", parse_size),
