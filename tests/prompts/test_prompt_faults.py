@@ -125,7 +125,7 @@ def wrong_parts(kept: Kept, n_tokens: int) -> list[str]:
         if end > n_tokens or (head.part == "window" and end <= n_tokens - store.kind.window):
             continue
         if head.part == "state":
-            same = end != n_tokens or native.state_of(context, 0) == body
+            same = end != n_tokens or native.state_of(context, 0, end) == body
         else:
             buffer = memoryview(bytearray(len(body)))
             n, total, _ = native.take(context, 0, head.part == "window", (head.first, end), 0, buffer)

@@ -123,10 +123,19 @@ def restore(
 def copy(context: Any, source: int, target: int, first: int, last: int, tokens: Tokens) -> None:
     """Copies positions from `first` to before `last` to a sequence that has the same tokens before them.
 
-    tokens: of positions 0 on. Raises FlashError: not all is there, it cannot be divided, or there is no room.
+    tokens: of positions 0 on.
+
+    Raises:
+        NotThere: not all of it is in memory, or it cannot be divided; nothing has changed.
+        FlashError: there is no room.
     """
     error = bindings.llama_flash_error()
-    if library().llama_flash_prompt_copy(context, source, target, first, last, _pointer(tokens), ctypes.byref(error)):
+    code = library().llama_flash_prompt_copy(
+        context, source, target, first, last, _pointer(tokens), ctypes.byref(error)
+    )
+    if code == bindings.llama_flash_code.LLAMA_FLASH_E_INVALID:
+        raise NotThere(error.message.decode(errors="replace"))
+    if code != 0:
         raise_error(error)
 
 
@@ -145,10 +154,12 @@ def clear(context: Any, seq: int) -> None:
     llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), seq, -1, -1)
 
 
-def state_of(context: Any, seq: int) -> bytes:
-    """What the sequence has that is not in cells, as it is now; empty where the engine does not give it."""
+def state_of(context: Any, seq: int, n_tokens: int) -> bytes:
+    """What the sequence has that is not in cells, behind n_tokens tokens; empty where it is not there."""
     import llama_cpp
 
+    if llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(context), seq) != n_tokens - 1:
+        return b""
     size = llama_cpp.llama_state_seq_get_size_ext(context, seq, _PARTIAL)
     data = (ctypes.c_uint8 * size)()
     n = llama_cpp.llama_state_seq_get_data_ext(context, data, size, seq, _PARTIAL)

@@ -131,7 +131,7 @@ class PromptStore:
         """Keeps what the sequence has beside cells behind n_tokens tokens, until it is written."""
         if not self.kind.has_state or n_tokens % BLOCK or n_tokens in states:
             return
-        if state := native.state_of(context, seq):
+        if state := native.state_of(context, seq, n_tokens):
             states[n_tokens] = state
             while len(states) > 1 and sum(map(len, states.values())) > _STATES:
                 del states[sorted(states)[(len(states) - 1) // 2]]  # the ends are of more use than what is between

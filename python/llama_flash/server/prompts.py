@@ -46,8 +46,8 @@ class ServerPrompts:
         self._savings: dict[int, tuple[_Mark, Saving]] = {}
         self._done: dict[int, _Mark] = {}  # nothing is left to be kept of these
         self._writer = ThreadPoolExecutor(1, "llama-flash-prompts")
-        self._writing: tuple[int, Future[bool]] | None = None
-        self._began = self._busy_until = 0.0
+        self._writing: tuple[int, Future[tuple[bool, float]]] | None = None
+        self._busy_until = 0.0
         self._adapters: dict[str, str] = {"": ""}  # what is known of the files, by what the server says of them
 
     def begin(self, session: FlashSession) -> None:
@@ -72,10 +72,12 @@ class ServerPrompts:
             try:
                 native.copy(context, other, seq, n_past, n_other, tokens)
                 return n_other
-            except FlashError as error:
+            except native.NotThere as error:
                 logger.debug("%s", error)
-                if self._lost(context, seq, n_past):
-                    return 0
+            except FlashError as error:  # what the sequence had may be gone
+                logger.warning("a prompt was not copied: %s", error)
+                native.clear(context, seq)
+                n_past = 0
         if found > n_past:
             self._before_state()
             return self._store.recall(context, seq, tokens, n_past, adapters)
@@ -107,13 +109,19 @@ class ServerPrompts:
             self._done[seq] = mark
             self._leave(seq)
             return False
-        self._began = time.monotonic()
+        began = time.monotonic()
         if not saving.take(context):
             self._done[seq] = mark
             self._leave(seq)
             return False
-        self._writing = seq, self._writer.submit(self._store.write, saving)
+        self._writing = seq, self._writer.submit(self._write, saving, time.monotonic() - began)
         return idle
+
+    def _write(self, saving: Saving, taken: float) -> tuple[bool, float]:
+        """In the writer's thread: whether it was written, and the seconds that it cost, those of taking it included."""
+        assert self._store is not None
+        began = time.monotonic()
+        return self._store.write(saving), taken + time.monotonic() - began
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -132,9 +140,9 @@ class ServerPrompts:
             if not result.done():
                 return False
             self._writing = None
-            now = time.monotonic()
-            self._busy_until = now + (now - self._began) / _SHARE
-            if not result.result() and seq in self._savings:
+            written, seconds = result.result()
+            self._busy_until = time.monotonic() + seconds / _SHARE
+            if not written and seq in self._savings:
                 self._done[seq] = self._savings[seq][0]
                 self._leave(seq)
         return idle or time.monotonic() >= self._busy_until
@@ -162,13 +170,3 @@ class ServerPrompts:
             lines = [line.rpartition(":") for line in adapters.splitlines()]
             self._adapters[adapters] = "\n".join(adapter_text(path, float(scale)) for path, _, scale in lines)
         return self._adapters[adapters]
-
-    def _lost(self, context: int, seq: int, n_past: int) -> bool:
-        """A copy that failed may have left less than there was: then nothing is left."""
-        import llama_cpp
-
-        memory = llama_cpp.llama_get_memory(context)
-        if llama_cpp.llama_memory_seq_pos_max(memory, seq) + 1 >= n_past:
-            return False
-        native.clear(context, seq)
-        return True
