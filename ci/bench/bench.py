@@ -85,7 +85,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
         "alone: neighbours (a machine that is shared), many (clients at once), latency (of a first token), "
-        "drafts (beside none), prompt-store (prompts seen before)"
+        "drafts (beside none), prompt-store and prompt-turns (prompts seen before)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="with --cases drafts: of its cases")
@@ -233,14 +233,18 @@ def _measure_many(options: argparse.Namespace, console: Console) -> int:
 
 
 def _measure_prompts(options: argparse.Namespace, console: Console) -> int:
-    found: list[prompt_store.Result] = []
+    """Reading their states, or conversations: by the case's name."""
+    found = prompt_store.Result()
+    repeats = 1 if options.quick else options.repeats
 
     def run(say: Callable[[str], None]) -> None:
-        found.append(prompt_store.measure(options.models, ensure(), say, 1 if options.quick else options.repeats))
-        for table in prompt_store.tables(found[0]):
-            console.print(table)
+        real = ensure() if options.cases == "prompt-turns" else None
+        prompt_store.measure(found, options.models, real, say, repeats)
 
-    return _in_turns(run, options, console, lambda: {"prompt_store": [result.to_json() for result in found]})
+    code = _in_turns(run, options, console, lambda: {"prompt_store": found.to_json()})
+    for table in prompt_store.tables(found):
+        console.print(table)
+    return code
 
 
 def _measure_drafts(options: argparse.Namespace, console: Console) -> int:
@@ -309,6 +313,7 @@ _ALONE = {
     "latency": _measure_latency,
     "drafts": _measure_drafts,
     "prompt-store": _measure_prompts,
+    "prompt-turns": _measure_prompts,
 }
 
 

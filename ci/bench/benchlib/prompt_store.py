@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -46,7 +45,7 @@ _PATIENCE = 300.0
 class Result:
     """Seconds, but where something else is said."""
 
-    device: float = 0.0  # bytes per second
+    device: list[float] = field(default_factory=list)  # bytes per second
     bytes: dict[int, int] = field(default_factory=dict)  # by tokens
     restore: dict[int, list[float]] = field(default_factory=dict)
     first: dict[int, list[float]] = field(default_factory=dict)  # first token, the state on flash
@@ -60,34 +59,34 @@ class Result:
         return vars(self)
 
 
-def measure(models: Path, real: Path, say: Callable[[str], None], repeats: int = 5) -> Result:
-    """All of it. real: a small model that can chat. Leaves nothing in `models`."""
-    found = Result()
+def measure(found: Result, models: Path, real: Path | None, say: Callable[[str], None], repeats: int = 5) -> None:
+    """Into `found`, part by part: reading states, or conversations with a small `real` model. Leaves no files."""
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="prompt-store-", dir=models) as name:
-        folder = Path(name)
-        model = _model(folder / "kv-shape.gguf")
-        say("writing states")
-        told = _child("fill", model, folder / "prompts", *SIZES)
-        found.bytes = {int(n): size for n, size in told["bytes"].items()}
-        _fill(folder / "rate")
-        rates = []
-        for _ in range(repeats):
-            say("reading states")
-            rates.append(_child("rate", folder / "rate")["rate"])
-            for n in SIZES:
-                told = _child("restore", model, folder / "prompts", n)
-                found.restore.setdefault(n, []).append(told["restore"])
-                found.first.setdefault(n, []).append(told["first"])
-        found.device = statistics.median(rates)
-        say("computing")
-        told = _child("compute", model, folder / "written", _COMPUTED)
-        found.computing, found.write = told["computing"], told["write"]
-        say("looking up")
-        found.look_up = _child("look_up", model, folder / "many")
-        shutil.rmtree(folder / "prompts")
-        _converse(real, folder, found, say)
-    return found
+        if real is not None:
+            _converse(real, Path(name), found, say)
+        else:
+            _read(Path(name), found, say, repeats)
+
+
+def _read(folder: Path, found: Result, say: Callable[[str], None], repeats: int) -> None:
+    model = _model(folder / "kv-shape.gguf")
+    say("writing states")
+    told = _child("fill", model, folder / "prompts", *SIZES)
+    found.bytes = {int(n): size for n, size in told["bytes"].items()}
+    _fill(folder / "rate")
+    for number in range(repeats):
+        say(f"reading states, {number + 1}")
+        found.device.append(_child("rate", folder / "rate")["rate"])
+        for n in SIZES:
+            told = _child("restore", model, folder / "prompts", n)
+            found.restore.setdefault(n, []).append(told["restore"])
+            found.first.setdefault(n, []).append(told["first"])
+    say("computing")
+    told = _child("compute", model, folder / "written", _COMPUTED)
+    found.computing, found.write = told["computing"], told["write"]
+    say("looking up")
+    found.look_up = _child("look_up", model, folder / "many")
 
 
 def tables(found: Result) -> Iterator[Table]:
@@ -96,7 +95,11 @@ def tables(found: Result) -> Iterator[Table]:
         "tokens on flash", "bytes", "at the device's rate", "restore", "times that", "first token", "computing"
     )
     for n, times in found.restore.items():
-        bare, took, first = found.bytes[n] / found.device, statistics.median(times), statistics.median(found.first[n])
+        bare, took, first = (
+            found.bytes[n] / statistics.median(found.device),
+            statistics.median(times),
+            statistics.median(found.first[n]),
+        )
         ratio = took / bare
         computing = found.computing * n
         reading.add_row(
@@ -105,18 +108,23 @@ def tables(found: Result) -> Iterator[Table]:
             f"{first:.2f} s",
             f"{computing:.0f} s or more, {computing / first:.0f}x ({'ok' if computing / first >= _SOONER else 'less'})",
         )
-    reading.caption = f"device {found.device / 1e9:.2f} GB/s; written at {found.write / 1e9:.2f} GB/s"
-    yield reading
+    if found.restore:
+        reading.caption = (
+            f"device {statistics.median(found.device) / 1e9:.2f} GB/s; written at {found.write / 1e9:.2f} GB/s"
+        )
+        yield reading
     looking = Table(f"look-up among {STORED} prompts", "seconds", "")
     for name, seconds in found.look_up.items():
         looking.add_row(name, f"{seconds:.4f}", "ok" if seconds < _LOOK_UP else f"over {_LOOK_UP}")
-    yield looking
+    if found.look_up:
+        yield looking
     turns = Table("first token of turn", *map(str, range(1, TURNS + 1)))
     for how, times in found.turns.items():
         turns.add_row(how, *(f"{seconds:.2f} s" for seconds in times))
         if how in found.cached:
             turns.add_row("  tokens not computed", *map(str, found.cached[how]))
-    yield turns
+    if found.turns:
+        yield turns
 
 
 def _model(path: Path) -> Path:
@@ -286,7 +294,7 @@ def _said(turn: int) -> str:
     import textwrap
 
     text = inspect.getdoc([textwrap, json, re, subprocess, signal][turn % 5]) or ""
-    return f"Question {turn}: what does this say? {text[:400]}"
+    return f"Question {turn}: what does this say? {text[:200]}"
 
 
 @contextmanager
@@ -324,7 +332,7 @@ def _server(model: Path, flags: list[str]) -> Iterator[str]:
 
 def _asked(url: str, messages: list[dict[str, str]]) -> tuple[float, str, int]:
     """Seconds to the first token, the answer, and the tokens of the prompt that were not computed."""
-    body = {"messages": messages, "max_tokens": 32, "temperature": 0, "stream": True, "timings_per_token": True}
+    body = {"messages": messages, "max_tokens": 16, "temperature": 0, "stream": True, "timings_per_token": True}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -355,7 +363,7 @@ def llama(model: str, folder: str, how: str) -> dict[str, Any]:
             llm.set_cache(llama_cpp.LlamaDiskCache(folder))
         messages.append({"role": "user", "content": _said(turn)})
         began, first, text = time.perf_counter(), 0.0, ""
-        for chunk in llm.create_chat_completion(messages, max_tokens=32, temperature=0.0, stream=True):
+        for chunk in llm.create_chat_completion(messages, max_tokens=16, temperature=0.0, stream=True):
             if piece := chunk["choices"][0]["delta"].get("content"):
                 first = first or time.perf_counter() - began
                 text += piece
