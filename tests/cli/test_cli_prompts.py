@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -52,6 +54,16 @@ def test_prompts_are_listed_shown_and_dropped(folder: Path, model: Path) -> None
     assert [prompt["tokens"] for prompt in said("list", "--dir", folder)["prompts"]] == [512]  # type: ignore[attr-defined]
     said("drop", "--all", "--dir", folder)
     assert list(folder.iterdir()) == []
+
+
+def test_a_chat_keeps_its_prompts_where_it_is_told_to(model: Path, tmp_path: Path) -> None:
+    line = " ".join(f"t{number}" for number in range(160))
+    command = [sys.executable, "-m", "llama_flash", "chat", str(model), "-n", "2", "-c", "2048", "--json"]
+    for options in ([], ["--prompt-cache-dir", str(tmp_path / "prompts")]):
+        done = subprocess.run([*command, *options], input=line, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "prompts").exists() == bool(options)
+    assert list((tmp_path / "prompts").glob("*.cells"))
 
 
 def test_damage_is_told(folder: Path) -> None:

@@ -16,7 +16,9 @@ from engines import Logits, Model, tokens
 from prompts import N_CTX, PROMPT, answer, open_model
 
 from llama_flash import FlashOffload
+from llama_flash.prompts.folder import Folder
 from llama_flash.prompts.heads import BLOCK
+from llama_flash.prompts.listing import verify
 
 
 def asked(path: Path, folder: Path | bool, prompt: list[int], **options: Any) -> tuple[list[int], Logits, int]:
@@ -150,3 +152,14 @@ def test_nothing_is_kept_unless_asked_for(model_file: ModelFile, tmp_path: Path)
     with open_model(model_file("llama"), False) as llm:
         answer(llm, PROMPT)
         assert llm.flash.prompts is None and llm.flash.keeper is None
+
+
+def test_two_share_a_folder(model_file: ModelFile, folder: Path) -> None:
+    path = model_file("llama")
+    with open_model(path, folder) as one, open_model(path, folder) as other:
+        text, _ = answer(one, PROMPT)
+        assert answer(other, PROMPT)[0] == text  # both have the same to write
+        for llm in (one, other):
+            llm.flash.keeper.flush()
+    assert len(list(folder.iterdir())) == 2 and list(verify(Folder(folder))) == []
+    assert asked(path, folder, PROMPT)[2] == 2 * BLOCK

@@ -70,11 +70,11 @@ void mapping::populate(uint8_t * begin, uint8_t * end) {
     madvise((void *) first, (uintptr_t) end - first, MADV_POPULATE_WRITE);
 }
 
-void mapping::prefer_huge_pages(uint8_t * begin, uint8_t * end) {
+void mapping::prefer_huge_pages(uint8_t * begin, uint8_t * end, bool huge) {
     const uintptr_t first = ((uintptr_t) begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     const uintptr_t last  = (uintptr_t) end / HUGE_PAGE * HUGE_PAGE;
     if (first < last) {
-        madvise((void *) first, last - first, MADV_HUGEPAGE);
+        madvise((void *) first, last - first, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     }
 }
 

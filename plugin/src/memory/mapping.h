@@ -29,8 +29,8 @@ class mapping {
     // Asks the kernel for the pages of [begin, end) now. A wish: what it does not give comes with the first touch.
     static void populate(uint8_t * begin, uint8_t * end);
 
-    // Has memory that nobody has touched yet, and that will be used whole, come in huge pages: those within it. A wish.
-    static void prefer_huge_pages(uint8_t * begin, uint8_t * end);
+    // Whether memory that nobody has touched yet comes in huge pages, those within it. A wish; what is there stays as it is.
+    static void prefer_huge_pages(uint8_t * begin, uint8_t * end, bool huge);
 
     uint8_t * data  = nullptr;
     size_t    bytes = 0;

@@ -2,7 +2,6 @@
 #include "base/status.h"
 #include "io/checksum.h"
 #include "llama_flash.h"
-#include "memory/mapping.h"
 #include "prompts/body.h"
 #include "prompts/restore.h"
 
@@ -67,9 +66,9 @@ static void prepare_memory(const llama_kv_range & range, prompt_restore & restor
     const auto ends = std::minmax_element(range.cells.begin(), range.cells.end());
     for (const llama_kv_plane & plane : range.planes) {
         if (plane.n_rows == 1) {
-            mapping::prefer_huge_pages(plane.data + *ends.first * plane.cell_bytes, plane.data + (*ends.second + 1) * plane.cell_bytes);
+            restore.prepare(plane.data + *ends.first * plane.cell_bytes, plane.data + (*ends.second + 1) * plane.cell_bytes, false);
         } else if (2 * range.cells.size() * plane.cell_bytes >= plane.row_bytes) {
-            restore.prepare(plane.data, plane.data + plane.n_rows * plane.row_bytes);
+            restore.prepare(plane.data, plane.data + plane.n_rows * plane.row_bytes, true);
         }
     }
 }

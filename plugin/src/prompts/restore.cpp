@@ -101,9 +101,10 @@ void prompt_restore::settle(uint32_t number) {
     b.good = b.good && good;
 }
 
-void prompt_restore::prepare(uint8_t * begin, uint8_t * end) {
-    mapping::prefer_huge_pages(begin, end);
-    for (uint8_t * at = begin; at < end; at += UNTOUCHED) {
+void prompt_restore::prepare(uint8_t * begin, uint8_t * end, bool at_once) {
+    mapping::prefer_huge_pages(begin, end, true);
+    prepared.emplace_back(begin, end);
+    for (uint8_t * at = begin; at < end && at_once; at += UNTOUCHED) {
         untouched.emplace_back(at, std::min(at + UNTOUCHED, end));
     }
 }
@@ -185,6 +186,9 @@ size_t prompt_restore::run() {
     arrived_some.notify_all();
     for (std::thread & worker : workers) {
         worker.join();
+    }
+    for (const bytes_of & each : prepared) { // tokens that follow take as little memory as they would have
+        mapping::prefer_huge_pages(each.first, each.second, false);
     }
     size_t n_good = 0;
     while (n_good < blocks.size() && blocks[n_good].good && blocks[n_good].wanted == checksum_of_sum(blocks[n_good].sum)) {

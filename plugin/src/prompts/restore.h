@@ -31,8 +31,9 @@ class prompt_restore {
     // damaged.
     void add(int fd, const uint8_t * head, prompt_body to);
 
-    // Memory that will be written to from the first block on: its pages are asked for by all threads, before they copy.
-    void prepare(uint8_t * begin, uint8_t * end);
+    // Memory that will be written to: in huge pages, until all is read. at_once: from the first block on, all of it, so that its pages are
+    // asked for by all threads, before they copy.
+    void prepare(uint8_t * begin, uint8_t * end, bool at_once);
 
     // Reads them all. Returns how many of the first ones are whole and right; what was written of the others is for the caller to clear.
     size_t run();
@@ -71,7 +72,10 @@ class prompt_restore {
     piece                   pieces[PLACES];
     piece                   upcoming = { 0, 0, 0 };
 
-    std::vector<std::pair<uint8_t *, uint8_t *>> untouched; // to be asked for
+    using bytes_of = std::pair<uint8_t *, uint8_t *>; // begin and end
+
+    std::vector<bytes_of>                        prepared;
+    std::vector<bytes_of>                        untouched; // to be asked for
     std::atomic<size_t>                          next_untouched{ 0 };
 
     std::mutex              mutex; // of what follows, and of good, wanted and sum
