@@ -64,7 +64,10 @@ def test_it_is_so_with_a_quantised_cache(model_file: ModelFile, folder: Path) ->
     assert_restored(model_file("qwen3moe"), folder, type_k=8)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mamba2", "jamba", "gpt-oss", "rwkv7"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", "mamba2", "jamba", *(pytest.param(name, marks=pytest.mark.full) for name in ("gpt-oss", "rwkv7"))],
+)
 def test_it_is_so_with_windows_and_recurrent_states(name: str, architecture: Any, folder: Path) -> None:
     assert_restored(architecture(name), folder)
 

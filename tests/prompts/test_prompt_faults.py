@@ -111,7 +111,7 @@ def faults(kept: Kept, n: int, seed: int) -> None:
 def test_no_damage_changes_a_token(kept: Kept) -> None:
     kept.put_back()
     assert kept.asked() == (kept.text, 768)
-    faults(kept, 40, seed=1)
+    faults(kept, 16, seed=1)
 
 
 def wrong_parts(kept: Kept, n_tokens: int) -> list[str]:
@@ -152,7 +152,7 @@ def restored_faults(kept: Kept, n: int, seed: int) -> int:
 
 
 @pytest.mark.parametrize("form", ["llama", "gemma3", "jamba", "mamba2"])
-@pytest.mark.parametrize("n", [60, pytest.param(2500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("n", [24, pytest.param(2500, marks=pytest.mark.full)])
 def test_what_is_restored_is_what_was_computed_whatever_is_damaged(
     form: str, n: int, model_folder: Path, kept: Kept
 ) -> None:

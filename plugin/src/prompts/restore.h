@@ -74,9 +74,9 @@ class prompt_restore {
 
     using bytes_of = std::pair<uint8_t *, uint8_t *>; // begin and end
 
-    std::vector<bytes_of>                        prepared;
-    std::vector<bytes_of>                        untouched; // to be asked for
-    std::atomic<size_t>                          next_untouched{ 0 };
+    std::vector<bytes_of> prepared;
+    std::vector<bytes_of> untouched; // to be asked for
+    std::atomic<size_t>   next_untouched{ 0 };
 
     std::mutex              mutex; // of what follows, and of good, wanted and sum
     std::condition_variable arrived_some;
