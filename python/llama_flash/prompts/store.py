@@ -24,7 +24,7 @@ __all__ = ["PromptStore", "default_folder", "open_store", "store_memory"]
 
 logger = logging.getLogger("llama_flash")
 
-_STATES = 8 * PIECE  # bytes of states without cells that wait to be written
+_STATES = 8 * PIECE  # bytes of states without cells that wait to be written, of all sequences
 _RECURRENT = (".ssm.", ".wkv.", ".shortconv.", ".kda.")  # keys of models with such states
 _PAUSE = 60.0  # seconds after a write that failed
 _LOOK_AFTER = 256 << 20  # bytes written until the folder is looked at again: others write to it, too
@@ -82,6 +82,7 @@ class PromptStore:
         self._limit, self._meta, self._params = limit, meta, context_params
         self._predictor, self._io_engine, self._label = predictor, io_engine, label_of(meta)
         self._identities: dict[str, bytes] = {}  # by adapters
+        self._most_states = _STATES // max(1, int(context_params.n_seq_max))  # of a sequence
         self._used: int | None = None  # bytes of all files; None: not looked at
         self._since_look = 0
         self._wait_until = 0.0
@@ -133,7 +134,7 @@ class PromptStore:
             return
         if state := native.state_of(context, seq, n_tokens):
             states[n_tokens] = state
-            while len(states) > 1 and sum(map(len, states.values())) > _STATES:
+            while len(states) > 1 and sum(map(len, states.values())) > self._most_states:
                 del states[sorted(states)[(len(states) - 1) // 2]]  # the ends are of more use than what is between
 
     def close(self) -> None:
