@@ -32,8 +32,13 @@ _LAST = 4096  # checked drafts that are remembered
 class Source(Protocol):
     """Where the guesses at one text come from."""
 
-    name: str  # "ngram", "model"
-    assumed: Sequence[float]  # chances by kind, before anything was seen
+    @property
+    def name(self) -> str:
+        """ "ngram" or "model"."""
+
+    @property
+    def assumed(self) -> Sequence[float]:
+        """Chances by kind, before anything was seen."""
 
     def follow(self, text: Tokens) -> int:
         """The text has become this one. Returns how many of its tokens are new."""

@@ -61,7 +61,7 @@ class ModelDraft:
         context = engine.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, min(DRAFT_BATCH, n_ctx), min(DRAFT_BATCH, n_ctx)
         context.n_threads = context.n_threads_batch = n_threads
-        context.n_outputs_max, context.n_seq_max = 1, n_texts
+        context.n_outputs_max = context.n_seq_max = n_texts
         context.flash_attn_type = engine.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = new_context(self.path, self._model, context)
         self._n_batch = int(context.n_batch)
@@ -71,7 +71,9 @@ class ModelDraft:
         self._memory = engine.llama_get_memory(self._context)
         sizes = context_memory(self._context)
         self.weights = int(sizes.model)  # bytes
-        self.beside = int(sizes.context + sizes.compute) + 4 * self._n_vocab  # bytes, touched when they are used
+        self.beside = (
+            int(sizes.context + sizes.compute) + 4 * self._n_vocab * n_texts
+        )  # bytes, touched when they are used
 
     @property
     def bytes(self) -> int:

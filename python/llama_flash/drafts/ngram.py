@@ -26,7 +26,6 @@ class TextDraft:
 
     name = "ngram"
     assumed: Sequence[float] = _ASSUMED
-    bytes = held = 0
 
     def __init__(self) -> None:
         self._text: list[int] = []
@@ -98,9 +97,6 @@ class TextDraft:
                 if n == _LONGEST:
                     break
         return matched, at
-
-    def describe(self) -> str:
-        return "from the text itself"
 
     def close(self) -> None:
         """Nothing is held."""
