@@ -1,6 +1,7 @@
 """Train one of the small models on Python's standard library.
 
     python ci/train/train.py --form arcee --out DIR --seed 0 --steps 1000
+    python ci/train/train.py --form draft --out DIR --seed 0 --steps 1000 --teacher stdlib-arcee-q8_0.gguf
 
 The number of steps, the seed, the text and the library versions decide the result; the clock does not. With --minutes
 the number is chosen from the speed of the first steps, and printed, so that the run can be repeated with --steps.
