@@ -67,11 +67,12 @@ class DraftSizes:
     """Of a draft model, in bytes."""
 
     weights: int = 0
+    heap: int = 0  # vocabulary, graphs
     beside: int = 0  # KV cache, graph buffers, logits: touched when they are used
 
     @property
     def bytes(self) -> int:
-        return self.weights + self.beside
+        return self.weights + self.heap + self.beside
 
 
 def draft_sizes(path: str | os.PathLike[str], n_ctx: int) -> DraftSizes:
@@ -87,7 +88,7 @@ def draft_sizes(path: str | os.PathLike[str], n_ctx: int) -> DraftSizes:
     n_batch = min(DRAFT_BATCH, n_ctx)
     sizes = engine_sizes(meta, None, ContextShape(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch))
     weights = sum(tensor.size for tensor in meta.tensors.values()) + sizes.doubled
-    return DraftSizes(weights + sizes.heap, sizes.kv + sizes.compute + 4 * meta.n_vocab)
+    return DraftSizes(weights, sizes.heap, sizes.kv + sizes.compute + 4 * meta.n_vocab)
 
 
 def pass_shape(

@@ -337,7 +337,7 @@ class _Planner:
 
         bare: bytes of the process, before any use of the engine; None: as it was before anything was asked.
         """
-        bare = (self._bare if bare is None else bare) + self._draft.weights
+        bare = (self._bare if bare is None else bare) + self._draft.weights + self._draft.heap
         placed = make_plan(self._meta, self._options, budget, self._shape, bare)
         n_vocab, n_embd = self._meta.n_vocab, self._meta.number("embedding_length")
         memory = Breakdown(
