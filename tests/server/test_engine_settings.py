@@ -85,6 +85,7 @@ def test_every_option_of_flash_can_be_said_in_the_file_and_in_the_environment(
         "predictor": "off",
         "window": 3,
         "lookahead": False,
+        "draft": "ngram",
         "follow": False,
         "warm_start": False,
         "io_engine": "pread",
