@@ -248,6 +248,30 @@ def test_panels_are_read_ahead_after_growing_while_decoding(wide: Path) -> None:
         assert ahead > 0, "nothing is read before the next token asks for it"
 
 
+def test_a_panel_more_or_less_leaves_the_others_in_their_order(wide: Path) -> None:
+    """The next token finds the first panels in the ring or reads them again; it reads ahead as before in both cases."""
+    with open_flash(wide, what="ffn", share=LEAST, n_ubatch=64) as llm:
+        least, most = bounds(llm)
+        needs = llm.flash.native.requirements()
+        panel, size = needs.panel_bytes // needs.n_panels, (least + most) // 2
+        settle(llm, size)
+        for token in range(3):
+            llm.eval([token])
+        again = []
+        for step in (-1, -1, -1, -1, 1, 1):
+            before, size = given(llm).n_pinned, size + step * panel
+            settle(llm, size)
+            assert (given(llm).n_pinned - before) * step > 0
+            read = [llm.flash.stats().total.bytes_used]
+            for token in range(4):
+                llm.eval([token])
+                read.append(llm.flash.stats().total.bytes_used)
+            first, *others = np.diff(read)
+            assert len(set(others)) == 1, "the order was learnt again: nothing was read ahead meanwhile"
+            again.append(int(first - others[0]))
+        assert 0 in again[:4], "what is in the ring stays, unless the panel comes before it"
+
+
 @pytest.mark.parametrize("form", ["exact", "lowrank", "experts-exact", "experts-off"])
 def test_decoding_goes_on_when_pinned_neurons_leave(form: str, files: dict[str, Path]) -> None:
     with open_form(form, files, QUARTER) as llm:

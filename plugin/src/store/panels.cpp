@@ -208,8 +208,13 @@ bool panel_store::give_back_one(const memory_layout & to) {
     if (!from) {
         return false;
     }
-    move();
+    const bool whole = from->n_pinned == from->n_records;
     set_absent(record(from->first_record + --from->n_pinned));
+    if (whole || !order_known || order.empty()) {
+        learn_again(); // when the tensor's panels stream is not known
+    } else {
+        streams_again(from->first_record + from->n_pinned);
+    }
     return true;
 }
 
@@ -225,8 +230,8 @@ bool panel_store::take_one(const memory_layout & to) {
     return into && pin_next(*into);
 }
 
-// The order in which panels stream changes: it is learnt again. With every move, as ops between two of them have begun to learn it.
-void panel_store::move() {
+// The order in which panels stream is learnt again, as far as ops have begun to learn it, too.
+void panel_store::learn_again() {
     drop_ring();
     order.clear();
     order_known = false;
@@ -238,11 +243,51 @@ void panel_store::move() {
     }
 }
 
+// The panel that is used next, of those that stream; the order is known.
+uint32_t panel_store::upcoming() const {
+    return through.empty() ? order[next < order.size() ? next : 0] : through.record_in(through.oldest());
+}
+
+// A panel before the one that was its tensor's first to stream. That one is read after it.
+void panel_store::streams_again(uint32_t index) {
+    uint32_t   then = upcoming();
+    const auto at   = std::find(order.begin(), order.end(), index + 1);
+    if (at == order.end()) {
+        learn_again();
+        return;
+    }
+    if (record(index + 1).state != record_state::absent) {
+        drop_ring();
+    } else if (!through.empty()) {
+        then = next < order.size() ? order[next] : order.front(); // reads go on behind what is in the ring
+    }
+    order.insert(at, index);
+    seek_from(then == index + 1 ? index : then);
+}
+
+// A panel that streamed is pinned; the ring is empty.
+void panel_store::streams_no_more(uint32_t index) {
+    const auto at = std::find(order.begin(), order.end(), index);
+    if (!order_known || at == order.end()) {
+        learn_again();
+        return;
+    }
+    const auto i = (size_t) (at - order.begin());
+    order.erase(at);
+    next -= next > i;
+}
+
 // Reads the first panel that streams and keeps it.
 bool panel_store::pin_next(flash_tensor & t) {
     const uint32_t index = t.first_record + t.n_pinned;
     flash_record & r     = record(index);
-    move();
+    if (order_known && !order.empty()) {
+        const uint32_t then = upcoming();
+        drop_ring(); // the panel comes through it
+        seek_from(then);
+    } else {
+        learn_again();
+    }
     if (!t.home && !make_home(t, 0)) {
         return false;
     }
@@ -269,6 +314,7 @@ bool panel_store::pin_next(flash_tensor & t) {
     r.state = record_state::ready;
     r.data  = data;
     t.n_pinned++;
+    streams_no_more(index);
     return true;
 }
 

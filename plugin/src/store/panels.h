@@ -40,8 +40,12 @@ class panel_store : public record_store {
     bool make_home(flash_tensor & t, uint64_t least);
     bool pin_next(flash_tensor & t);
     bool check_now(flash_record & r); // does r.check here
-    void move();
+    void learn_again();
     void seek_from(uint32_t index);
+
+    uint32_t upcoming() const;
+    void     streams_again(uint32_t index);
+    void     streams_no_more(uint32_t index);
 
     std::vector<uint32_t> order; // unpinned panels in order of use
     bool                  order_known = false;
