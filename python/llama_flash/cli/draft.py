@@ -14,7 +14,7 @@ from . import common as c
 __all__ = ["EPILOG", "draft"]
 
 EPILOG = (
-    "Example:  [bold]llama-flash draft model.gguf model-draft.gguf[/]   then   "
+    "Examples:  [bold]llama-flash draft model.gguf model-draft.gguf[/]   then   "
     "[bold]llama-flash run model.gguf --draft model-draft.gguf -p ...[/]"
 )
 
@@ -29,6 +29,7 @@ def draft(
     ] = None,
     kind: Annotated[str, typer.Option("--type", help=f"Of its matrices: {', '.join(_TYPES)}.")] = "q2_k",
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    as_json: c.AsJson = False,
 ) -> None:
     """Make a copy of a model at few bits that drafts for it: where a dense model has no small sibling.
 
@@ -43,9 +44,11 @@ def draft(
         raise ValueError(f"{target} is there already" + ("" if target.samefile(path) else ": --force writes over it"))
     with c.stderr.status(f"writing {target.name}"):
         quantize(path, target, kind)
-    c.stderr.print(
-        f"{target}: {target.stat().st_size / 1e6:.1f} MB, of {path.stat().st_size / 1e6:.1f}", soft_wrap=True
-    )
+    copy, model_bytes = target.stat().st_size, path.stat().st_size
+    if as_json:
+        c.print_json({"path": str(target), "bytes": copy, "model_bytes": model_bytes, "type": kind})
+        return
+    c.stderr.print(f"{target}: {copy / 1e6:.1f} MB, of {model_bytes / 1e6:.1f}", soft_wrap=True)
 
 
 def quantize(path: Path, target: Path, kind: str) -> None:

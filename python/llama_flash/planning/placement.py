@@ -161,8 +161,8 @@ def make_plan(
         experts = sum(tensor.size for tensor in tensors if uses[tensor.name] == Use.MUL_MAT_ID)
         on_flash = sum(tensor.size for tensor in tensors)
         resident = weights - on_flash
-        expected = Breakdown(
-            interpreter + context.interpreter, resident, context.kv, context.compute, context.outputs, budget.reserve
+        expected = replace(
+            context, interpreter=interpreter + context.interpreter, weights=resident, reserve=budget.reserve
         )
         mode: Literal["flash", "nothing"] = "flash" if tensors or bundles else "nothing"
         panels = on_flash - rows - experts
