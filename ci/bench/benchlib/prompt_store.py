@@ -177,7 +177,7 @@ def fill(model: str, folder: str, *sizes: str) -> dict[str, Any]:
     """States of prompts, the longer ones beginning as the shorter ones do not."""
     from llama_flash.native import prompts as native
     from llama_flash.native.prompts import HEAD_BYTES
-    from llama_flash.prompts.heads import BLOCK, Head, chain, seal
+    from llama_flash.prompts.heads import BLOCK, heads_of, seal
 
     llm = _open(model, folder, 1024)
     llm.eval(_tokens(1))
@@ -187,13 +187,11 @@ def fill(model: str, folder: str, *sizes: str) -> dict[str, Any]:
     checked, identity = native.checksum(body), store._identity("")
     for n in map(int, sizes):
         tokens = np.array(_tokens(n, seed=n), np.int32)
-        for i, (key, parent) in enumerate(chain(identity, tokens, n // BLOCK)):
-            part = tokens[i * BLOCK : (i + 1) * BLOCK]
-            head = seal(Head("cells", i * BLOCK, part, key, parent, identity, store._label).packed(), n_bytes, checked)
-            path = Path(folder, f"{key.hex()}.cells")
+        for head in heads_of(identity, store._label, tokens):
+            path = Path(folder, f"{head.key.hex()}.cells")
             with path.open("wb") as file:
                 path.chmod(0o600)
-                file.write(head + body)
+                file.write(seal(head.packed(), n_bytes, checked) + body)
                 file.flush()
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -242,14 +240,14 @@ def compute(model: str, folder: str, n: str) -> dict[str, Any]:
 
 
 def look_up(model: str, folder: str) -> dict[str, Any]:
-    from llama_flash.prompts.heads import BLOCK, chain
+    from llama_flash.prompts.heads import BLOCK, heads_of
 
     llm = _open(model, folder, 1024)
     store = llm.flash.prompts
     prompts = [np.array(_tokens(80 * BLOCK + 1, seed=seed), np.int32) for seed in range(STORED)]
     for tokens in prompts:
-        for key, _ in chain(store._identity(""), tokens, 80):
-            Path(folder, f"{key.hex()}.cells").touch(0o600)
+        for head in heads_of(store._identity(""), store._label, tokens):
+            Path(folder, f"{head.key.hex()}.cells").touch(0o600)
     times = {}
     for name, tokens in (
         ("there", prompts[STORED // 2]),

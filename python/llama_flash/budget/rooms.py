@@ -117,7 +117,12 @@ class Breakdown:
     @property
     def fixed(self) -> int:
         """All but the reserve and what belongs to flash."""
-        return self.interpreter + self.weights + self.kv + self.compute + self.outputs + self.draft
+        return self.interpreter + self.weights + self.beside_weights
+
+    @property
+    def beside_weights(self) -> int:
+        """What a model takes beside its weights and flash."""
+        return self.kv + self.compute + self.outputs + self.draft
 
     @property
     def flash(self) -> int:

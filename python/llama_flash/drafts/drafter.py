@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from ..native.prompts import Tokens
 from ..observe.stats import DraftStats
 from ..planning.lent import FEW_TOKENS
 from .acceptance import Acceptance
@@ -23,8 +23,6 @@ from .length import MOST, Length
 from .passes import Passes
 
 __all__ = ["Drafter", "Source"]
-
-Tokens = npt.NDArray[np.intc]
 
 _LAST = 4096  # checked drafts that are remembered
 

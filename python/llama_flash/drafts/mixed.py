@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
+from ..native.prompts import Tokens
 from .model import ModelText
 from .ngram import TextDraft
 
 __all__ = ["MixedText"]
 
 _LONG = 5  # kind of a match from which on the text is more often right than a small model
-
-Tokens = npt.NDArray[np.intc]
 
 
 class MixedText:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import FlashError
 from ..model.load import load_model, new_context
 from ..native.calls import context_memory
+from ..native.prompts import Tokens
 from ..planning.drafted import DRAFT_BATCH
 
 __all__ = ["ModelDraft", "check_vocabularies"]
@@ -23,8 +23,6 @@ __all__ = ["ModelDraft", "check_vocabularies"]
 _KINDS = 10  # by how likely the token is to the draft model
 _ASSUMED = tuple((i + 0.5) / _KINDS for i in range(_KINDS))
 _MORE = 128  # tokens by which two vocabularies may differ in length, as llama.cpp allows
-
-Tokens = npt.NDArray[np.intc]
 
 
 class ModelDraft:

@@ -6,7 +6,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
+
+from ..native.prompts import Tokens
 
 __all__ = ["TextDraft"]
 
@@ -17,8 +18,6 @@ _ASSUMED = (0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85, 0.9, 0.5, 0.75)
 _FIRST_ALIGNED, _ALIGNED = 8, 9  # kinds: behind a token that was another one
 _CLEAR = 3  # tokens that have matched: clearer than where the text was before
 _ASTRAY = 4  # tokens behind the last match in which the text may be where it was
-
-Tokens = npt.NDArray[np.intc]
 
 
 class TextDraft:

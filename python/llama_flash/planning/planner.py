@@ -449,9 +449,9 @@ class _Planner:
             memory = (found.decoding if n <= FEW_TOKENS else None) or found.memory
             # contexts beside those that are planned for: their cells are no slots
             kv = max(0, n - planned) * memory.kv // planned
-            if found.needs is not None and kv:
-                unused = max(0, budget.total - found.memory.total)  # where all weights have room
-                left = memory.flash - max(0, kv - unused)
+            short = kv - max(0, budget.total - found.memory.total)  # nothing where all weights have room, too
+            if found.needs is not None and kv and short > 0:
+                left = memory.flash - short
                 if left < found.needs.min_memory:
                     break
                 given = self._needs(found.plan).divide(min(left, found.needs.max_memory))
@@ -483,7 +483,7 @@ class _Planner:
         options = self._options
         if options.draft == "off" or found.predictor == "lowrank":
             return None
-        cost, without = self.cost(found, profile), self.cost(found, profile)
+        cost = without = self.cost(found, profile)
         if self._draft.bytes:
             with_all = replace(budget, total=budget.total + self._draft.bytes)
             without = self.cost(self.outcome(with_all), profile)

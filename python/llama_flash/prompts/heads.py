@@ -15,7 +15,7 @@ import numpy as np
 
 from ..native.prompts import HEAD_BYTES, Tokens, checksum
 
-__all__ = ["BLOCK", "PARTS", "SUFFIXES", "Head", "chain", "parse_head", "seal"]
+__all__ = ["BLOCK", "PARTS", "SUFFIXES", "Head", "heads_of", "parse_head", "seal"]
 
 BLOCK = 256  # tokens
 PARTS = ("cells", "window", "state")  # what a file holds: cells of all positions, of a window, what has no cells
@@ -76,10 +76,10 @@ def parse_head(data: bytes) -> Head | None:
     return Head(PARTS[part], first, tokens, key, parent, identity, text, n_bytes, body_sum)
 
 
-def chain(identity: bytes, tokens: Tokens, n_blocks: int) -> Iterator[tuple[bytes, bytes]]:
-    """Key and parent of each of the first blocks: a key names all tokens up to its block's end, and their identity."""
+def heads_of(identity: bytes, label: str, tokens: Tokens) -> Iterator[Head]:
+    """Of the cells of each whole block: its key names all tokens up to the block's end, and their identity."""
     key = hashlib.sha256(b"llama-flash prompt 1" + identity).digest()
-    for i in range(n_blocks):
-        parent, words = key, tokens[i * BLOCK : (i + 1) * BLOCK].astype("<i4").tobytes()
-        key = hashlib.sha256(parent + words).digest()
-        yield key, parent
+    for first in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        parent, block = key, tokens[first : first + BLOCK]
+        key = hashlib.sha256(parent + block.astype("<i4").tobytes()).digest()
+        yield Head("cells", first, block, key, parent, identity, label)

@@ -7,13 +7,14 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import FlashError
 from ..native import prompts as native
 from ..native.prompts import HEAD_BYTES, PromptKind, Tokens
 from .folder import Folder
-from .heads import BLOCK, SUFFIXES, Head, chain, parse_head, seal
+from .heads import BLOCK, SUFFIXES, Head, parse_head, seal
 
 __all__ = ["Recalling"]
 
@@ -24,6 +25,7 @@ class Recalling:
     """Of one prompt, into one sequence of a context.
 
     Args:
+        heads: of its blocks that may be read.
         say: is told, in a line, which file was no good.
     """
 
@@ -31,19 +33,13 @@ class Recalling:
         self,
         folder: Folder,
         kind: PromptKind,
-        identity: bytes,
-        label: str,
+        heads: Sequence[Head],
         tokens: Tokens,
         io_engine: str,
         say: Callable[[str], None],
     ) -> None:
-        n_blocks = (len(tokens) - 1) // BLOCK  # the last token is computed
         self._folder, self._kind, self._io_engine, self._say = folder, kind, io_engine, say
-        self._tokens = tokens
-        self._heads = [
-            Head("cells", i * BLOCK, tokens[i * BLOCK : (i + 1) * BLOCK], key, parent, identity, label)
-            for i, (key, parent) in enumerate(chain(identity, tokens, n_blocks))
-        ]
+        self._tokens, self._heads = tokens, heads
 
     def find(self, n_past: int) -> int:
         """Tokens that the folder seems to hold, more than the first n_past that are in memory; else 0."""
@@ -123,7 +119,7 @@ class Recalling:
                 fd = self._folder.open(self._name(i, part))
                 if fd is None:
                     break
-                files.append((fd, _as(self._heads[i], part).packed()))
+                files.append((fd, replace(self._heads[i], part=part).packed()))
             yield files
         finally:
             for fd, _ in files:
@@ -169,10 +165,6 @@ class Recalling:
                     self._folder.touch(self._name(i, part), now - 1e-3 * i)
 
 
-def _as(head: Head, part: str) -> Head:
-    return Head(part, head.first, head.tokens, head.key, head.parent, head.identity, head.label)
-
-
 def _cut(context: Any, seq: int, end: int) -> None:
     """Cells behind `end` go; a recurrent state, which is about to be replaced, is not asked."""
     import llama_cpp
@@ -198,7 +190,7 @@ def _read_whole(folder: Folder, name: str, head: Head) -> memoryview | None:
     finally:
         os.close(fd)
     said = parse_head(bytes(data[:HEAD_BYTES]))
-    wanted = _as(head, "state").packed()
+    wanted = replace(head, part="state").packed()
     if said is None or size != HEAD_BYTES + -(-said.n_bytes // HEAD_BYTES) * HEAD_BYTES:
         return None
     body = data[HEAD_BYTES : HEAD_BYTES + said.n_bytes]

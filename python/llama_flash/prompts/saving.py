@@ -9,13 +9,14 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..native import prompts as native
 from ..native.prompts import HEAD_BYTES, NotThere, PromptKind, Tokens
 from .folder import Folder
-from .heads import BLOCK, SUFFIXES, Head, chain, seal
+from .heads import BLOCK, SUFFIXES, Head, seal
 
 __all__ = ["PIECE", "Saving"]
 
@@ -26,6 +27,7 @@ class Saving:
     """Of one sequence. Files that are there are not written again.
 
     Args:
+        heads: of the blocks of these tokens.
         tokens: that the sequence holds.
         states: what it had beside cells behind so many tokens.
     """
@@ -34,15 +36,14 @@ class Saving:
         self,
         folder: Folder,
         kind: PromptKind,
-        identity: bytes,
-        label: str,
+        heads: Iterable[Head],
         seq: int,
         tokens: Tokens,
         states: Mapping[int, bytes],
     ) -> None:
         self.seq, self.tokens = seq, tokens
         self.written = 0  # bytes of files that are there now
-        self._folder, self._kind, self._identity, self._label, self._states = folder, kind, identity, label, states
+        self._folder, self._kind, self._heads, self._states = folder, kind, heads, states
         self._buffer: mmap.mmap | None = None
         self._parts = self._missing()
         self._head: Head | None = None  # of what is being written
@@ -124,18 +125,16 @@ class Saving:
         self._fd, self._partial, self._offset, self._sum = -1, "", 0, 0
 
     def _missing(self) -> Iterator[Head]:
-        n_blocks, kind = len(self.tokens) // BLOCK, self._kind
-        now = time.time()
-        for i, (key, parent) in enumerate(chain(self._identity, self.tokens, n_blocks)):
-            tokens = self.tokens[i * BLOCK : (i + 1) * BLOCK]
-            wanted = {"cells": kind.has_cells, "window": kind.window > 0, "state": (i + 1) * BLOCK in self._states}
+        now, kind = time.time(), self._kind
+        for i, head in enumerate(self._heads):
+            wanted = {"cells": kind.has_cells, "window": kind.window > 0, "state": head.first + BLOCK in self._states}
             for part, is_wanted in wanted.items():
                 if not is_wanted:
                     continue
-                if self._folder.holds(name := key.hex() + SUFFIXES[part]):
+                if self._folder.holds(name := head.key.hex() + SUFFIXES[part]):
                     self._folder.touch(name, now - 1e-3 * i)  # what others need goes last
                 else:
-                    yield Head(part, i * BLOCK, tokens, key, parent, self._identity, self._label)
+                    yield replace(head, part=part)
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

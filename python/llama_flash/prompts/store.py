@@ -15,7 +15,7 @@ from ..model.gguf import GgufMeta
 from ..native import prompts as native
 from ..native.prompts import PromptKind, Tokens
 from .folder import Folder
-from .heads import BLOCK
+from .heads import BLOCK, heads_of
 from .identity import identity_of, label_of
 from .recalling import Recalling
 from .saving import PIECE, Saving
@@ -108,8 +108,9 @@ class PromptStore:
         """What is to be done to keep the sequence's tokens; None: nothing, or it is not the time."""
         if len(tokens) < BLOCK or time.monotonic() < self._wait_until:
             return None
-        identity = self._identity(adapters)
-        return Saving(self.folder, self.kind, identity, self._label, seq, tokens.copy(), states)
+        tokens = tokens.copy()
+        heads = heads_of(self._identity(adapters), self._label, tokens)
+        return Saving(self.folder, self.kind, heads, seq, tokens, states)
 
     def write(self, saving: Saving) -> bool:
         """Writes the piece that `saving` has taken. False: it cannot be, and a line says why."""
@@ -142,9 +143,8 @@ class PromptStore:
 
     def _recalling(self, tokens: Tokens, adapters: str) -> Recalling:
         tokens = np.ascontiguousarray(tokens, np.int32)
-        return Recalling(
-            self.folder, self.kind, self._identity(adapters), self._label, tokens, self._io_engine, self._warn
-        )
+        heads = list(heads_of(self._identity(adapters), self._label, tokens[: _most(tokens)]))
+        return Recalling(self.folder, self.kind, heads, tokens, self._io_engine, self._warn)
 
     def _identity(self, adapters: str) -> bytes:
         if adapters not in self._identities:

@@ -132,7 +132,7 @@ class Share:
             pinned=given.pinned,
             stream=given.stream,
             bookkeeping=given.bookkeeping,
-            weights=self._beside - before.kv - before.compute - before.outputs - before.draft + given.resident,
+            weights=self._beside - before.beside_weights + given.resident,
         )
         self.neuron_slots = given.n_neuron_slots
         held = given.slots + given.pinned
@@ -169,8 +169,7 @@ class Share:
 
     def _kept(self) -> int:
         """Resident parts that count as weights and are part of the flash memory."""
-        memory = self.memory
-        return memory.weights + memory.kv + memory.compute + memory.outputs + memory.draft - self._beside
+        return self.memory.weights + self.memory.beside_weights - self._beside
 
     # what the controller asks
 
@@ -187,7 +186,7 @@ class Share:
 
     @property
     def certain(self) -> int:
-        return self._beside - self.memory.kv - self.memory.compute - self.memory.outputs - self.memory.draft
+        return self._beside - self.memory.beside_weights
 
     @property
     def decoding(self) -> bool:
