@@ -28,9 +28,9 @@ def test_a_copy_at_few_bits_drafts_for_its_model(tmp_path: Path) -> None:
     options = ("-p", "def main(argv):\n", "-n", "40", "--temp", "0", "--what", "all", "--json")
     plain, drafted = (json.loads(command("run", ARCEE, *options, "--draft", draft).stdout) for draft in ("off", copy))
     assert drafted["text"] == plain["text"]
-    # how many drafts pay depends on the machine
+    # how many tokens are drafted for a pass depends on the machine's speed, and so how many passes there are
     drafts = drafted["flash"]["drafts"]
-    assert drafts["source"] == "model" and drafts["passes"] > 20
+    assert drafts["source"] == "model" and 0 < drafts["passes"] <= 40
     assert drafted["flash"]["memory"]["draft"] > copy.stat().st_size > plain["flash"]["memory"]["draft"] == 0
 
 
