@@ -25,7 +25,7 @@ def asked(path: Path, folder: Path | bool, prompt: list[int], **options: Any) ->
     """An answer of a fresh process' Llama, and the tokens that came from the store."""
     with open_model(path, folder, **options) as llm:
         text, logits = answer(llm, prompt)
-        return text, logits, llm.flash.prompts.recalled if llm.flash.prompts else 0
+        return text, logits, llm.flash.prompts.stats.recalled if llm.flash.prompts else 0
 
 
 def assert_restored(path: Path, folder: Path, n: int = 2 * BLOCK, **options: Any) -> None:
@@ -89,7 +89,10 @@ def test_a_prompt_that_parts_is_read_up_to_there(model_file: ModelFile, folder: 
     with open_model(path, folder) as llm:  # and beyond what is in memory
         answer(llm, parted)
         text, restored = answer(llm, PROMPT)
-        assert llm.flash.prompts.recalled == 2 * BLOCK + (2 * BLOCK - 400)  # of which the first 400 were there
+        stats = llm.flash.stats().prompts
+        assert stats.recalled == 2 * BLOCK + (2 * BLOCK - 400)  # of which the first 400 were there
+        assert (stats.asked, stats.found) == (2, 2) and stats.folder == str(folder)
+        assert str(stats) in str(llm.flash.stats())
     assert text == asked(path, False, PROMPT)[0]
 
 

@@ -52,11 +52,11 @@ class Kept:
 
     def asked(self) -> tuple[list[int], int]:
         """An answer of an empty context, and how many tokens came from the folder."""
-        before = self.llm.flash.prompts.recalled
+        before = self.llm.flash.prompts.stats.recalled
         self.llm.reset()
         self.llm.input_ids[:] = 0
         text, _ = answer(self.llm, LONG, SHORT)
-        recalled = self.llm.flash.prompts.recalled - before
+        recalled = self.llm.flash.prompts.stats.recalled - before
         self.llm.flash.keeper.flush()  # or it would mend what is damaged next
         return text, recalled
 

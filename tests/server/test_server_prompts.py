@@ -12,7 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+from architectures import write
+from engines import tokens
+from lora import write_lora
 from serving import KEY, SERVE, Server, eventually, post, serving
 
 MODELS = Path(str(resources.files("llama_flash") / "models"))
@@ -31,7 +35,7 @@ def arguments(model: Path, folder: Path, *more: str) -> list[str | Path]:
     return [model, "-c", "2048", "--parallel", "2", "--api-key", KEY, "--prompt-cache-dir", folder, *more]
 
 
-def ask(server: Server, prompt: str, n: int = N, **more: Any) -> tuple[str, int]:
+def ask(server: Server, prompt: str | list[int], n: int = N, **more: Any) -> tuple[str, int]:
     """The answer, and how many tokens of the prompt were not computed."""
     status, said = post(server, "/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, **more})
     assert status == 200, said
@@ -57,6 +61,10 @@ def test_another_server_reads_what_this_one_has_computed(model: Path, tmp_path: 
         with serving(arguments(model, folder), tmp_path / "2.log", command=SERVE) as server:
             again, cached = ask(server, BEGIN + end)
             assert again == text and cached >= blocks * 256, server.text
+            told = {name.partition(" ")[0]: value for name, value in server.metrics().items()}
+            assert told["llama_flash_prompts_looked_up_total"] == told["llama_flash_prompts_found_total"] == 1
+            assert told["llama_flash_prompt_tokens_recalled_total"] == cached
+            assert str(tmp_path) not in server.get("/health")
     assert "Traceback" not in server.text
 
 
@@ -95,3 +103,37 @@ def test_nothing_is_kept_unless_asked_for(model: Path, tmp_path: Path) -> None:
     ) as server:
         ask(server, BEGIN)
     assert not (tmp_path / "cache" / "prompts").exists()
+
+
+@pytest.mark.parametrize(("name", "n_cached"), [("gemma3", 512), ("jamba", 512), ("mamba2", 512)])
+def test_windows_and_recurrent_states_come_back(name: str, n_cached: int, tmp_path: Path) -> None:
+    """gemma3's windows, mamba2's states and jamba's, beside cells: by the next server, with the same answer."""
+    path = tmp_path / f"{name}.gguf"
+    write(name, path)
+    trained = gguf.GGUFReader(path, "r+").fields[f"{name}.context_length"]
+    trained.parts[trained.data[0]][0] = 2048  # no server takes longer prompts than that
+    folder = tmp_path / "prompts"
+    prompt = tokens(600, seed=3)
+    answers = []
+    for i in range(2):
+        with serving(arguments(path, folder), tmp_path / f"{i}.log", command=SERVE) as server:
+            answers.append(ask(server, prompt))
+            assert server.stop() == 128 + signal.SIGTERM, server.text
+    (text, cached), (again, recalled) = answers
+    assert (cached, recalled) == (0, n_cached), server.text
+    assert again == text
+
+
+def test_what_an_adapter_has_computed_is_its_own(model: Path, tmp_path: Path) -> None:
+    adapter, folder = tmp_path / "adapter.gguf", tmp_path / "prompts"
+    write_lora(model, adapter, ["blk.0.attn_q.weight", "blk.1.attn_output.weight"])
+    with_adapter = arguments(model, folder, "--lora", adapter)
+    seen = []
+    for i, given in enumerate((arguments(model, folder), with_adapter, with_adapter, arguments(model, folder))):
+        with serving(given, tmp_path / f"{i}.log", command=SERVE) as server:
+            seen.append(ask(server, BEGIN + ENDS[0]))
+            server.stop()
+    (plain, _), (adapted, none), (adapted_again, found), (plain_again, found_plain) = seen
+    assert plain != adapted, "the adapter changes nothing"
+    assert none == 0 < min(found, found_plain)
+    assert (adapted_again, plain_again) == (adapted, plain)

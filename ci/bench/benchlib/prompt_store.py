@@ -221,7 +221,7 @@ def restore(model: str, folder: str, n: str) -> dict[str, Any]:
     began = time.perf_counter()
     next(llm.generate(tokens, temp=0.0))
     first = time.perf_counter() - began
-    assert llm.flash.prompts.recalled == size, llm.flash.prompts.recalled
+    assert llm.flash.prompts.stats.recalled == size, llm.flash.prompts.stats.recalled
     os._exit(_print({"restore": took[0], "first": first}))
 
 

@@ -102,6 +102,8 @@ def print_statistics(stats: FlashStats, title: str) -> None:
         stderr.print("reading ahead has stopped: tokens are faster without it")
     if stats.drafts.source != "off":
         stderr.print(str(stats.drafts))
+    if stats.prompts.folder:
+        stderr.print(str(stats.prompts))
     if stats.predictor != "none":
         stderr.print(f"predictor {stats.predictor}; neurons are of all layers")
     stderr.print(f"budget {format_size(stats.budget.total)} ({stats.budget.reason}): {stats.memory}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..budget.cores import explain_throttling
@@ -170,6 +170,27 @@ class DraftStats:
 
 
 @dataclass(frozen=True)
+class PromptStats:
+    """What a folder of prompts has brought (`prompt_cache`). Times in seconds."""
+
+    folder: str = ""  # where they are kept; "": nowhere
+    asked: int = 0  # prompts that were looked up
+    found: int = 0  # of these, those whose beginning was read
+    recalled: int = 0  # tokens that were read and not computed
+    written: int = 0  # bytes
+    recall_seconds: float = 0.0
+    write_seconds: float = 0.0  # of the thread that writes, beside the answers
+
+    def __str__(self) -> str:
+        if not self.folder:
+            return "prompt cache: off"
+        return (
+            f"prompt cache: {self.recalled} tokens of {self.found} of {self.asked} prompts read in "
+            f"{self.recall_seconds:.2f} s, {format_size(self.written)} written"
+        )
+
+
+@dataclass(frozen=True)
 class FlashStats:
     """State of one model's flash offload. `llm.flash.stats()` returns it.
 
@@ -195,6 +216,7 @@ class FlashStats:
     throttled: int = 0  # periods since the load in which a CPU quota has stopped the process
     throttled_seconds: float = 0.0  # for which it has, of all cores together
     drafts: DraftStats = field(default_factory=DraftStats)
+    prompts: PromptStats = field(default_factory=PromptStats)
 
     def active_neurons(self, counters: Counters) -> str:
         """Active neurons per token, and their share of all; "" where none were counted."""
@@ -218,6 +240,7 @@ class FlashStats:
             "throttled_seconds": self.throttled_seconds,
             "reads_ahead": self.reads_ahead,
             "drafts": self.drafts.as_dict(),
+            "prompts": asdict(self.prompts),
             **{name: getattr(self, name).as_dict() for name in ("total", "prompt", "decode", "last")},
         }
 
@@ -239,6 +262,8 @@ class FlashStats:
             )
         if self.drafts.source != "off":
             lines.append(str(self.drafts))
+        if self.prompts.folder:
+            lines.append(str(self.prompts))
         if self.throttled:
             lines.append(explain_throttling(self.throttled, self.throttled_seconds))
         return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..kept_files import cache_folder
 from ..model.gguf import GgufMeta
 from ..native import prompts as native
 from ..native.prompts import PromptKind, Tokens
+from ..observe.stats import PromptStats
 from .folder import Folder
 from .heads import BLOCK, heads_of
 from .identity import identity_of, label_of
@@ -78,7 +80,8 @@ class PromptStore:
         io_engine: str,
     ) -> None:
         self.folder, self.kind = folder, kind
-        self.recalled = self.stored = 0  # tokens, bytes
+        self._recalled = PromptStats(folder=str(folder.path))  # of those who use the context
+        self._written, self._write_seconds = 0, 0.0  # of the thread that writes
         self._limit, self._meta, self._params = limit, meta, context_params
         self._predictor, self._io_engine, self._label = predictor, io_engine, label_of(meta)
         self._identities: dict[str, bytes] = {}  # by adapters
@@ -89,8 +92,14 @@ class PromptStore:
         self._said: set[str] = set()
         self._identity("")  # while the files are those that were loaded
 
+    @property
+    def stats(self) -> PromptStats:
+        """Any thread may ask."""
+        return replace(self._recalled, written=self._written, write_seconds=self._write_seconds)
+
     def find(self, tokens: Tokens, n_past: int, adapters: str = "") -> int:
         """Tokens of the prompt that the folder seems to hold, more than n_past; else 0."""
+        self._recalled = replace(self._recalled, asked=self._recalled.asked + 1)
         return self._recalling(tokens, adapters).find(n_past) if _most(tokens) > n_past else 0
 
     def recall(self, context: Any, seq: int, tokens: Tokens, n_past: int, adapters: str = "") -> int:
@@ -100,8 +109,15 @@ class PromptStore:
         """
         if _most(tokens) <= n_past:
             return n_past
+        began = time.monotonic()
         n = self._recalling(tokens, adapters).run(context, seq, n_past)
-        self.recalled += max(0, n - n_past)
+        now = self._recalled
+        self._recalled = replace(
+            now,
+            found=now.found + (n > n_past),
+            recalled=now.recalled + max(0, n - n_past),
+            recall_seconds=now.recall_seconds + time.monotonic() - began,
+        )
         return n
 
     def saving(self, seq: int, tokens: Tokens, states: Mapping[int, bytes], adapters: str = "") -> Saving | None:
@@ -114,7 +130,7 @@ class PromptStore:
 
     def write(self, saving: Saving) -> bool:
         """Writes the piece that `saving` has taken. False: it cannot be, and a line says why."""
-        before = saving.written
+        before, began = saving.written, time.monotonic()
         try:
             if self._used is None or self._since_look > _LOOK_AFTER or self._used > self._limit:
                 self._used, self._since_look = self.folder.evict(self._limit, PIECE), 0
@@ -126,7 +142,8 @@ class PromptStore:
         written = saving.written - before
         self._used += written
         self._since_look += written
-        self.stored += written
+        self._written += written
+        self._write_seconds += time.monotonic() - began
         return True
 
     def snapshot(self, context: Any, seq: int, states: dict[int, bytes], n_tokens: int) -> None:

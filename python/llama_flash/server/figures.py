@@ -9,10 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["COUNTERS", "DRAFTS", "EVENTS", "GAUGES", "TEXTS", "TOKENS", "Tally", "public"]
+__all__ = ["COUNTERS", "DRAFTS", "EVENTS", "GAUGES", "PROMPTS", "TEXTS", "TOKENS", "Tally", "public"]
 
 EVENTS = ("shrink", "grow", "pressure", "short")  # FlashEvent.kind
-_COUNTED = ("total", "prompt", "decode", "drafts")
+_COUNTED = ("total", "prompt", "decode", "drafts", "prompts")
 
 # of the model that is loaded: name, help, key of FlashSession.describe
 GAUGES = (
@@ -39,6 +39,14 @@ DRAFTS = (
     ("accepted", "Of these, those that the model would have said.", "accepted"),
     ("draft_passes", "Passes that have continued texts, with a draft or without.", "passes"),
     ("draft_seconds", "Time spent on guessing.", "draft_seconds"),
+)
+# of the folder of prompts, of all loads: name, help, name in stats.PromptStats
+PROMPTS = (
+    ("prompts_looked_up", "Prompts looked for in the folder of prompts.", "asked"),
+    ("prompts_found", "Of these, those whose beginning was read.", "found"),
+    ("prompt_tokens_recalled", "Tokens of prompts that were read and not computed.", "recalled"),
+    ("prompt_recall_seconds", "Time spent on reading them.", "recall_seconds"),
+    ("prompt_written_bytes", "Bytes written to the folder of prompts.", "written"),
 )
 TOKENS = (("prompt", "prompt"), ("generated", "decode"))  # kind, part of FlashStats
 TEXTS = {
@@ -71,5 +79,9 @@ class Tally:
 
 
 def public(stats: dict[str, Any] | None) -> dict[str, Any] | None:
-    """FlashSession.describe without the path: health is told to everybody."""
-    return stats and {name: value for name, value in stats.items() if name != "path"}
+    """FlashSession.describe without paths: health is told to everybody."""
+    if not stats:
+        return stats
+    told = {name: value for name, value in stats.items() if name != "path"}
+    told["prompts"] = {name: value for name, value in stats["prompts"].items() if name != "folder"}
+    return told

@@ -15,7 +15,7 @@ from typing import Any
 from ..budget.cores import Throttling
 from ..session.session import FlashSession
 from ..version import version
-from .figures import COUNTERS, DRAFTS, EVENTS, GAUGES, TEXTS, TOKENS, Tally, public
+from .figures import COUNTERS, DRAFTS, EVENTS, GAUGES, PROMPTS, TEXTS, TOKENS, Tally, public
 
 __all__ = ["FlashPages"]
 
@@ -67,6 +67,8 @@ class FlashPages:
             yield _counter(name, text, [(model, tally.count("total", key, now))])
         for name, text, key in DRAFTS:
             yield _counter(name, text, [(model, tally.count("drafts", key, now))])
+        for name, text, key in PROMPTS:
+            yield _counter(name, text, [(model, tally.count("prompts", key, now))])
         kinds = [({**model, "kind": kind}, tally.count(part, "tokens", now)) for kind, part in TOKENS]
         yield _counter("tokens", TEXTS["tokens"], kinds)
         yield _counter("events", TEXTS["events"], [({**model, "kind": kind}, tally.events[kind]) for kind in EVENTS])

@@ -10,7 +10,7 @@ from ..budget.rooms import Breakdown, Budget
 from ..native.handle import Session
 from ..native.library import IO_ENGINES
 from ..observe.history import History
-from ..observe.stats import Counters, DraftStats, FlashStats
+from ..observe.stats import Counters, DraftStats, FlashStats, PromptStats
 from ..planning.placed import Plan
 
 __all__ = ["Account"]
@@ -37,6 +37,7 @@ class Account:
         self.predictor = "none"  # how active neurons are found
         self.history = History()  # of the last calls
         self.drafts: Callable[[], DraftStats] = DraftStats
+        self.prompts: Callable[[], PromptStats] = PromptStats
         self.history.reset(None)
         self._throttling = Throttling()
         self._progress = _Progress()
@@ -103,6 +104,7 @@ class Account:
             throttled=throttled,
             throttled_seconds=throttled_seconds,
             drafts=self.drafts(),
+            prompts=self.prompts(),
         )
 
     def finish(self, budget: Budget, memory: Breakdown, native: Session) -> None:

@@ -154,6 +154,7 @@ class FlashSession:
         self.prompts = self._load.open_prompts(context)
         if self.prompts is not None:
             self._load.summary += f"; prompts are kept in {self.prompts.folder.path}"
+            self.account.prompts = lambda store=self.prompts: store.stats  # type: ignore[misc]
         self.drafter = self._load.drafter(context)
         if self.drafter is not None:
             self.account.drafts = lambda drafter=self.drafter: drafter.stats  # type: ignore[misc]
