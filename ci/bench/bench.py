@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import against, drafts, latency, machine, many, neighbours, prompt_store, tables
+from benchlib import against, drafts, latency, machine, many, neighbours, prompt_store, prompt_writes, tables
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, FULL, HUGE, INFLATED, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
@@ -85,7 +85,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
         "alone: neighbours (a machine that is shared), many (clients at once), latency (of a first token), "
-        "drafts (beside none), prompt-store and prompt-turns (prompts seen before)"
+        "drafts (beside none), prompt-store, prompt-turns and prompt-writes (prompts seen before)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="with --cases drafts: of its cases")
@@ -247,6 +247,17 @@ def _measure_prompts(options: argparse.Namespace, console: Console) -> int:
     return code
 
 
+def _measure_writes(options: argparse.Namespace, console: Console) -> int:
+    found = prompt_writes.Result()
+
+    def run(say: Callable[[str], None]) -> None:
+        layers, repeats = (2, 1) if options.quick else (None, max(options.repeats, 5))
+        prompt_writes.measure(found, options.models, repeats, say, keep=options.keep_models, layers=layers)
+        console.print(prompt_writes.table(found))
+
+    return _in_turns(run, options, console, lambda: {"prompt_writes": found.to_json()})
+
+
 def _measure_drafts(options: argparse.Namespace, console: Console) -> int:
     found: list[drafts.Result] = []
 
@@ -314,6 +325,7 @@ _ALONE = {
     "drafts": _measure_drafts,
     "prompt-store": _measure_prompts,
     "prompt-turns": _measure_prompts,
+    "prompt-writes": _measure_writes,
 }
 
 
