@@ -112,7 +112,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="models of two layers or 1 GB, one run, no targets worth reading"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if unused := _unused(options):
+        parser.error(f"with --cases {options.cases}{' --against' * bool(options.against)}, {unused} has no effect")
+    return options
+
+
+def _unused(options: argparse.Namespace) -> str:
+    """Options that were given and that this kind of measurement does not look at."""
+    if options.cases in _ALONE:
+        used = {"neighbours": {"against"}, "latency": {"against"}, "drafts": {"only"}}.get(options.cases, set())
+    else:
+        used = {"against"} if options.against else {"naive", "tokens", "device_rate"}
+    special = ("only", "naive", "tokens", "against", "device_rate")
+    given = [name for name in special if getattr(options, name) and name not in used]
+    return ", ".join("--" + name.replace("_", "-") for name in given)
 
 
 def _chosen(names: str) -> list[Case]:
