@@ -24,7 +24,7 @@ from typing import Any
 from rich.table import Table
 
 from benchlib import machine, many
-from benchlib.models import DENSE_REAL, MOE_REAL, InflatedModel, _code
+from benchlib.models import DENSE_REAL, MOE_REAL, RELU_Q8, BenchModel, InflatedModel, _code
 from benchlib.turns import BuildError
 
 _CHILD = Path(__file__).with_name("draft_child.py")
@@ -44,7 +44,7 @@ class DraftCase:
     """A model, what it is asked, and where the guesses come from."""
 
     name: str
-    model: InflatedModel
+    model: BenchModel
     draft: str  # as in FlashOffload; a name without a folder: of a shipped model
     requests: Callable[[], list[dict[str, Any]]]
     least: float  # times the speed without drafts
@@ -118,6 +118,11 @@ def _prose() -> list[dict[str, Any]]:
     ]
 
 
+def _anything() -> list[dict[str, Any]]:
+    """For a model of random weights, whose sampled text is as random: no guess is right but by chance."""
+    return [_request(text, temperature=1.0, seed=seed) for seed, text in enumerate(("a b c d e f", "1 2 3 4", "x"), 5)]
+
+
 def _code_requests() -> list[dict[str, Any]]:
     return [_request(prompt) for prompt in _code()[:3]]
 
@@ -128,6 +133,7 @@ CASES = (
     DraftCase("dense-summaries", DENSE_REAL, "ngram", _summaries, 1.0),
     DraftCase("dense-prose", DENSE_REAL, "ngram", _prose, 0.97),
     DraftCase("moe-code", MOE_REAL, "ngram", _code_requests, 0.97, tokens=64),
+    DraftCase("relu", RELU_Q8, "ngram", _anything, 0.97, tokens=48),
 )
 
 
