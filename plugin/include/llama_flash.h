@@ -40,7 +40,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 8
+#define LLAMA_FLASH_API_VERSION 9
 
 // how far llama_flash_session_reuse looks back, in tokens
 #define LLAMA_FLASH_REUSE_TOKENS 256
@@ -439,6 +439,21 @@ struct llama_flash_prompt_kind {
 };
 
 LLAMA_FLASH_API int32_t llama_flash_prompt_kind_of(struct llama_context * ctx, int32_t seq, struct llama_flash_prompt_kind * out, struct llama_flash_error * err);
+
+// Memory of K or V of one layer, of all sequences.
+struct llama_flash_area {
+    uint64_t address;
+    uint64_t size;    // bytes
+    uint32_t at_once; // a sequence's first token touches all of its part, if that has no more cells than a page has elements
+    uint32_t reserved;
+};
+
+// All memory that the context keeps for sequences, valid as long as the context: the first n areas, and how many there are. Fails with
+// LLAMA_FLASH_E_INVALID where some of it is of another kind (recurrent), or not the host's.
+LLAMA_FLASH_API int32_t llama_flash_kv_areas(const struct llama_context * ctx, struct llama_flash_area * areas, uint32_t n, uint32_t * n_areas, struct llama_flash_error * err);
+
+// Bytes of these areas that are in memory: pages that nobody has touched are not. Areas may be gone. May be called by any thread.
+LLAMA_FLASH_API uint64_t llama_flash_touched(const struct llama_flash_area * areas, uint32_t n);
 
 // Copies `size` bytes at `offset` of the state of positions [p0, p1) of the sequence to `to`, in the order of files. window: of its
 // window. *total: bytes of all of it. *sum: of the checksum, where offset is a multiple of 64 KiB and `size` is one, or ends the state.

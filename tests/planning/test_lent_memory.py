@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
+from conftest import ModelFile
 
 from llama_flash.budget.rooms import MACHINE, Breakdown, Budget
 from llama_flash.model.shape import ContextShape
+from llama_flash.native.caches import AtOnce
 from llama_flash.planning import lent
 from llama_flash.planning.lent import Growth, few_tokens, lent_of
 
@@ -71,3 +75,30 @@ def test_a_pass_with_a_token_of_each_sequence_generates(small_pages: Path) -> No
     shape = ContextShape(n_ctx=32 * 256, n_ubatch=512, n_outputs=32, n_sequences=32)
     graphs = 48 * MiB * 32 // 512 + 16 * MiB  # each token of such a pass has logits
     assert Growth(memory, shape).soon(0.0) == graphs + 16 * MiB * 8 // (32 * 256)
+
+
+def test_caches_that_were_touched_are_not_left_room_for_again(small_pages: Path, model_file: ModelFile) -> None:
+    llm = llama_cpp.Llama(str(model_file("llama")), n_ctx=256, flash_offload=True, verbose=False)
+    try:
+        at_once = AtOnce.of(llm._ctx.ctx)
+        assert at_once is not None and at_once.bytes > 0
+        memory = Breakdown(kv=2 * at_once.bytes, compute=64 * MiB)
+        shape = ContextShape(n_ctx=4 * 256, n_ubatch=512, n_sequences=4)
+        rest = 64 * MiB * 16 // 512 + memory.kv * 8 // 1024
+        assert Growth(memory, shape).soon(0.0) == rest + memory.kv, "not known"
+        grows = Growth(memory, shape, at_once)
+        assert at_once.untouched() > 0.9 * at_once.bytes  # a neighbour's page may be its first
+        assert grows.soon(0.0) == rest + at_once.untouched()
+        llm.eval([1])
+        assert at_once.untouched() == 0 and grows.soon(0.0) == rest
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_of_a_cache_without_rows_a_token_touches_its_own_cells(flash_attn: bool, model_file: ModelFile) -> None:
+    with contextlib.closing(
+        llama_cpp.Llama(str(model_file("llama")), n_ctx=256, flash_attn=flash_attn, verbose=False)
+    ) as llm:
+        at_once = AtOnce.of(llm._ctx.ctx)
+        assert at_once is not None and (at_once.bytes == 0) == flash_attn

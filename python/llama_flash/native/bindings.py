@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 8
+LLAMA_FLASH_API_VERSION = 9
 LLAMA_FLASH_REUSE_TOKENS = 256
 LLAMA_FLASH_PROMPT_HEAD = 4096
 
@@ -472,6 +472,22 @@ class llama_flash_prompt_kind(ctypes.Structure):
     window_bytes: int  # of one token of the window; the same
 
 
+class llama_flash_area(ctypes.Structure):
+    """Memory of K or V of one layer, of all sequences.."""
+
+    _fields_: ClassVar = [
+        ("address", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("at_once", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+    address: int
+    size: int  # bytes
+    at_once: int  # a sequence's first token touches all of its part, if that has no more cells than a page has elements
+    reserved: int
+
+
 class llama_flash_prompt_block(ctypes.Structure):
     _fields_: ClassVar = [
         ("fd", ctypes.c_int32),
@@ -501,6 +517,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_probe,
     llama_flash_weight_use,
     llama_flash_prompt_kind,
+    llama_flash_area,
     llama_flash_prompt_block,
 )
 
@@ -695,6 +712,17 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.POINTER(llama_flash_error),
         ],
     ),
+    "llama_flash_kv_areas": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(llama_flash_area),
+            ctypes.c_uint32,
+            ctypes.POINTER(ctypes.c_uint32),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_touched": (ctypes.c_uint64, [ctypes.POINTER(llama_flash_area), ctypes.c_uint32]),
     "llama_flash_prompt_take": (
         ctypes.c_int32,
         [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..budget.rooms import MACHINE, Breakdown, Budget, reserve_of
 from ..model.shape import ContextShape
+from ..native.caches import AtOnce
 
 __all__ = ["FEW_TOKENS", "Growth", "few_tokens", "lent_of"]
 
@@ -31,9 +32,10 @@ class Growth:
     Args:
         memory: as planned.
         shape: of the context.
+        at_once: what the first token of a sequence touches at once; None: not known, or there is no context yet.
     """
 
-    def __init__(self, memory: Breakdown, shape: ContextShape) -> None:
+    def __init__(self, memory: Breakdown, shape: ContextShape, at_once: AtOnce | None = None) -> None:
         self._n_ctx = shape.n_ctx
         self._cells = memory.kv + memory.outputs
         self._most = memory.compute + self._cells
@@ -42,10 +44,11 @@ class Growth:
         self._graphs = (memory.compute - logits) * few // shape.n_ubatch
         self._graphs += logits * min(few, shape.n_outputs) // shape.n_outputs
         cells = max(1, shape.n_ctx // shape.n_sequences)  # of each sequence
+        self._at_once, self._caches = at_once, 0
         if not shape.flash_attn and cells > _PAGE_CELLS:  # all rows reach their next page with the same token
-            self._graphs += memory.kv * _PAGE_CELLS // cells
+            self._caches = memory.kv * _PAGE_CELLS // cells
         elif shape.n_sequences > 1:  # one that begins touches all pages of its V cache, and more may begin at once
-            self._graphs += memory.kv
+            self._caches = memory.kv
         if shape.aside:  # a prompt that is brought back, or put there, touches its memory at once
             self._graphs += self._cells
         self._huge_pages = b"[always]" in _read(_HUGE_PAGES)  # one token touches a huge page of each layer
@@ -67,7 +70,10 @@ class Growth:
         if self._huge_pages:
             return self._most
         expected = max(_LEAST_TOKENS, int(self._rate * _SECONDS))
-        return min(self._most, self._graphs + self._cells * min(expected, self._n_ctx) // self._n_ctx)
+        caches = self._caches
+        if caches and self._at_once is not None:  # what has been touched counts with what there is
+            caches = min(caches, self._at_once.untouched())
+        return min(self._most, self._graphs + caches + self._cells * min(expected, self._n_ctx) // self._n_ctx)
 
 
 def lent_of(memory: Breakdown, shape: ContextShape, budget: Budget, reserve: int | str | None) -> int:

@@ -14,6 +14,7 @@ from ..budget.held import granted
 from ..budget.rooms import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from ..errors import FlashError
 from ..model.shape import ContextShape
+from ..native.caches import AtOnce
 from ..native.calls import discard_compute
 from ..native.handle import Session
 from ..native.params import Requirements
@@ -79,7 +80,7 @@ class Share:
             FlashReadError: filling pinned panels failed.
         """
         assert self.native is not None
-        self._context, self._growth = context, Growth(self.memory, shape)
+        self._context, self._growth = context, Growth(self.memory, shape, AtOnce.of(context))
         if needs.n_experts > 0:  # moving panels costs more than a few of them more would save
             self._few = few_tokens(shape.n_sequences)
         self._beside = self.memory.fixed - self.memory.interpreter
