@@ -277,7 +277,7 @@ class FlashSession:
     @property
     def memory(self) -> Breakdown:
         """Where the budget goes, as it is now."""
-        return self.share.memory
+        return self.share.told
 
     # for users
 

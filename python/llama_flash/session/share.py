@@ -81,8 +81,7 @@ class Share:
         """
         assert self.native is not None
         self._context, self._growth = context, Growth(self.memory, shape, AtOnce.of(context))
-        if needs.n_experts > 0:  # moving panels costs more than a few of them more would save
-            self._few = few_tokens(shape.n_sequences)
+        self._few = few_tokens(shape.n_sequences)
         self._beside = self.memory.fixed - self.memory.interpreter
         self._granted, self._most = min(n_bytes, needs.max_memory), needs.max_memory
         self.native.set_memory(self._granted)
@@ -139,6 +138,19 @@ class Share:
         held = given.slots + given.pinned
         if abs(held - self._settled_bytes) > _MOVED * held:
             self.settled, self._settled_bytes = time.monotonic(), held
+
+    @property
+    def told(self) -> Breakdown:
+        """`memory`, of which less than nothing is left for the interpreter where parts of a model are lent to flash:
+        these parts are told as they are in use."""
+        memory = self.memory
+        lent = {}
+        missing = -memory.interpreter
+        for part in ("compute", "kv", "outputs"):
+            if missing > 0:
+                lent[part] = max(0, getattr(memory, part) - missing)
+                missing -= getattr(memory, part) - lent[part]
+        return replace(memory, interpreter=0, **lent) if lent else memory
 
     def set_budget(self, dram_budget: int | str, model_bytes: int) -> None:
         """See FlashSession.set_budget."""
@@ -268,5 +280,5 @@ class Share:
         flash = {"granted": self._granted, "least": self._least, "most": self._most}
         native = self.native
         with contextlib.nullcontext() if native is None else native.using():
-            stats = self._account.stats(self.budget, self.memory, native)
+            stats = self._account.stats(self.budget, self.told, native)
         return {"path": os.path.abspath(self.path), **flash, **stats.as_dict()}
