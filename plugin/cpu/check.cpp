@@ -7,9 +7,9 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 
-#ifdef __x86_64__
+#include "instruction_sets.h"
 
-#    include "instruction_sets.h"
+#if defined(__x86_64__)
 
 #    include <cpuid.h>
 
@@ -32,19 +32,31 @@ static bool has(unsigned leaf, unsigned subleaf, cpuid_register reg, int bit, ui
     return (registers[reg] >> bit & 1) && (saved_states() & state) == state;
 }
 
+#elif defined(__aarch64__)
+
+#    include <sys/auxv.h>
+
+static bool has(hwcap_word word, int bit) {
+    return getauxval(word) >> bit & 1;
+}
+
+#endif
+
+#ifdef LLAMA_FLASH_INSTRUCTION_SETS
+
 static size_t list(char * text, size_t size, bool missing_only) {
     size_t length = 0, index = 0;
     if (size) {
         text[0] = 0;
     }
-    auto entry = [&](const char * name, unsigned leaf, unsigned subleaf, cpuid_register reg, int bit, uint64_t state) {
-        if (!llama_flash_cpu_needs[index++] || (missing_only && has(leaf, subleaf, reg, bit, state))) {
+    auto entry = [&](const char * name, auto... where) {
+        if (!llama_flash_cpu_needs[index++] || (missing_only && has(where...))) {
             return;
         }
         const bool fits = length < size;
         length += (size_t) snprintf(fits ? text + length : nullptr, fits ? size - length : 0, length ? ", %s" : "%s", name);
     };
-#    define ENTRY(name, macro, leaf, subleaf, reg, bit, state) entry(name, leaf, subleaf, reg, bit, state);
+#    define ENTRY(name, macro, ...) entry(name, __VA_ARGS__);
     LLAMA_FLASH_INSTRUCTION_SETS(ENTRY)
     return length;
 }

@@ -1,10 +1,14 @@
-// x86-64 instruction sets by the compiler's macro, and where CPUID and XCR0 say that CPU and operating system have them
-// (Intel SDM, volume 2, CPUID; volume 1, 13.1). What compilers never use of their own accord is left out.
+// Instruction sets by the compiler's macro, and where it is told that CPU and operating system have them. What compilers never use of
+// their own accord is left out.
 #pragma once
 
 #include <cstdint>
 
 // clang-format off: a table, one set on a line
+
+#if defined(__x86_64__)
+
+// x86-64: CPUID and XCR0 tell (Intel SDM, volume 2, CPUID; volume 1, 13.1)
 
 enum cpuid_register { EAX, EBX, ECX, EDX };
 
@@ -44,6 +48,38 @@ constexpr uint64_t NO_STATE = 0, YMM = 0x6, ZMM = 0xe6, TILES = 0x60006; // bits
     X("AMX-TILE",           __AMX_TILE__,           0x7,        0, EDX, 24, TILES)    \
     X("AMX-INT8",           __AMX_INT8__,           0x7,        0, EDX, 25, TILES)    \
     X("AMX-BF16",           __AMX_BF16__,           0x7,        0, EDX, 22, TILES)
+
+#elif defined(__aarch64__)
+
+// aarch64: the kernel tells (Linux, Documentation/arch/arm64/elf_hwcaps.rst). Numbers, since older headers lack names.
+
+enum hwcap_word { HWCAP = 16, HWCAP2 = 26 }; // as getauxval() calls them
+
+//    name, macro, word, bit
+#define LLAMA_FLASH_INSTRUCTION_SETS(X)                                       \
+    X("AES",                __ARM_FEATURE_AES,                    HWCAP,  3)  \
+    X("SHA2",               __ARM_FEATURE_SHA2,                   HWCAP,  6)  \
+    X("CRC32",              __ARM_FEATURE_CRC32,                  HWCAP,  7)  \
+    X("LSE",                __ARM_FEATURE_ATOMICS,                HWCAP,  8)  \
+    X("RDM",                __ARM_FEATURE_QRDMX,                  HWCAP,  12) \
+    X("FP16",               __ARM_FEATURE_FP16_VECTOR_ARITHMETIC, HWCAP,  10) \
+    X("JSCVT",              __ARM_FEATURE_JCVT,                   HWCAP,  13) \
+    X("FCMA",               __ARM_FEATURE_COMPLEX,                HWCAP,  14) \
+    X("LRCPC",              __ARM_FEATURE_RCPC,                   HWCAP,  15) \
+    X("SHA3",               __ARM_FEATURE_SHA3,                   HWCAP,  17) \
+    X("SHA512",             __ARM_FEATURE_SHA512,                 HWCAP,  21) \
+    X("DOTPROD",            __ARM_FEATURE_DOTPROD,                HWCAP,  20) \
+    X("FP16FML",            __ARM_FEATURE_FP16_FML,               HWCAP,  23) \
+    X("FRINT",              __ARM_FEATURE_FRINT,                  HWCAP2, 8)  \
+    X("I8MM",               __ARM_FEATURE_MATMUL_INT8,            HWCAP2, 13) \
+    X("BF16",               __ARM_FEATURE_BF16_VECTOR_ARITHMETIC, HWCAP2, 14) \
+    X("SVE",                __ARM_FEATURE_SVE,                    HWCAP,  22) \
+    X("SVE-I8MM",           __ARM_FEATURE_SVE_MATMUL_INT8,        HWCAP2, 9)  \
+    X("SVE-BF16",           __ARM_FEATURE_SVE_BF16,               HWCAP2, 12) \
+    X("SVE2",               __ARM_FEATURE_SVE2,                   HWCAP2, 1)  \
+    X("SME",                __ARM_FEATURE_SME,                    HWCAP2, 23)
+
+#endif
 
 // clang-format on
 

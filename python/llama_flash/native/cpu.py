@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from pathlib import Path
 
 from ..errors import FlashCpuError
@@ -15,12 +16,18 @@ from ..errors import FlashCpuError
 __all__ = ["check", "needed"]
 
 
+# what the portable wheel needs, by machine (ci/engine/CMakeLists.txt)
+_PORTABLE = {"x86_64": "AVX2, FMA, F16C and BMI2", "aarch64": "LSE, RDM and DOTPROD (Armv8.2)"}
+
+
 def check(folder: Path) -> None:
     """Raises FlashCpuError if the libraries in `folder` (or in LLAMA_CPP_LIB_PATH) need what this CPU does not have."""
     if missing := _names("llama_flash_cpu_missing", folder):
+        portable = _PORTABLE.get(platform.machine())
+        instead = f", or where there are {portable} install the portable wheel (`make wheel`)" if portable else ""
         raise FlashCpuError(
-            f"this CPU has no {missing}, for which this llama_cpp was compiled: build it on this machine "
-            "(`make build`), or where there are AVX2, FMA, F16C and BMI2 install the portable wheel (`make wheel`)"
+            f"this CPU has no {missing}, for which this llama_cpp was compiled: "
+            f"build it on this machine (`make build`){instead}"
         )
 
 
