@@ -9,9 +9,10 @@
 namespace {
 
 memory_needs some_needs(random_source & random) {
-    memory_needs n;
-    n.tables = random.below(1 << 20);
-    n.rows   = random.chance(30) ? random.below(1 << 20) : 0;
+    memory_needs   n;
+    const uint64_t page = FLASH_SECTOR << random.below(5); // of the kernel
+    n.tables            = random.below(1 << 20);
+    n.rows              = random.chance(30) ? random.below(1 << 20) : 0;
     for (uint64_t k = random.chance(60) ? 1 + random.below(3) : 0; k > 0; k--) {
         const uint32_t slot = (uint32_t) (1 + random.below(500)) * 4096;
         n.classes.push_back({ (uint32_t) (1 + random.below(400)), 1, slot });
@@ -21,6 +22,7 @@ memory_needs some_needs(random_source & random) {
     for (uint64_t k = random.below(20); k > 0; k--) {
         panel_needs p; // or a tensor of experts, which has none
         if (random.chance(70)) {
+            p.page        = page;
             p.offset      = random.below(1 << 30);
             p.panels      = (uint32_t) (1 + random.below(50));
             p.panel_bytes = 1 + random.below(random.chance(50) ? 1 << 22 : 1 << 14);
@@ -36,6 +38,7 @@ memory_needs some_needs(random_source & random) {
         uint64_t   longest  = 0;
         for (uint64_t k = 1 + random.below(12); k > 0; k--) {
             bundle_needs b;
+            b.page         = page;
             b.record_bytes = 64 * (1 + random.below(200));
             b.neurons      = (uint32_t) (1 + random.below(4000));
             b.pinnable     = pinnable;

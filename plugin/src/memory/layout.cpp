@@ -1,6 +1,5 @@
 #include "memory/layout.h"
 
-#include "base/sector.h"
 #include "memory/mapping.h"
 
 #include <algorithm>
@@ -11,8 +10,12 @@ constexpr uint64_t NEURONS_PART  = 4;             // of what is left beside the 
 
 // needs
 
+static uint64_t whole_pages(uint64_t bytes, uint64_t page) {
+    return (bytes + page - 1) / page * page;
+}
+
 uint64_t panel_needs::home_bytes(uint32_t n) const {
-    return n == 0 ? 0 : flash_sector_ceil(offset + std::min(bytes, n * panel_bytes)) - flash_sector_floor(offset);
+    return n == 0 ? 0 : whole_pages(flash_sector_ceil(offset + std::min(bytes, n * panel_bytes)) - flash_sector_floor(offset), page);
 }
 
 uint64_t panel_needs::span() const {
@@ -24,7 +27,7 @@ uint64_t panel_needs::span() const {
 }
 
 uint64_t bundle_needs::home_bytes(uint32_t n) const {
-    return n == 0 ? 0 : n * record_bytes + 2 * FLASH_SECTOR;
+    return n == 0 ? 0 : whole_pages(n * record_bytes + 2 * FLASH_SECTOR, page);
 }
 
 uint64_t memory_needs::n_neurons() const {
@@ -82,10 +85,13 @@ uint64_t memory_needs::minimum() const {
 }
 
 uint64_t memory_needs::maximum() const {
-    uint64_t sum      = minimum() + MAPPING_PAGES + panels.size() * 2 * FLASH_SECTOR + other_bytes();
+    uint64_t sum      = minimum() + MAPPING_PAGES + other_bytes();
     bool     pinnable = true;
+    for (const auto & p : panels) {
+        sum += 2 * p.page;
+    }
     for (const auto & b : bundles) {
-        sum += std::max(b.neurons * b.record_bytes, b.neurons * (neuron_slot + SLOT_ENTRY)) + 4 * FLASH_SECTOR;
+        sum += std::max(b.neurons * b.record_bytes, b.neurons * (neuron_slot + SLOT_ENTRY)) + 2 * FLASH_SECTOR + 2 * b.page;
         pinnable = pinnable && b.pinnable;
     }
     return pinnable ? sum : sum + neuron_ring_most(*this, UINT64_MAX);
@@ -158,7 +164,7 @@ static uint64_t pin_panels(const memory_needs & n, uint64_t room, memory_layout 
     uint64_t span    = 0;
     uint64_t sectors = 0;
     for (const auto & p : n.panels) {
-        span += p.span();
+        span += p.span() + p.page - FLASH_SECTOR;
         sectors += p.panels * FLASH_SECTOR;
     }
     const double share = room >= span ? 1.0 : (double) room / (double) (span + sectors);

@@ -13,6 +13,7 @@
 // All else follows from the bytes alone: however a session came to them, it has the same layout, that of divide().
 #pragma once
 
+#include "base/sector.h"
 #include "llama_flash.h"
 
 #include <cstdint>
@@ -31,8 +32,9 @@ struct panel_needs {
     uint64_t bytes       = 0;
     uint64_t panel_bytes = 0; // of each but the last
     uint32_t panels      = 0;
+    uint64_t page        = FLASH_SECTOR; // of memory: a multiple of a sector
 
-    // bytes at the begin of the matrix' home that its first n panels use
+    // bytes at the begin of the matrix' home that its first n panels use, in whole pages
     uint64_t home_bytes(uint32_t n) const;
 
     // of all panels, each in whole sectors
@@ -52,8 +54,9 @@ struct bundle_needs {
     uint64_t resident     = 0; // bytes of the parts that the mode keeps
     uint32_t neurons      = 0;
     bool     pinnable     = false;
+    uint64_t page         = FLASH_SECTOR; // of memory: a multiple of a sector
 
-    // of records [0, n) at their home; the sectors at both ends are read with them
+    // of records [0, n) at their home, in whole pages; the sectors at both ends are read with them
     uint64_t home_bytes(uint32_t n) const;
 };
 

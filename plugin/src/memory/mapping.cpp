@@ -5,6 +5,11 @@
 #include <unistd.h>
 #include <utility>
 
+size_t page_bytes() {
+    static const size_t bytes = (size_t) sysconf(_SC_PAGESIZE);
+    return bytes;
+}
+
 mapping::~mapping() {
     if (data) {
         munmap(data, bytes);
@@ -40,7 +45,9 @@ mapping mapping::allocate(size_t bytes) {
     mapping m = map_pages(bytes, PROT_READ | PROT_WRITE);
     if (m.data) {
         madvise(m.data, bytes, MADV_DONTFORK); // reads may be under way into it, and a child has no use for it
-        if (bytes >= HUGE_PAGE) {
+        if (!has_huge_pages(page_bytes())) {
+            m.in_small_pages();
+        } else if (bytes >= HUGE_PAGE) {
             madvise(m.data, bytes, MADV_HUGEPAGE); // a wish: small pages do as well
         }
     }
@@ -55,25 +62,28 @@ mapping mapping::allocate(size_t most, size_t least) {
 mapping mapping::home(size_t most, size_t least) {
     mapping m = allocate(most, least);
     if (m.data) {
-        madvise(m.data, m.bytes, MADV_NOHUGEPAGE);
-        m.page = (size_t) sysconf(_SC_PAGESIZE);
+        m.in_small_pages();
     }
     return m;
+}
+
+void mapping::in_small_pages() {
+    madvise(data, bytes, MADV_NOHUGEPAGE);
+    page = page_bytes();
 }
 
 void mapping::populate(uint8_t * begin, uint8_t * end) {
 #ifndef MADV_POPULATE_WRITE // Linux 5.14
     constexpr int MADV_POPULATE_WRITE = 23;
 #endif
-    const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
-    const uintptr_t first = (uintptr_t) begin & ~(page - 1);
+    const uintptr_t first = (uintptr_t) begin & ~((uintptr_t) page_bytes() - 1);
     madvise((void *) first, (uintptr_t) end - first, MADV_POPULATE_WRITE);
 }
 
 void mapping::prefer_huge_pages(uint8_t * begin, uint8_t * end, bool huge) {
     const uintptr_t first = ((uintptr_t) begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     const uintptr_t last  = (uintptr_t) end / HUGE_PAGE * HUGE_PAGE;
-    if (first < last) {
+    if (first < last && has_huge_pages(page_bytes())) {
         madvise((void *) first, last - first, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     }
 }

@@ -4,7 +4,17 @@
 #include <cstddef>
 #include <cstdint>
 
+// What memory is divided by where huge pages are of this size; elsewhere they are not asked for. A multiple of every page.
 constexpr size_t HUGE_PAGE = 2u << 20;
+
+// bytes of a page of this kernel: 4, 16 or 64 KiB
+size_t page_bytes();
+
+// Whether a kernel with pages of so many bytes has huge ones of HUGE_PAGE. One has as many pages as a page has entries of 8 bytes: with
+// pages of 16 and 64 KiB it has 32 and 512 MiB, and a budget cannot be kept with memory that comes in such pieces.
+constexpr bool has_huge_pages(size_t page) {
+    return page * (page / 8) == HUGE_PAGE;
+}
 
 // A range of reserved or committed addresses.
 class mapping {
@@ -15,7 +25,7 @@ class mapping {
     mapping & operator=(mapping && other) noexcept;
 
     static mapping reserve(size_t bytes);  // address space only
-    static mapping allocate(size_t bytes); // memory on first touch, in huge pages where the kernel gives them
+    static mapping allocate(size_t bytes); // memory on first touch, in huge pages where the kernel has them of HUGE_PAGE
 
     // allocate(most): addresses for all that may ever be wanted; where the kernel refuses so many, allocate(least)
     static mapping allocate(size_t most, size_t least);
@@ -35,4 +45,7 @@ class mapping {
     uint8_t * data  = nullptr;
     size_t    bytes = 0;
     size_t    page  = HUGE_PAGE; // that the kernel may give at once
+
+  private:
+    void in_small_pages();
 };

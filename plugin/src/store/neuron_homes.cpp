@@ -45,6 +45,7 @@ static bundle_needs needs_of(const flash_bundle & b) {
     n.record_bytes = b.record_bytes;
     n.neurons      = b.n_neurons;
     n.pinnable     = !b.split;
+    n.page         = page_bytes();
     for (const auto & p : b.parts) {
         n.resident += p.present && !p.cached ? p.row_bytes * b.n_neurons : 0;
     }

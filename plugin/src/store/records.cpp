@@ -101,7 +101,7 @@ void record_table::note_needs(memory_needs & n) const {
             n.largest_expert = std::max<uint64_t>(n.largest_expert, c.slot_bytes);
             continue;
         }
-        n.panels[t.number] = { t.offset, ggml_nbytes(&t.weight), records[t.first_record].bytes, t.n_records };
+        n.panels[t.number] = { t.offset, ggml_nbytes(&t.weight), records[t.first_record].bytes, t.n_records, page_bytes() };
         n.panel_bytes += n.panels[t.number].bytes;
         for (uint32_t k = t.first_record; k < t.first_record + t.n_records; k++) {
             n.largest_panel = std::max(n.largest_panel, records[k].span());

@@ -293,6 +293,8 @@ def _overcommit() -> Finding:
 
 
 def _huge_pages() -> Finding:
+    if mmap.PAGESIZE != 4096:  # a large one has as many of these as fit: 32 MiB and more
+        return Finding("large pages", "ok", f"slots are in this kernel's pages of {mmap.PAGESIZE >> 10} KiB")
     match = re.search(r"\[(\w+)\]", _text(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
     mode = match[1] if match else "not told"
     effect = "slots are in large pages" if mode in ("always", "madvise") else "slots are in small pages, hardly slower"

@@ -6,6 +6,7 @@ file and says what it needs. Both are the code that runs at load, so that a plan
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from .placed import Plan
 
 __all__ = ["EngineSizes", "FlashNeeds", "check_model", "engine_sizes"]
 
-_MALLOC_PAGE = 4096  # of a larger block only the page with its head is touched
+_MALLOC_PAGE = mmap.PAGESIZE  # of a larger block only the page with its head is touched
 _CHECKED_CTX = 512  # tokens of the context that a check makes
 _F32 = 0  # GGML_TYPE_F32
 

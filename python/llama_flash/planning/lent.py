@@ -6,6 +6,7 @@ What of them is not in use while a token at a time is computed is lent to flash,
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 from ..budget.rooms import MACHINE, Breakdown, Budget, reserve_of
@@ -17,7 +18,7 @@ __all__ = ["FEW_TOKENS", "Growth", "few_tokens", "lent_of"]
 FEW_TOKENS = 16  # drafts, and batches of a caller: computed at once at most, while the rest of the buffers is lent
 _LEAST_TOKENS = 8  # that are expected from one look of the controller to the next
 _SECONDS = 2.0  # twice the time between two looks, if nothing calls for one sooner
-_PAGE_CELLS = 2048  # of one row of a V cache that lies across its rows: F16, 4 KiB a page
+_PAGE_CELLS = mmap.PAGESIZE // 2  # of one row of a V cache that lies across its rows: F16
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
