@@ -1,7 +1,7 @@
 # Everything there is to do, from a clean clone: `make` lists it.
 
 .DEFAULT_GOAL := help
-.PHONY: help build ui wheel test test-full lint format sanitize bench reproduce demo bindings reference patch-apply patch-rebase patch-export clean
+.PHONY: help build ui wheel test-boards test test-full lint format sanitize bench reproduce demo bindings reference patch-apply patch-rebase patch-export clean
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -18,8 +18,11 @@ ui: build  ## the page of `llama-flash serve` for chats, from the engine's sourc
 	@$(BIN)/python $(ENGINE)/ui.py
 	@$(PYTHON) $(ENGINE)/build.py
 
-wheel:  ## dist/: a wheel for every x86-64 CPU with AVX2, not only for this one
-	@$(PYTHON) $(ENGINE)/wheel.py
+wheel:  ## dist/: a manylinux wheel for every x86-64 CPU with AVX2, not only for this one (ARCH=aarch64: for boards)
+	@$(PYTHON) $(ENGINE)/wheel.py $(if $(ARCH),--arch $(ARCH))
+
+test-boards:  ## the wheel for aarch64 and the plugin's tests on it, by qemu-user (10 minutes; says what it needs)
+	@$(PYTHON) $(ENGINE)/emulate.py
 
 # two at once: half of the time is programs that start. What is left of one queue is taken from the other
 JOBS ?= 2

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,7 +123,9 @@ def make_venv() -> None:
     )
 
 
-def pip(title: str, log: str, *args: str | Path, progress_pattern: str | None = None) -> None:
+def pip(
+    title: str, log: str, *args: str | Path, progress_pattern: str | None = None, env: Mapping[str, str] | None = None
+) -> None:
     run_logged(
         title,
         [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input", *args],
@@ -131,7 +133,7 @@ def pip(title: str, log: str, *args: str | Path, progress_pattern: str | None = 
         explain=explain,
         progress_pattern=progress_pattern,
         # cmake and ninja of .venv
-        env={"PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"},
+        env={"PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}", **(env or {})},
     )
 
 
@@ -150,7 +152,7 @@ def lay_out_engine() -> None:
         sys.exit(1)
 
 
-def build_wheel(dist: Path, build_folder: Path, *settings: str) -> Path:
+def build_wheel(dist: Path, build_folder: Path, *settings: str, env: Mapping[str, str] | None = None) -> Path:
     """The one wheel in `dist`, which is emptied before. `settings` are scikit-build-core's, as NAME=VALUE."""
     shutil.rmtree(dist, ignore_errors=True)
     pip(
@@ -160,6 +162,7 @@ def build_wheel(dist: Path, build_folder: Path, *settings: str) -> Path:
         *(f"--config-settings={setting}" for setting in (f"build-dir={build_folder}", *settings)),
         ROOT,
         progress_pattern=r"\[\d+/\d+\]",
+        env=env,
     )
     (wheel,) = dist.glob("*.whl")
     return wheel

@@ -18,6 +18,7 @@ TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf
 COVERED = {
     "build": "tests/project/test_build.py",
     "wheel": "tests/project/test_wheel.py",
+    "test-boards": "tests/project/test_boards.py",
     "demo": ".ci/run",
     "test": ".ci/run",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -94,7 +95,7 @@ def portable_wheel() -> Path:
     with exclusive("make"):
         result = run("make", "--no-print-directory", "-C", ROOT, "wheel", timeout=1800)
     assert result.returncode == 0, result.stderr
-    (wheel,) = (ROOT / "dist").glob("*.whl")
+    (wheel,) = (ROOT / "dist").glob(f"*_{platform.machine()}.whl")
     return wheel
 
 
@@ -128,6 +129,19 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return python
 
     return make
+
+
+@pytest.mark.full
+def test_portable_wheel_is_tagged_for_the_glibc_that_it_needs() -> None:
+    """As installers read it. What is newer than that of Debian 12 (2.36) would be refused there."""
+    tag = re.search(r"-py3-none-manylinux_2_(\d+)_\w+\.whl$", portable_wheel().name)
+    assert tag, portable_wheel().name
+    needed = set()
+    with zipfile.ZipFile(portable_wheel()) as wheel:
+        for name in wheel.namelist():
+            if name.endswith(".so"):
+                needed |= {int(minor) for minor in re.findall(rb"\0GLIBC_2\.(\d+)\0", wheel.read(name))}
+    assert needed and max(needed) <= int(tag[1])
 
 
 @pytest.mark.full
