@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import json
 import os
 import resource
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +14,9 @@ from typing import Any
 
 import pytest
 from conftest import ModelFile
+from system_calls import refuse_io_uring
 
 from llama_flash.cli import checks as doctor
-
-IO_URING_SETUP = 425
 
 
 def examine(
@@ -70,18 +68,7 @@ def test_each_line_says_how_it_is_and_what_to_do(tmp_path: Path) -> None:
 
 
 def test_io_uring_that_is_forbidden_is_a_warning_with_its_reason(model_file: ModelFile) -> None:
-    def forbid() -> None:
-        """A seccomp filter, as containers have them: EPERM for io_uring_setup."""
-        load, equal, back = 0x20, 0x15, 0x06  # BPF_LD+W+ABS, BPF_JMP+JEQ+K, BPF_RET+K
-        allow, refuse = 0x7FFF0000, 0x00050000 | 1
-        steps = [(load, 0, 0, 0), (equal, 0, 1, IO_URING_SETUP), (back, 0, 0, refuse), (back, 0, 0, allow)]
-        code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-        program = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-        assert libc.prctl(22, 2, program, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-
-    code, found = examine(model_file("qwen3moe"), before=forbid)
+    code, found = examine(model_file("qwen3moe"), before=refuse_io_uring(errno.EPERM))
     assert code == 0
     assert found["io_uring"]["level"] == "warning"
     assert "not allowed: Operation not permitted" in found["io_uring"]["found"]
