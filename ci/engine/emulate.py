@@ -64,8 +64,9 @@ def lay_out(made: Path) -> Path:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    cross.toolchain(ARCH)
+    cross.emulator(ARCH)
     with alone():
-        cross.emulator(ARCH)
         made = wheel.make(ARCH)
         test_plugin()
         python = lay_out(made)

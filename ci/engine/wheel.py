@@ -67,8 +67,6 @@ def build_folder(arch: str) -> Path:
 
 def make(arch: str) -> Path:
     """The wheel in dist/. To be called by one process at a time."""
-    if arch != platform.machine():
-        cross.toolchain(arch)  # before anything that takes long
     prepare()
     install_tools()
     settings = settings_of(arch)
@@ -83,6 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=platform.machine(), help="this machine's, or aarch64")
     arch = parser.parse_args().arch
+    if arch != platform.machine():
+        cross.toolchain(arch)  # before anything that takes long
     with alone():
         make(arch)
 
