@@ -486,6 +486,54 @@ LLAMA_FLASH_API int32_t llama_flash_prompt_copy(struct llama_context * ctx, int3
 // CRC32C by pieces, as heads of files have it: never 0.
 LLAMA_FLASH_API uint32_t llama_flash_checksum(const uint8_t * data, uint64_t size);
 
+// A model divided among hosts (docs/explanation/workers.md). Sockets are connected, and closed by these calls.
+
+// The client, before the load: the worker's connection for data. *device: its ggml_backend_dev_t, for llama_model_params.devices. endpoint:
+// names the worker; a connection takes the place of the one before with the same name. LLAMA_FLASH_E_READ: the worker did not answer.
+LLAMA_FLASH_API int32_t llama_flash_remote_connect(const char * endpoint, int fd, void ** device, struct llama_flash_error * err);
+
+// Waits until the worker has done all that it was sent. false: the connection is lost, and what was computed since is void.
+LLAMA_FLASH_API bool llama_flash_remote_settle(const char * endpoint);
+
+// Around the load, on its thread: weights of workers are named to them, not sent. files: the shards, in order. bind_end:
+// LLAMA_FLASH_E_FORMAT: a worker does not have one of them; its name is in err->tensor.
+LLAMA_FLASH_API int32_t llama_flash_remote_bind_begin(const char * const * files, uint32_t n, struct llama_flash_error * err);
+LLAMA_FLASH_API int32_t llama_flash_remote_bind_end(struct llama_flash_error * err);
+
+// opaque: a worker's side of one client
+struct llama_flash_worker;
+
+// how a worker has a weight
+enum llama_flash_home {
+    LLAMA_FLASH_HOME_PLAIN  = 0, // in memory, as in the file
+    LLAMA_FLASH_HOME_MATRIX = 1, // in memory, in the layout of the stock kernel of products
+    LLAMA_FLASH_HOME_FLASH  = 2, // in the file
+};
+
+struct llama_flash_worker_memory {
+    uint64_t resident; // bytes of weights in memory
+    uint64_t buffers;  // of KV cache, graph buffers, activations
+};
+
+// session: new, without a model; the worker holds a reference. files: the shards. limit: bytes of memory for buffers, and for a message;
+// weights: bytes of all weights. NULL: *err says why.
+LLAMA_FLASH_API struct llama_flash_worker * llama_flash_worker_new(struct llama_flash_session * session, const char * const * files, uint32_t n_files,
+                                                                   uint32_t n_threads, uint64_t limit, uint64_t weights, struct llama_flash_error * err);
+LLAMA_FLASH_API void                        llama_flash_worker_free(struct llama_flash_worker * worker);
+
+// Before serve: a weight of the file. type: enum ggml_type; ne: 4 numbers of elements; home: enum llama_flash_home.
+LLAMA_FLASH_API int32_t llama_flash_worker_add_weight(struct llama_flash_worker * worker, const char * name, uint32_t type, const int64_t * ne, uint32_t file,
+                                                      uint64_t offset, uint32_t home, struct llama_flash_error * err);
+
+// Serves one connection; returns when the client has left or sent what is refused. Once per worker. After the client's load:
+// llama_flash_session_bind_end and set_memory of the session, from another thread.
+LLAMA_FLASH_API int32_t llama_flash_worker_serve(struct llama_flash_worker * worker, int fd, struct llama_flash_error * err);
+
+// Moves why something was refused to *err; LLAMA_FLASH_OK: nothing was. Errors of reads are the session's (take_error).
+LLAMA_FLASH_API int32_t llama_flash_worker_take_refusal(struct llama_flash_worker * worker, struct llama_flash_error * err);
+
+LLAMA_FLASH_API int32_t llama_flash_worker_get_memory(const struct llama_flash_worker * worker, struct llama_flash_worker_memory * out);
+
 // llama_model_load_from_file and llama_init_from_model of the engine, with or without flash tensors: where the engine would end the
 // process with an assert, they return NULL. reason: gets the lines of the engine's log that say why they failed, the last of `size`
 // bytes, "" if they did not; may be NULL. What the engine logs goes to its log callback, too.

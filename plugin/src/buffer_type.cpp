@@ -212,6 +212,12 @@ ggml_backend_buffer_type_t ggml_backend_flash_buffer_type() {
 
 // registration
 
+static bool (*remote_bind)(const ggml_tensor * tensor, int fd, size_t offset) = nullptr;
+
+void flash_set_remote_bind(bool (*bind)(const ggml_tensor * tensor, int fd, size_t offset)) {
+    remote_bind = bind;
+}
+
 static bool bind_tensor(ggml_tensor * tensor, int fd, size_t offset) {
     if (!tensor->buffer || tensor->buffer->size == 0) {
         return false;
@@ -219,6 +225,9 @@ static bool bind_tensor(ggml_tensor * tensor, int fd, size_t offset) {
     if (tensor->buffer->buft == ggml_backend_flash_buffer_type()) {
         const session_lock lock(*session_of(tensor));
         return !lock || session_of(tensor)->bind(tensor, fd, offset);
+    }
+    if (remote_bind && remote_bind(tensor, fd, offset)) {
+        return true;
     }
     const bool in_memory = tensor->data && tensor->type != GGML_TYPE_FLASH && ggml_backend_buffer_is_host(tensor->buffer);
     if (!binding_session || !in_memory) {

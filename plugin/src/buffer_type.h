@@ -12,3 +12,6 @@ void flash_register();
 
 // The session that buffers allocated by this thread belong to; nullptr: none.
 void flash_set_binding_session(llama_flash_session * session);
+
+// What is asked about a weight that is not in this process' memory: true, it is dealt with.
+void flash_set_remote_bind(bool (*bind)(const ggml_tensor * tensor, int fd, size_t offset));

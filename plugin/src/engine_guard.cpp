@@ -158,6 +158,17 @@ ggml_cgraph * flash_guarded_graph(llama_context * ctx, uint32_t n_tokens, bool e
     return guard(nullptr, 0, [&] { return llama_graph_build(ctx, n_tokens, encoder, embd); });
 }
 
+std::string flash_guarded_call(const std::function<void()> & f) {
+    char reason[512] = "";
+    bool done        = false;
+    guard(reason, sizeof(reason), [&]() -> bool * {
+        f();
+        done = true;
+        return &done;
+    });
+    return done ? "" : reason[0] ? reason : "unknown";
+}
+
 llama_context * llama_flash_new_context(llama_model * model, const llama_context_params * params, char * reason, size_t size) {
     return guard(reason, size, [&] { return llama_init_from_model(model, *params); });
 }
