@@ -244,7 +244,7 @@ enum llama_flash_place {
     LLAMA_FLASH_PINNED  = 4,
 };
 
-// buffers that llama.cpp itself has allocated for a context and its model, flash tensors excluded
+// buffers of this process that llama.cpp itself has allocated for a context and its model, flash tensors excluded
 struct llama_flash_context_memory {
     uint64_t model;   // resident weights
     uint64_t context; // KV cache and recurrent state
@@ -490,7 +490,7 @@ LLAMA_FLASH_API uint32_t llama_flash_checksum(const uint8_t * data, uint64_t siz
 
 // The client, before the load: the worker's connection for data. *device: its ggml_backend_dev_t, for llama_model_params.devices. endpoint:
 // names the worker; a connection takes the place of the one before with the same name. LLAMA_FLASH_E_READ: the worker did not answer.
-LLAMA_FLASH_API int32_t llama_flash_remote_connect(const char * endpoint, int fd, void ** device, struct llama_flash_error * err);
+LLAMA_FLASH_API int32_t llama_flash_remote_connect(const char * endpoint, int32_t fd, void ** device, struct llama_flash_error * err);
 
 // Waits until the worker has done all that it was sent. false: the connection is lost, and what was computed since is void.
 LLAMA_FLASH_API bool llama_flash_remote_settle(const char * endpoint);
@@ -527,7 +527,7 @@ LLAMA_FLASH_API int32_t llama_flash_worker_add_weight(struct llama_flash_worker 
 
 // Serves one connection; returns when the client has left or sent what is refused. Once per worker. After the client's load:
 // llama_flash_session_bind_end and set_memory of the session, from another thread.
-LLAMA_FLASH_API int32_t llama_flash_worker_serve(struct llama_flash_worker * worker, int fd, struct llama_flash_error * err);
+LLAMA_FLASH_API int32_t llama_flash_worker_serve(struct llama_flash_worker * worker, int32_t fd, struct llama_flash_error * err);
 
 // Moves why something was refused to *err; LLAMA_FLASH_OK: nothing was. Errors of reads are the session's (take_error).
 LLAMA_FLASH_API int32_t llama_flash_worker_take_refusal(struct llama_flash_worker * worker, struct llama_flash_error * err);

@@ -230,7 +230,11 @@ int32_t llama_flash_get_context_memory(const llama_context * ctx, llama_flash_co
     *out = {};
     return guarded(nullptr, [&] {
         for (const auto & entry : llama_get_memory_breakdown(ctx)) {
-            const bool flash = entry.first == ggml_backend_flash_buffer_type();
+            const bool         flash  = entry.first == ggml_backend_flash_buffer_type();
+            ggml_backend_dev_t device = ggml_backend_buft_get_device(entry.first);
+            if (device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_GPU) {
+                continue; // a worker's, or a card's
+            }
             out->model += flash ? 0 : entry.second.model;
             out->context += entry.second.context;
             out->compute += entry.second.compute;

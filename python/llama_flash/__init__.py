@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from .budget.capped import CapResult, run_capped
 from .budget.controller import Controller, FlashEvent
-from .errors import FlashBudgetError, FlashCapError, FlashCpuError, FlashError, FlashFormatError, FlashReadError
+from .errors import (
+    FlashBudgetError,
+    FlashCapError,
+    FlashCpuError,
+    FlashError,
+    FlashFormatError,
+    FlashReadError,
+    FlashWorkerError,
+)
 from .options import FlashOffload
 
 if TYPE_CHECKING:
@@ -34,6 +42,7 @@ __all__ = [
     "FlashFormatError",
     "FlashOffload",
     "FlashReadError",
+    "FlashWorkerError",
     "LoadPlan",
     "__version__",
     "complete_many",

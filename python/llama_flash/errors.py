@@ -8,7 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-__all__ = ["FlashBudgetError", "FlashCapError", "FlashCpuError", "FlashError", "FlashFormatError", "FlashReadError"]
+__all__ = [
+    "FlashBudgetError",
+    "FlashCapError",
+    "FlashCpuError",
+    "FlashError",
+    "FlashFormatError",
+    "FlashReadError",
+    "FlashWorkerError",
+]
 
 
 class FlashError(RuntimeError):
@@ -55,6 +63,20 @@ class FlashReadError(FlashError):
         self.size = size
         self.errno = errno
         self.tensor = tensor
+
+
+class FlashWorkerError(FlashError):
+    """A worker cannot be used, or was lost.
+
+    What was computed since the call before is void. A model whose worker was lost has to be loaded again.
+
+    Attributes:
+        host: the worker, "host:port"; "" if it is about all of them.
+    """
+
+    def __init__(self, message: str, *, host: str = "") -> None:
+        super().__init__(message)
+        self.host = host
 
 
 class FlashFormatError(FlashError, ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,8 @@ What = Literal["auto", "experts", "ffn", "all"]
 IoEngine = Literal["auto", "io_uring", "pread"]
 _DRAFTS = ("auto", "off", "ngram")
 Predictor = Literal["auto", "exact", "lowrank", "off"]
+
+_MOST_WORKERS = 15  # of the engine's devices: 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class FlashOffload:
         prompt_cache: keep the state of prompts on flash, so that what was computed once is read: a folder, or True for
             one in the user's cache folder. It holds what people typed: the folder is open to its owner alone.
         prompt_cache_size: bytes that these files may take on the disk; what was used longest ago goes first.
+        workers: other processes ("host:port", each a `llama-flash worker`) that hold the layers, each with flash and a
+            budget of its own; the embedding and the output matrix stay here. docs/explanation/workers.md.
+        worker_token_file: the file whose first line the workers were given, too.
+        worker_timeout: seconds within which a worker must say that it is alive. What it computes may take longer.
 
     Raises:
         ValueError: a value that makes no sense, with the accepted ones.
@@ -73,6 +79,9 @@ class FlashOffload:
     panel_bytes: int | str = "4MiB"
     prompt_cache: bool | str | os.PathLike[str] = False
     prompt_cache_size: int | str = "8GiB"
+    workers: Sequence[str] = ()
+    worker_token_file: str | os.PathLike[str] | None = None
+    worker_timeout: float = 10.0
 
     def __post_init__(self) -> None:
         if self.dram_budget != "auto":
@@ -99,6 +108,21 @@ class FlashOffload:
             _in_range("io_depth", self.io_depth, 1, 4096)
         _in_range("io_threads", self.io_threads, 1, 256)
         _in_range("panel_bytes", _checked("panel_bytes", self.panel_bytes), 4096, 1 << 30)
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        workers = (self.workers,) if isinstance(self.workers, str) else tuple(self.workers)
+        object.__setattr__(self, "workers", workers)
+        for worker in workers:
+            host, _, port = worker.rpartition(":") if isinstance(worker, str) else ("", "", "")
+            if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+                raise ValueError(f"workers: {worker!r} is not a host and a port, as 127.0.0.1:50052")
+        if len(set(workers)) < len(workers) or len(workers) > _MOST_WORKERS:
+            raise ValueError(f"workers: {', '.join(workers)}: each once, and {_MOST_WORKERS} at most")
+        if not isinstance(self.worker_timeout, int | float) or not 0.1 <= self.worker_timeout <= 3600:
+            raise ValueError(f"worker_timeout: {self.worker_timeout!r} is not a number of seconds from 0.1 to 3600")
+        if workers and self.prompt_cache is not False:
+            raise ValueError("prompt_cache: the state of prompts lies at the workers, which do not keep it")
 
     @property
     def drafts_by_model(self) -> bool:

@@ -44,7 +44,7 @@ static bool bind_remote(const ggml_tensor * tensor, int fd, size_t offset) {
     return true;
 }
 
-int32_t llama_flash_remote_connect(const char * endpoint, int fd, void ** device, llama_flash_error * err) {
+int32_t llama_flash_remote_connect(const char * endpoint, int32_t fd, void ** device, llama_flash_error * err) {
     return guarded(err, [&]() -> int32_t {
         if (!ggml_backend_rpc_connect(endpoint, fd)) {
             return flash_fail(err, LLAMA_FLASH_E_READ, "%s: the worker has not taken the connection for data", endpoint);

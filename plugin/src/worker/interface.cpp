@@ -53,7 +53,7 @@ int32_t llama_flash_worker_add_weight(llama_flash_worker * worker, const char * 
     });
 }
 
-int32_t llama_flash_worker_serve(llama_flash_worker * worker, int fd, llama_flash_error * err) {
+int32_t llama_flash_worker_serve(llama_flash_worker * worker, int32_t fd, llama_flash_error * err) {
     return guarded(err, [&]() -> int32_t {
         if (!worker) {
             return flash_fail(err, LLAMA_FLASH_E_INVALID, "worker_serve: no worker");

@@ -51,6 +51,12 @@ _COMMANDS = (
         killed_cleanly=True,
     ),
     Later(
+        "worker",
+        "Hold layers of a model for a client on another host, with flash and a budget of its own.",
+        _RUN,
+        own("worker"),
+    ),
+    Later(
         "exec",
         "Run a tool of llama.cpp's (llama-perplexity, -cli, -imatrix, -bench, -quantize) with weights on flash.",
         _RUN,

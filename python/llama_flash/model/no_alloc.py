@@ -36,7 +36,7 @@ def no_alloc_context(path: str, bundles: Bundles | None, context_params: Any) ->
     parts = [f"^{re.escape(name)}$" for name in (bundles.part_names() if bundles else ())]
     if parts:
         # the loader refuses parts of bundles in buffers that would be filled; nothing is filled here
-        kept = override(params, parts, cpu_buffer_type())  # noqa: F841  # until the model is there
+        kept = override(params, (parts, cpu_buffer_type()))  # noqa: F841  # until the model is there
     with suppress_stdout_stderr(disable=False):
         model = load_model(path, params)
     context = None

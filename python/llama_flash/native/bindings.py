@@ -74,6 +74,12 @@ class llama_flash_graph(IntEnum):
     LLAMA_FLASH_GRAPH_EMBEDDINGS = 2  # of llama_decode, given embeddings (of an image, say) in place of tokens
 
 
+class llama_flash_home(IntEnum):
+    LLAMA_FLASH_HOME_PLAIN = 0  # in memory, as in the file
+    LLAMA_FLASH_HOME_MATRIX = 1  # in memory, in the layout of the stock kernel of products
+    LLAMA_FLASH_HOME_FLASH = 2  # in the file
+
+
 class llama_flash_params(ctypes.Structure):
     _fields_: ClassVar = [
         ("io_engine", ctypes.c_uint32),
@@ -359,7 +365,7 @@ class llama_flash_tensor(ctypes.Structure):
 
 
 class llama_flash_context_memory(ctypes.Structure):
-    """Buffers that llama.cpp itself has allocated for a context and its model, flash tensors excluded."""
+    """Buffers of this process that llama.cpp itself has allocated for a context and its model, flash tensors excluded."""
 
     _fields_: ClassVar = [
         ("model", ctypes.c_uint64),
@@ -500,6 +506,16 @@ class llama_flash_prompt_block(ctypes.Structure):
     head: Any  # what the file must begin with: LLAMA_FLASH_PROMPT_HEAD bytes, of which the last 16 are not looked at
 
 
+class llama_flash_worker_memory(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("resident", ctypes.c_uint64),
+        ("buffers", ctypes.c_uint64),
+    ]
+
+    resident: int  # bytes of weights in memory
+    buffers: int  # of KV cache, graph buffers, activations
+
+
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_params,
     llama_flash_bundle_part,
@@ -519,6 +535,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     llama_flash_prompt_kind,
     llama_flash_area,
     llama_flash_prompt_block,
+    llama_flash_worker_memory,
 )
 
 # name: (result, arguments)
@@ -768,6 +785,54 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
         ],
     ),
     "llama_flash_checksum": (ctypes.c_uint32, [ctypes.POINTER(ctypes.c_uint8), ctypes.c_uint64]),
+    "llama_flash_remote_connect": (
+        ctypes.c_int32,
+        [
+            ctypes.c_char_p,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_void_p),
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_remote_settle": (ctypes.c_bool, [ctypes.c_char_p]),
+    "llama_flash_remote_bind_begin": (
+        ctypes.c_int32,
+        [
+            ctypes.POINTER(ctypes.c_char_p),
+            ctypes.c_uint32,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_remote_bind_end": (ctypes.c_int32, [ctypes.POINTER(llama_flash_error)]),
+    "llama_flash_worker_new": (
+        ctypes.c_void_p,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(ctypes.c_char_p),
+            ctypes.c_uint32,
+            ctypes.c_uint32,
+            ctypes.c_uint64,
+            ctypes.c_uint64,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_worker_free": (None, [ctypes.c_void_p]),
+    "llama_flash_worker_add_weight": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_uint32,
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.c_uint32,
+            ctypes.c_uint64,
+            ctypes.c_uint32,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_worker_serve": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(llama_flash_error)]),
+    "llama_flash_worker_take_refusal": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
+    "llama_flash_worker_get_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_worker_memory)]),
     "llama_flash_load_model": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
     "llama_flash_new_context": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
 }

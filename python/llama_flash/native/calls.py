@@ -33,13 +33,13 @@ class _Override(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
 
 
-def override(model_params: Any, patterns: Sequence[str], buffer_type: int) -> object:
-    """Gives the weights whose names match one of the patterns that buffer type. What it returns must outlive the load.
+def override(model_params: Any, *groups: tuple[Sequence[str], int]) -> object:
+    """Gives the weights whose names match one of a group's patterns its buffer type.
 
-    model_params: llama_model_params.
+    What it returns must outlive the load. model_params: llama_model_params.
     """
-    encoded = [pattern.encode() for pattern in patterns]
-    array = (_Override * (len(encoded) + 1))(*(_Override(pattern, buffer_type) for pattern in encoded))
+    entries = [_Override(pattern.encode(), buffer_type) for patterns, buffer_type in groups for pattern in patterns]
+    array = (_Override * (len(entries) + 1))(*entries)
     model_params.tensor_buft_overrides = ctypes.addressof(array)
     return array
 

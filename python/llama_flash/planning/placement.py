@@ -29,6 +29,7 @@ __all__ = [
     "estimate",
     "expert_bytes",
     "kind_of",
+    "kinds_of",
     "least_for_neurons",
     "make_plan",
     "select",
@@ -69,6 +70,11 @@ def kind_of(name: str, use: Use) -> Kind | None:
     if use == Use.MUL_MAT:
         return "ffn" if _FEED_FORWARD.search(name) else "all"
     return "all" if use == Use.MUL_MAT | Use.GET_ROWS else None  # an embedding that is the output matrix, too
+
+
+def kinds_of(what: str) -> tuple[tuple[Kind, ...], ...]:
+    """The kinds that may go to flash, as few as possible first; what: as in FlashOffload."""
+    return ((), *_TIERS) if what == "auto" else (_ASKED[what],)
 
 
 def select(meta: GgufMeta, kinds: Container[Kind | None], uses: Mapping[str, Use]) -> tuple[TensorInfo, ...]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..budget.rooms import Breakdown, Budget
 from ..model.gguf import GgufMeta
 from ..planning.placed import Plan
 from ..sizes import format_size
+from ..workers.division import Part
 
-__all__ = ["line_about", "nothing_to_offload"]
+__all__ = ["line_about", "nothing_to_offload", "workers_text"]
+
+
+def workers_text(parts: Sequence[Part]) -> str:
+    """What lies where, to follow the line about the client."""
+    return "".join(
+        f"; layers {part.layers.start} to {part.layers.stop - 1} at {part.offer.endpoint}: "
+        f"{format_size(part.resident)} of weights resident, {format_size(part.on_flash)} on flash"
+        for part in parts
+    )
 
 
 def nothing_to_offload(name: str, what: str) -> str:

@@ -31,8 +31,9 @@ from ..drafts.ngram import TextDraft
 from ..errors import FlashBudgetError, FlashError
 from ..model.adapters import predictor_with
 from ..model.gguf import GgufMeta, check_is_model, check_vocabulary, claims_wide_heads, read_gguf
+from ..model.graphs import graphs_of
 from ..model.shape import ContextShape
-from ..native.calls import abort_callback, context_memory, flash_buffer_type, override
+from ..native.calls import abort_callback, context_memory, cpu_buffer_type, flash_buffer_type, override
 from ..native.handle import Session
 from ..native.library import settled, trim_heap
 from ..native.params import Mode, Requirements, neuron_params
@@ -46,8 +47,10 @@ from ..planning.placement import choose_predictor, make_plan, work_bytes
 from ..planning.reads import experts_ahead, io_choice
 from ..prompts.store import PromptStore, open_store, store_memory
 from ..sizes import format_size, parse_size
+from ..workers.client import Workers
+from ..workers.placing import at_client, check_divisible, names_pattern, parts_of
 from .account import Account
-from .describe import line_about, nothing_to_offload
+from .describe import line_about, nothing_to_offload, workers_text
 from .memento import Memento
 from .share import Share
 
@@ -89,6 +92,7 @@ class Load:
         self._context_params = context_params
         self._logits_all, self._lora_path, self._aside, self._verbose = logits_all, lora_path, aside, verbose
         self._draft: ModelDraft | None = None
+        self.workers: Workers | None = None
 
         Controller.of_process().begin_load(self)
         try:
@@ -96,6 +100,7 @@ class Load:
         except BaseException as failure:
             self.end()
             self.close_draft()
+            self.close_workers()
             share.close()
             if isinstance(failure, OSError):
                 explain_files(failure, [path])
@@ -148,6 +153,11 @@ class Load:
             # has said how many it asks for.
             drafted = 0 if options.draft == "off" else MOST
             context_params.n_outputs_max = context_params.n_outputs_max or min(1 + drafted, context_params.n_batch)
+        self._held_here = self.meta  # weights of this process
+        if options.workers and not model_params.vocab_only:
+            check_divisible(self.meta, self._lora_path)
+            self.workers = Workers(options, self.meta)
+            self._held_here = at_client(self.meta)
         self._account.plan = self._make_plan()
         share.memory = self._plan.expected
         if self._plan.bundles:
@@ -163,15 +173,26 @@ class Load:
         stacks = self._n_threads() * _STACK
         check_addresses(needs.weights + needs.kv + needs.compute + needs.outputs + self._plan.flash_bytes + stacks)
         self._set_load_mode(model_params)
+        groups = [(self._plan.patterns(), flash_buffer_type())]
+        if self.workers is not None:
+            parts = parts_of(self.meta, self.workers.offers, options.what, self._shape())
+            self.workers.place(model_params, parts, few_tokens(self._shape().n_sequences))
+            groups.append((names_pattern(self._held_here), cpu_buffer_type()))
+        self._overrides = override(model_params, *groups)
         if self._plan.mode == "flash":
             native = self._open()
-            self._overrides = override(model_params, self._plan.patterns(), flash_buffer_type())
             context_params.abort_callback = abort_callback()
             context_params.abort_callback_data = native.address
 
     def _make_plan(self) -> Plan:
+        meta, shape = self._held_here, self._shape()
         try:
-            return make_plan(self.meta, self.options, self._share.budget, self._shape(), self._base - settled())
+            if self.workers is None:
+                return make_plan(meta, self.options, self._share.budget, shape, self._base - settled())
+            here = replace(graphs_of(self.meta, shape), kv=0)  # the cache lies with its layers
+            base = self._base - settled()
+            plan = make_plan(meta, self.options, self._share.budget, shape, base, lambda *_: here)
+            return replace(plan, mode="resident") if plan.mode == "nothing" else plan
         except FlashBudgetError as refused:
             if Controller.of_process().squeeze():  # other models have more than they need
                 self._base = held_by_all(self._share)
@@ -213,11 +234,20 @@ class Load:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """Around the load of the model, in the thread that loads it: binds the flash tensors.
+        """Around the load of the model, in the thread that loads it: binds the flash tensors, names workers theirs.
 
         Raises:
-            FlashError: what the plugin has to say, in place of the engine's own error.
+            FlashError: what the plugin, or a worker, has to say, in place of the engine's own error.
         """
+        try:
+            with self.workers.binding() if self.workers is not None else contextlib.nullcontext(), self._binding():
+                yield
+        except BaseException:
+            self.end()
+            raise
+
+    @contextlib.contextmanager
+    def _binding(self) -> Iterator[None]:
         native = self._share.native
         if native is None:
             yield
@@ -226,7 +256,6 @@ class Load:
         try:
             yield
         except Exception as failure:
-            self.end()
             try:
                 native.raise_pending()  # a weight that could not be read or bound
             except FlashError as error:
@@ -252,6 +281,8 @@ class Load:
         """
         try:
             self._attach(context, scores_bytes)
+            if self.workers is not None:
+                self.workers.attach()
         finally:
             self.end()
 
@@ -361,6 +392,11 @@ class Load:
         if self._draft is not None:
             self._draft.close()
 
+    def close_workers(self) -> None:
+        """Leaves the workers, if there are any. May be called twice."""
+        if self.workers is not None:
+            self.workers.close()
+
     def choose_predictor(self, left: int) -> Requirements:
         """How active neurons are found, and what that needs; left: bytes there are for it."""
         assert self._plan.bundles is not None
@@ -407,6 +443,8 @@ class Load:
         share = self._share
         model = (self.name, self.meta, self._plan, share.budget, share.memory)
         said = line_about(*model, self._account.predictor, share.neuron_slots)
+        if self.workers is not None:
+            said += workers_text(self.workers.parts)
         return f"{said}; {describe_threads(int(self._context_params.n_threads))}"
 
     def _say(self, line: str) -> None:

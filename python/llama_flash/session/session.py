@@ -114,6 +114,7 @@ class FlashSession:
         self.drafter: Drafter | None = None  # what `Llama` asks for guesses
         self._began = 0.0  # of the call under way, by time.perf_counter()
         self._after_calls: list[Callable[[], None]] = []
+        self._context: Any = None
         self._load = Load(
             model_path,
             options,
@@ -151,6 +152,7 @@ class FlashSession:
             FlashReadError: filling pinned panels failed.
         """
         self._load.attach(context, scores_bytes)
+        self._context = context
         self.prompts = self._load.open_prompts(context)
         if self.prompts is not None:
             self._load.summary += f"; prompts are kept in {self.prompts.folder.path}"
@@ -167,8 +169,11 @@ class FlashSession:
 
         Raises:
             FlashError: the process is a child of the one that has loaded the model.
+            FlashWorkerError: a worker is lost.
         """
         self.check_process()
+        if self._load.workers is not None:
+            self._load.workers.before_call()
         self.share.before_call(n_tokens)
         self.history.begin()
         self._began = time.perf_counter()
@@ -180,25 +185,48 @@ class FlashSession:
             FlashError: see before_call.
         """
         self.check_process()
+        if self._load.workers is not None:
+            self._load.workers.before_call()
         self.share.before_call(self._load.n_ctx)
 
     def after_call(self, n_tokens: int, n_sequences: int = 1) -> None:
         """After each llama_decode or llama_encode of `n_tokens` tokens of so many sequences, whatever it returned.
 
         Raises:
-            FlashReadError: a read failed during the call. Its results are void; the model can be used again.
+            FlashReadError: a read failed during the call, here or at a worker. Its results are void; the model can be
+                used again.
+            FlashWorkerError: a worker was lost. The results are void; the model has to be loaded again.
         """
         self.check_process()
         native, drafter = self.native, self.drafter
         drafted = drafter.n_drafted if drafter and drafter.passed(n_tokens, time.perf_counter() - self._began) else 0
         self.account.add(n_tokens, native, n_sequences, drafted)
         self.share.after_call(n_tokens)
-        if native is not None:
-            native.raise_pending()
+        try:
+            if native is not None:
+                native.raise_pending()
+        finally:
+            self._ask_workers()
         if self.recorder is not None:
             self.recorder.drain()
         for callback in self._after_calls:
             callback()
+
+    def _ask_workers(self) -> None:
+        """Whether what they have computed holds, once all of it has been."""
+        if self._load.workers is not None:
+            import llama_cpp
+
+            llama_cpp.llama_synchronize(self._context)
+            self._load.workers.after_call()
+
+    def worker_stats(self) -> list[dict[str, Any]]:
+        """What each worker has read and where its budget goes, in the order of the layers; empty without workers.
+
+        Raises:
+            FlashWorkerError: one is lost.
+        """
+        return [] if self._load.workers is None else self._load.workers.stats()
 
     def keeper_of(self, llm: Any) -> PromptKeeper | None:
         """Who keeps the prompts of this Llama; None where nobody does."""
@@ -386,6 +414,7 @@ class FlashSession:
         if self.keeper is not None:
             self.keeper.stop()
         self._load.close_draft()
+        self._load.close_workers()
         native = self.native
         if native is None:
             return

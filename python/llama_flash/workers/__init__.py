@@ -1,0 +1,1 @@
+"""A model divided among hosts: docs/explanation/workers.md."""

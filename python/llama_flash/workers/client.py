@@ -1,0 +1,264 @@
+"""The workers of one model, seen from its client: opened before the load, asked after each call, closed with the model.
+
+A worker is *lost* once it was not heard in time, left, or has sent nonsense. Then its connection for data is shut, so
+that a call of the engine that waits for it returns at once; the call's results are void, and so is its KV cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlashBudgetError, FlashError, FlashFormatError, FlashReadError, FlashWorkerError
+from ..model.gguf import GgufMeta
+from ..native import remote
+from ..options import FlashOffload
+from .division import Offer, Part
+from .identity import compare, identity_of
+from .listen import read_token
+from .wire import Line, Wire, connect
+
+__all__ = ["Remote", "Workers"]
+
+_PULSE = 1.0  # seconds from one sign of life to the next
+_STARTING = 60.0  # seconds that a worker's process for this client may take to begin
+_AGAIN = "load the model again, once the worker is there"
+
+
+class Remote:
+    """One worker. Threads take turns.
+
+    Raises:
+        FlashWorkerError: it is not there, busy, has another model or build, or does not take the token.
+    """
+
+    def __init__(self, endpoint: str, options: FlashOffload, token: str, identity: dict[str, str]) -> None:
+        self.endpoint, self._token, self._timeout = endpoint, token, float(options.worker_timeout)
+        self.lost = ""  # why
+        self._lock = threading.Lock()
+        self._data: socket.socket | None = None
+        try:
+            connection = connect(endpoint, self._timeout)
+        except OSError as error:
+            raise FlashWorkerError(
+                f"worker {endpoint} cannot be reached: {_said(error)}; start it there (llama-flash worker), or name "
+                "another",
+                host=endpoint,
+            ) from None
+        self._wire = Wire(connection)
+        connection.settimeout(_STARTING)
+        hello = self.ask({"op": "open", "token": token})
+        connection.settimeout(self._timeout)
+        try:
+            compare(identity, hello.get("identity"), endpoint)
+        except FlashWorkerError:
+            self.close()
+            raise
+        self._key = str(hello.get("key"))
+        self.offer = Offer(endpoint, int(hello["budget"]), int(hello["held"]), int(hello["reserve"]))
+
+    def open_data(self, homes: dict[str, int], few_tokens: int) -> int:
+        """The connection for data, of these weights; returns the worker's ggml_backend_dev_t."""
+        self.ask({"op": "plan", "homes": homes, "few_tokens": few_tokens})
+        try:
+            connection = connect(self.endpoint, self._timeout)
+            wire = Wire(connection)
+            wire.send({"op": "data", "token": self._token, "key": self._key})
+            answer = wire.receive(exactly=True)
+        except OSError as error:
+            raise self.lose(_said(error)) from None
+        if answer != {"ok": True}:
+            raise self.lose(f"its connection for data was refused: {answer}")
+        connection.settimeout(None)  # the pulse says whether it is alive
+        self._data = connection.dup()
+        try:
+            return remote.connect(self.endpoint, connection)
+        except FlashReadError as error:
+            raise self.lose(str(error)) from None
+
+    def ask(self, line: Line) -> Line:
+        """The answer to one line.
+
+        Raises:
+            FlashWorkerError: the worker is lost, or refuses.
+            FlashReadError, FlashBudgetError, FlashFormatError: what it has to say of its file or budget.
+        """
+        with self._lock:
+            if self.lost:
+                raise self._error()
+            try:
+                answer = self._wire.ask(line)
+            except (OSError, FlashError) as error:
+                raise self.lose(_said(error)) from None
+        told = answer.get("error")
+        if isinstance(told, dict):
+            raise self._told(told)
+        return answer
+
+    def settle(self) -> None:
+        """Waits until it has done all that it was sent. Raises FlashWorkerError."""
+        if not remote.settle(self.endpoint):
+            raise self.lose("its connection for data has ended")
+
+    def lose(self, why: str) -> FlashWorkerError:
+        """Gives it up. Returns the error to raise."""
+        self.lost = self.lost or why
+        if self._data is not None:
+            with contextlib.suppress(OSError):
+                self._data.shutdown(socket.SHUT_RDWR)
+        return self._error()
+
+    def close(self) -> None:
+        """May be called twice."""
+        self.lose("it was closed")
+        if self._data is not None:
+            self._data.close()
+        self._wire.close()
+
+    def _error(self) -> FlashWorkerError:
+        return FlashWorkerError(f"worker {self.endpoint} is lost: {self.lost}; {_AGAIN}", host=self.endpoint)
+
+    def _told(self, error: dict[str, Any]) -> FlashError:
+        kind, said = error.get("kind"), f"worker {self.endpoint}: {error.get('message')}"
+        if kind == "read":
+            about = {name: error[name] for name in ("file", "offset", "size", "errno", "tensor") if name in error}
+            return FlashReadError(said, **about)
+        if kind == "budget":
+            return FlashBudgetError(said, breakdown=error.get("breakdown", {}), smallest=int(error.get("smallest", 0)))
+        if kind == "format":
+            return FlashFormatError(said)
+        return FlashWorkerError(said, host=self.endpoint)
+
+
+class Workers:
+    """All workers of one model, in the order of its layers. To be closed after the model.
+
+    Raises:
+        FlashWorkerError: see Remote.
+        FlashError, OSError: the token file cannot be used.
+    """
+
+    def __init__(self, options: FlashOffload, meta: GgufMeta) -> None:
+        self._meta, self._pid = meta, os.getpid()
+        token = read_token(_path(options.worker_token_file))
+        identity = identity_of(meta)
+        self.remotes: list[Remote] = []
+        self.parts: list[Part] = []
+        self._kept: list[object] = []  # what the engine has addresses of
+        self._ended = threading.Event()
+        try:
+            for endpoint in options.workers:
+                self.remotes.append(Remote(endpoint, options, token, identity))
+        except BaseException:
+            self.close()
+            raise
+        threading.Thread(target=self._watch, name="llama-flash workers", daemon=True).start()
+
+    @property
+    def offers(self) -> list[Offer]:
+        """What they give."""
+        return [remote.offer for remote in self.remotes]
+
+    def place(self, model_params: Any, parts: Sequence[Part], few_tokens: int) -> None:
+        """Enters them into llama_model_params, as devices with these parts."""
+        self.parts = list(parts)
+        devices = [
+            remote.open_data(dict(part.homes), few_tokens) for remote, part in zip(self.remotes, parts, strict=True)
+        ]
+        self._kept.append(remote.place_layers(model_params, devices, [len(part.layers) for part in parts]))
+
+    @contextlib.contextmanager
+    def binding(self) -> Iterator[None]:
+        """Around the load of the model, in the thread that loads it."""
+        try:
+            with remote.binding(self._meta.files):
+                yield
+        except Exception as failure:
+            self.raise_lost(failure)
+            self.check(failure)  # the worker knows better
+            raise
+        for worker in self.remotes:
+            worker.ask({"op": "bound"})
+
+    def attach(self) -> None:
+        """The context exists: each worker gives flash what its budget has left.
+
+        Raises:
+            FlashBudgetError, FlashReadError, FlashWorkerError: from a worker, with its name.
+        """
+        for worker in self.remotes:
+            worker.settle()
+            worker.ask({"op": "attach"})
+
+    def before_call(self) -> None:
+        """Before each call of the engine.
+
+        Raises:
+            FlashWorkerError: a worker is lost.
+            FlashError: in a forked child.
+        """
+        if os.getpid() != self._pid:
+            raise FlashError(
+                "this process is a child (fork) of the one that has loaded the model: load it in the child"
+            )
+        self.raise_lost()
+
+    def after_call(self) -> None:
+        """After each call of the engine, before its results are used.
+
+        Raises:
+            FlashReadError: a read failed at a worker. The results are void; the model can be used again.
+            FlashWorkerError: a worker is lost, or has refused something. The results are void.
+        """
+        for worker in self.remotes:
+            worker.settle()
+        self.check()
+
+    def check(self, cause: BaseException | None = None) -> None:
+        """Raises what workers have to say, the first of them; all are asked, so that none is left for the next call."""
+        found: FlashError | None = None
+        for worker in self.remotes:
+            try:
+                worker.ask({"op": "check"})
+            except FlashError as error:
+                found = found or error
+        if found is not None:
+            raise found from cause
+
+    def stats(self) -> list[Line]:
+        """What each worker has counted, and where its budget goes."""
+        return [{"worker": worker.endpoint, **worker.ask({"op": "stats"})} for worker in self.remotes]
+
+    def raise_lost(self, cause: BaseException | None = None) -> None:
+        """Raises FlashWorkerError where one is lost."""
+        for worker in self.remotes:
+            if worker.lost:
+                raise worker.lose("") from cause
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._ended.set()
+        for worker in self.remotes:
+            worker.close()
+
+    def _watch(self) -> None:
+        """Asks for signs of life: what does not answer in time is lost, also while a call waits for its results."""
+        while not self._ended.wait(_PULSE):
+            for worker in self.remotes:
+                with contextlib.suppress(FlashError):
+                    worker.ask({"op": "ping"})
+
+
+def _path(file: str | os.PathLike[str] | None) -> Path | None:
+    return None if file is None else Path(file)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "it did not answer in time"
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,141 @@
+"""Which worker has which layers, and which of their weights it keeps on flash: the client decides, before the load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..budget.rooms import Breakdown
+from ..errors import FlashWorkerError
+from ..model.gguf import GgufMeta, TensorInfo
+from ..model.graphs import Use
+from ..planning.placement import kinds_of, select
+from ..sizes import format_size
+
+__all__ = ["FLASH", "MATRIX", "PLAIN", "Offer", "Part", "divide_layers", "divide_model"]
+
+PLAIN, MATRIX, FLASH = 0, 1, 2  # enum llama_flash_home
+_LEAST_FLASH = 16 << 20  # bytes for slots and a ring, about: the plugin says exactly, when it is loaded
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a worker gives. In bytes."""
+
+    endpoint: str
+    budget: int  # of its process
+    held: int  # by it before a load
+    reserve: int
+
+    @property
+    def room(self) -> int:
+        """For a part of a model."""
+        return max(0, self.budget - self.held - self.reserve)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker computes. In bytes."""
+
+    offer: Offer
+    layers: range
+    homes: Mapping[str, int]  # of its weights: PLAIN, MATRIX or FLASH
+    resident: int  # weights in memory
+    on_flash: int
+    kv: int  # expected
+    compute: int  # expected
+
+    @property
+    def left(self) -> int:
+        """For slots, pinned panels and rings."""
+        return self.offer.room - self.resident - self.kv - self.compute
+
+
+def divide_layers(sizes: Sequence[int], rooms: Sequence[int]) -> list[range]:
+    """Neighbouring layers for each worker, as large as its room is among all rooms; at least one each.
+
+    Args:
+        sizes: bytes of each layer.
+        rooms: bytes that each worker has; not all zero.
+    """
+    total, room = sum(sizes), sum(rooms)
+    ranges: list[range] = []
+    begin, done, share = 0, 0, 0
+    for i, own in enumerate(rooms):
+        share += own
+        last = len(sizes) - (len(rooms) - 1 - i)  # the others need one each
+        end = begin + 1
+        done += sizes[begin]
+        # up to the border that is nearest to its share
+        while end < last and (2 * done + sizes[end]) * room <= 2 * total * share:
+            done += sizes[end]
+            end += 1
+        if i == len(rooms) - 1:
+            end = len(sizes)
+        ranges.append(range(begin, end))
+        begin = end
+    return ranges
+
+
+def divide_model(
+    meta: GgufMeta,
+    offers: Sequence[Offer],
+    what: str,
+    uses: Mapping[str, Use],
+    expected: Breakdown,
+) -> list[Part]:
+    """The parts of all workers.
+
+    Args:
+        what: as in FlashOffload.
+        uses: of the weights, by the engine's graphs.
+        expected: of the whole model on one machine: KV cache and graph buffers.
+
+    Raises:
+        FlashWorkerError: there are more workers than layers, or one has too little memory.
+    """
+    layers: dict[int, list[TensorInfo]] = {}
+    for tensor in meta.tensors.values():
+        if tensor.layer is not None:
+            layers.setdefault(tensor.layer, []).append(tensor)
+    n = len(layers)
+    if sorted(layers) != list(range(n)) or n < len(offers):
+        raise FlashWorkerError(f"a model of {n} layers cannot be divided among {len(offers)} workers: name fewer")
+    sizes = [sum(t.size for t in layers[i]) + expected.kv // n for i in range(n)]
+    beside = [t for t in meta.tensors.values() if t.name.startswith("rope_f")]  # used by all layers
+    parts = []
+    for offer, mine in zip(offers, divide_layers(sizes, [max(1, o.room) for o in offers]), strict=True):
+        weights = [t for i in mine for t in layers[i]] + beside
+        kv = expected.kv * len(mine) // n
+        parts.append(_part(meta, offer, mine, weights, what, uses, kv, expected.compute))
+    return parts
+
+
+def _part(
+    meta: GgufMeta,
+    offer: Offer,
+    mine: range,
+    weights: Sequence[TensorInfo],
+    what: str,
+    uses: Mapping[str, Use],
+    kv: int,
+    compute: int,
+) -> Part:
+    """As few kinds of weights on flash as its room needs."""
+    for kinds in kinds_of(what):
+        chosen = {t.name for t in select(meta, kinds, uses)}
+        homes = {t.name: FLASH if t.name in chosen else _in_memory(uses.get(t.name, Use(0))) for t in weights}
+        on_flash = sum(t.size for t in weights if homes[t.name] == FLASH)
+        part = Part(offer, mine, homes, sum(t.size for t in weights) - on_flash, on_flash, kv, compute)
+        if part.left >= (_LEAST_FLASH if on_flash else 0):
+            return part
+    need = offer.budget - part.left + (_LEAST_FLASH if part.on_flash else 0)
+    raise FlashWorkerError(
+        f"worker {offer.endpoint} has too little memory for layers {mine.start} to {mine.stop - 1}: its budget is "
+        f"{format_size(offer.budget)}, about {format_size(need)} would do; give it more, or name more workers",
+        host=offer.endpoint,
+    )
+
+
+def _in_memory(use: Use) -> int:
+    return MATRIX if use in (Use.MUL_MAT, Use.MUL_MAT_ID) else PLAIN

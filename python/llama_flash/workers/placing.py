@@ -1,0 +1,49 @@
+"""What of a model stays with the client, and the parts of the workers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..budget.rooms import Breakdown
+from ..errors import FlashError
+from ..model.bundles import holds_bundles
+from ..model.gguf import GgufMeta
+from ..model.graphs import graphs_of
+from ..model.shape import ContextShape
+from ..planning.placement import work_bytes
+from .division import Offer, Part, divide_model
+
+__all__ = ["at_client", "check_divisible", "names_pattern", "parts_of"]
+
+
+def check_divisible(meta: GgufMeta, lora_path: str | None) -> None:
+    """Refuses what cannot be divided. Raises FlashError."""
+    if holds_bundles(meta.files[0]):
+        raise FlashError(
+            f"{meta.files[0]} holds neuron bundles, which workers do not take; convert it back with "
+            "`python -m gguf_tools unbundle`, or load it without workers"
+        )
+    if lora_path:
+        raise FlashError(
+            "an adapter (lora_path) would have to be sent to the workers: load the model without one of them"
+        )
+
+
+def at_client(meta: GgufMeta) -> GgufMeta:
+    """The model as the client holds it: embedding, output matrix, and what else belongs to no layer."""
+    here = {name: t for name, t in meta.tensors.items() if t.layer is None and not name.startswith("rope_f")}
+    return replace(meta, tensors=here)
+
+
+def names_pattern(meta: GgufMeta) -> list[str]:
+    """Regular expressions (ECMAScript) that match the names of these weights and no others."""
+    return [f"^{re.escape(name)}$" for name in meta.tensors]
+
+
+def parts_of(meta: GgufMeta, offers: Sequence[Offer], what: str, shape: ContextShape) -> list[Part]:
+    """See divide_model."""
+    graphs = graphs_of(meta, shape)
+    expected = Breakdown(kv=graphs.kv, compute=graphs.compute + work_bytes(meta, shape))
+    return divide_model(meta, offers, what, graphs.uses, expected)

@@ -1,0 +1,241 @@
+"""The process of one client of a worker: what it asks on the control channel, and the session that computes for it.
+
+Started by listen.py, which passes the control connection and a channel on which the connection for data comes. Ends
+when the client leaves, and with it all that was allocated for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from ..budget.cores import default_threads
+from ..budget.held import held_by_all
+from ..budget.rooms import held_by_process, kept_budget, reserve_of, resolve_budget
+from ..errors import FlashBudgetError, FlashError, FlashFormatError, FlashReadError
+from ..model.gguf import GgufMeta, read_gguf
+from ..native.handle import Session
+from ..native.library import trim_heap
+from ..native.remote import Worker
+from ..observe.stats import Counters
+from ..options import FlashOffload
+from ..planning.reads import experts_ahead, io_choice
+from ..sizes import format_size, parse_size
+from .identity import identity_of
+from .wire import Line, Wire
+
+__all__ = ["Serving", "main"]
+
+_IDLE = 120.0  # seconds without a word from the client, which says every second that it is alive
+
+
+class Serving:
+    """Of one client. `answer` is asked line by line.
+
+    Raises:
+        FlashError, OSError: the model cannot be served.
+    """
+
+    def __init__(self, about: dict[str, Any], channel: socket.socket) -> None:
+        import llama_cpp  # noqa: F401  # registers the plugin
+
+        self._key, self._channel = str(about["key"]), channel
+        self._options = FlashOffload(**about["options"])
+        self._meta: GgufMeta = read_gguf(about["model"])
+        self._n_threads = int(about["n_threads"]) or default_threads()
+        self._budget = kept_budget(self._options.dram_budget, self._options.reserve, self._meta.file_bytes)
+        self._door = held_by_process(pid=os.getppid())  # the process that listens
+        self._native: Session | None = None
+        self._worker: Worker | None = None
+        self._given = 0  # bytes of flash memory
+
+    def answer(self, line: Line) -> Line:
+        """To one line of the client's."""
+        asked = {
+            "open": self._hello,
+            "ping": lambda _: {},
+            "plan": self._plan,
+            "bound": self._bound,
+            "attach": self._attach,
+            "check": self._check,
+            "stats": self._stats,
+            "budget": self._set_budget,
+        }.get(str(line.get("op")))
+        if asked is None:
+            return _error("protocol", f"no such request: {line.get('op')!r}")
+        try:
+            return {"ok": True, **asked(line)}
+        except FlashReadError as e:
+            about = {"file": e.file, "offset": e.offset, "size": e.size, "errno": e.errno, "tensor": e.tensor}
+            return _error("read", str(e), **about)
+        except FlashBudgetError as e:
+            return _error("budget", str(e), smallest=e.smallest, breakdown=e.breakdown)
+        except FlashFormatError as e:
+            return _error("format", str(e))
+        except (FlashError, OSError, ValueError, TypeError, KeyError) as e:
+            return _error("refused", str(e) or type(e).__name__)
+
+    # what may be asked
+
+    def _hello(self, _: Line) -> Line:
+        return {
+            "key": self._key,
+            "identity": identity_of(self._meta),
+            "budget": self._budget.total,
+            "reason": self._budget.reason,
+            "reserve": self._budget.reserve,
+            "held": held_by_all() + self._door,
+            "threads": self._n_threads,
+            "model": self._meta.files[0].name,
+        }
+
+    def _plan(self, line: Line) -> Line:
+        """Which weights the client wants, and where each is to be. From then on the connection for data is served."""
+        if self._worker is not None:
+            raise FlashError("a plan was made before")
+        homes, options = line["homes"], self._options
+        if not isinstance(homes, dict):
+            raise FlashError("homes is no object")
+        io_engine, io_depth = io_choice(options, None, None)
+        native = Session(
+            io_engine,
+            io_depth=io_depth,
+            io_threads=options.io_threads,
+            lookahead=experts_ahead(options),
+            tries_ahead=options.lookahead == "auto",
+            panel_bytes=parse_size(options.panel_bytes),
+            few_tokens=int(line.get("few_tokens", 0)),
+        )
+        limit = max(0, self._budget.total - self._budget.reserve)
+        worker = Worker(native, self._meta.files, self._n_threads, limit, self._meta.file_bytes)
+        numbers = {path: i for i, path in enumerate(self._meta.files)}
+        for name, home in homes.items():
+            tensor = self._meta.tensors.get(name)
+            if tensor is None:
+                raise FlashError(f"the file has no tensor {name!r}")
+            worker.add_weight(name, tensor.type, tensor.shape, numbers[tensor.file], tensor.offset, int(home))
+        self._native, self._worker = native, worker
+        threading.Thread(target=self._serve, args=(worker,), daemon=True).start()
+        return {}
+
+    def _bound(self, _: Line) -> Line:
+        """The client has loaded its model: what is on flash is known."""
+        native, worker = self._session()
+        worker.raise_refusal()
+        native.raise_pending()
+        native.bind_end()
+        needs = native.requirements()
+        return {"least": needs.min_memory, "most": needs.max_memory, "resident": worker.memory().resident}
+
+    def _attach(self, _: Line) -> Line:
+        """The client's context exists: what the budget has left is for flash."""
+        native, worker = self._session()
+        needs, memory = native.requirements(), worker.memory()
+        trim_heap()
+        # weights have been written, KV cache and graph buffers not yet
+        beside = held_by_process() + self._door - memory.resident
+        fixed = beside + memory.resident + memory.buffers
+        left = self._budget.total - self._budget.reserve - fixed
+        on_flash = needs.n_expert_tensors + needs.n_panel_tensors > 0
+        if on_flash and left < needs.min_memory or left < 0:
+            short = fixed + (needs.min_memory if on_flash else 0) + self._budget.reserve
+            raise FlashBudgetError(
+                f"a DRAM budget of {format_size(self._budget.total)} ({self._budget.reason}) is too small: about "
+                f"{format_size(short)} would do",
+                breakdown={"interpreter": beside, "weights": memory.resident, "compute": memory.buffers},
+                smallest=short,
+            )
+        if on_flash:
+            self._given = min(left, needs.max_memory)
+            native.set_memory(self._given)
+        return self._memory()
+
+    def _check(self, _: Line) -> Line:
+        """What has failed since it was asked last."""
+        native, worker = self._session()
+        native.raise_pending()
+        worker.raise_refusal()
+        return {}
+
+    def _stats(self, _: Line) -> Line:
+        native, _worker = self._session()
+        return {"counters": Counters.from_struct(native.stats()).as_dict(), **self._memory()}
+
+    def _set_budget(self, line: Line) -> Line:
+        """Another budget, while the model runs."""
+        native, worker = self._session()
+        budget = resolve_budget(line["budget"], self._options.reserve, model_bytes=self._meta.file_bytes)
+        memory = worker.memory()
+        touched = int(native.stats().resident_bytes)
+        fixed = held_by_process() + self._door - touched
+        state = native.resize(max(0, budget.total - reserve_of(budget.total, self._options.reserve) - fixed))
+        while not state.done:
+            state = native.resize(state.total)
+        self._budget, self._given = budget, state.total
+        return {**self._memory(), "buffers": memory.buffers}
+
+    def _memory(self) -> Line:
+        native, worker = self._session()
+        memory, given = worker.memory(), native.memory()
+        return {
+            "budget": self._budget.total,
+            "resident": memory.resident,
+            "buffers": memory.buffers,
+            "flash": self._given,
+            "slots": given.slots,
+            "pinned": given.pinned,
+            "held": held_by_process() + self._door,
+        }
+
+    def _session(self) -> tuple[Session, Worker]:
+        if self._native is None or self._worker is None:
+            raise FlashError("there is no plan yet")
+        return self._native, self._worker
+
+    def _serve(self, worker: Worker) -> None:
+        """The engine's thread: until the client leaves."""
+        _, fds, _, _ = socket.recv_fds(self._channel, 1, 1)
+        if fds:
+            with contextlib.suppress(FlashError):
+                worker.serve(socket.socket(fileno=fds[0]))
+
+
+def _error(kind: str, message: str, **about: object) -> Line:
+    return {"error": {"kind": kind, "message": message, **about}}
+
+
+def main() -> None:
+    """Serves the client whose connections stdin names."""
+    about = json.load(sys.stdin)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; who listens ends this process
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    control = socket.socket(fileno=int(about["control"]))
+    channel = socket.socket(fileno=int(about["channel"]))
+    control.settimeout(_IDLE)
+    wire, code = Wire(control), 0
+    try:
+        serving = Serving(about, channel)
+    except (FlashError, OSError, ValueError) as error:
+        with contextlib.suppress(OSError):
+            wire.send(_error("refused", str(error)))
+        os._exit(1)
+    line: Line | None = {"op": "open"}
+    try:
+        while line is not None:
+            wire.send(serving.answer(line))
+            line = wire.receive()
+    except (OSError, FlashError) as error:
+        print(f"llama-flash worker: the client was lost: {error}", file=sys.stderr, flush=True)
+        code = 3
+    sys.stdout.flush()
+    os._exit(code)  # a graph may be under way
+
+
+if __name__ == "__main__":
+    main()

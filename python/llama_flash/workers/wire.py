@@ -1,0 +1,110 @@
+"""The control channel: one JSON object per line over TCP, of bounded length, answered in turn.
+
+The first line of a connection says what it is for. A connection for data is the engine's from then on.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+from ..errors import FlashError
+
+__all__ = ["FIRST_LINE", "LONGEST_LINE", "Line", "Wire", "address_of", "connect", "is_loopback", "keep_alive"]
+
+FIRST_LINE = 4096  # bytes: before the token is known to be right
+LONGEST_LINE = 8 << 20  # bytes: names of all weights
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))  # seconds, and times
+
+Line = dict[str, Any]
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """Host and port of "host:port".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 <= int(port) < 1 << 16:
+        raise ValueError(f"{text!r} is not a host and a port, as 127.0.0.1:50052")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches the address."""
+    return all(str(found[4][0]).startswith("127.") for found in socket.getaddrinfo(host, None, socket.AF_INET))
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """The kernel notices within half a minute that the other host is gone."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option, value in _KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def connect(endpoint: str, timeout: float) -> socket.socket:
+    """A connection to a worker. Raises OSError."""
+    host, port = address_of(endpoint)
+    connection = socket.create_connection((host, port), timeout)
+    keep_alive(connection)
+    return connection
+
+
+class Wire:
+    """One end of a connection. Not for two threads at once."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._buffer = b""
+
+    def send(self, line: Line) -> None:
+        """Raises OSError."""
+        self.connection.sendall(json.dumps(line).encode() + b"\n")
+
+    def receive(self, longest: int = LONGEST_LINE, *, exactly: bool = False) -> Line | None:
+        """The next line; None: the other end has left.
+
+        Args:
+            longest: bytes.
+            exactly: nothing behind the line is read.
+
+        Raises:
+            FlashError: no line, or none that makes sense.
+            OSError: the connection is lost, or (TimeoutError) nothing came in time.
+        """
+        while b"\n" not in self._buffer:
+            piece = self.connection.recv(1 if exactly else 1 << 16)
+            if not piece:
+                if self._buffer:
+                    raise FlashError("the connection ended within a line")
+                return None
+            self._buffer += piece
+            if len(self._buffer) > longest:
+                raise FlashError(f"a line of more than {longest} bytes")
+        text, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            raise FlashError("a line that is not JSON") from None
+        if not isinstance(line, dict):
+            raise FlashError("a line that is no JSON object")
+        return line
+
+    def ask(self, line: Line) -> Line:
+        """Sends a line and returns the answer.
+
+        Raises:
+            OSError: the connection is lost, or nothing came in time.
+            FlashError: what came makes no sense.
+        """
+        self.send(line)
+        answer = self.receive()
+        if answer is None:
+            raise ConnectionError("the other end has left")
+        return answer
+
+    def close(self) -> None:
+        self.connection.close()
