@@ -244,7 +244,7 @@ enum llama_flash_place {
     LLAMA_FLASH_PINNED  = 4,
 };
 
-// buffers of this process that llama.cpp itself has allocated for a context and its model, flash tensors excluded
+// buffers that llama.cpp has allocated in this process for a context and its model, flash tensors excluded
 struct llama_flash_context_memory {
     uint64_t model;   // resident weights
     uint64_t context; // KV cache and recurrent state

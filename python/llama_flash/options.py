@@ -146,10 +146,15 @@ class FlashOffload:
 
 
 def reject_misspelt(names: Iterable[str]) -> None:
-    """Raises TypeError if one of the keyword arguments `names` can only be meant for flash offload.
+    """Raises TypeError if one of the keyword arguments `names` can only be meant for flash offload, or for workers.
 
     `llama_cpp.Llama` ignores keyword arguments that it does not know, so `flash_ofload=True` would run without it.
     """
+    if isinstance(names, Mapping) and names.get("rpc_servers"):
+        raise TypeError(
+            "Llama.__init__() does not know rpc_servers, which it would ignore: start `llama-flash worker` there, and "
+            "name the workers: flash_offload=llama_flash.FlashOffload(workers=['127.0.0.1:50052', ...])"
+        )
     for name in names:
         if name.startswith("flash_") or difflib.get_close_matches(name, ["flash_offload"], cutoff=0.8):
             raise TypeError(

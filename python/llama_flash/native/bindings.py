@@ -365,7 +365,7 @@ class llama_flash_tensor(ctypes.Structure):
 
 
 class llama_flash_context_memory(ctypes.Structure):
-    """Buffers of this process that llama.cpp itself has allocated for a context and its model, flash tensors excluded."""
+    """Buffers that llama.cpp has allocated in this process for a context and its model, flash tensors excluded."""
 
     _fields_: ClassVar = [
         ("model", ctypes.c_uint64),

@@ -244,6 +244,7 @@ class Load:
                 yield
         except BaseException:
             self.end()
+            self.close_workers()  # whoever keeps the error keeps the model that failed: they must not wait for it
             raise
 
     @contextlib.contextmanager
@@ -283,6 +284,9 @@ class Load:
             self._attach(context, scores_bytes)
             if self.workers is not None:
                 self.workers.attach()
+        except BaseException:
+            self.close_workers()
+            raise
         finally:
             self.end()
 

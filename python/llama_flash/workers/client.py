@@ -108,9 +108,10 @@ class Remote:
     def lose(self, why: str) -> FlashWorkerError:
         """Gives it up. Returns the error to raise."""
         self.lost = self.lost or why
-        if self._data is not None:
-            with contextlib.suppress(OSError):
-                self._data.shutdown(socket.SHUT_RDWR)
+        for connection in (self._data, self._wire.connection):
+            if connection is not None:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
         return self._error()
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import hmac
 import json
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ __all__ = ["Listener", "Settings", "read_token"]
 
 _FIRST_SECONDS = 5.0  # in which a connection must say what it is for
 _WAITING = 16  # connections that have not said it yet
+_LEAVING = 2.0  # seconds in which the process of a client that has left ends by itself
 _ENDING = 10.0  # seconds that a client's process may take to end
 
 Say = Callable[[str], None]
@@ -52,6 +54,21 @@ class _Guest:
     key: str  # what its connection for data says
     process: subprocess.Popen[bytes]
     channel: socket.socket  # to that process, for connections
+    control: socket.socket  # which that process answers
+
+    def is_there(self) -> bool:
+        """Whether it is being served. A process whose client has left is ended, also where it hangs."""
+        if self.process.poll() is not None:
+            return False
+        poll = select.poll()
+        poll.register(self.control, select.POLLRDHUP)
+        if not poll.poll(0):
+            return True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_LEAVING)
+        self.process.kill()
+        self.process.wait()
+        return False
 
 
 def read_token(path: Path | None) -> str:
@@ -151,7 +168,7 @@ class Listener:
     def _open(self, connection: socket.socket, peer: str) -> Line | None:
         with self._lock:
             guest = self._guest
-            if guest is not None and guest.process.poll() is None:
+            if guest is not None and guest.is_there():
                 return _no("busy", f"busy: it serves {guest.name}, and one client at a time")
             if self._stopping:
                 return _no("busy", "it is stopping")
@@ -175,7 +192,7 @@ class Listener:
             with contextlib.suppress(OSError):  # it has ended
                 process.stdin.write(json.dumps(about).encode())
                 process.stdin.close()
-            self._guest = _Guest(peer, key, process, ours)
+            self._guest = _Guest(peer, key, process, ours, connection.dup())
         self._say(f"serves {peer}")
         threading.Thread(target=self._wait, args=(self._guest,), daemon=True).start()
         return None
@@ -193,6 +210,7 @@ class Listener:
     def _wait(self, guest: _Guest) -> None:
         code = guest.process.wait()
         guest.channel.close()
+        guest.control.close()
         ended = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
         self._say(f"{guest.name} has left" if code == 0 else f"the process for {guest.name} ended with {ended}")
 

@@ -143,7 +143,7 @@ class Serving:
         fixed = beside + memory.resident + memory.buffers
         left = self._budget.total - self._budget.reserve - fixed
         on_flash = needs.n_expert_tensors + needs.n_panel_tensors > 0
-        if on_flash and left < needs.min_memory or left < 0:
+        if (on_flash and left < needs.min_memory) or left < 0:
             short = fixed + (needs.min_memory if on_flash else 0) + self._budget.reserve
             raise FlashBudgetError(
                 f"a DRAM budget of {format_size(self._budget.total)} ({self._budget.reason}) is too small: about "
