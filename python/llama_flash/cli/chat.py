@@ -19,7 +19,7 @@ from . import common as c
 from .again import cap_bytes, command_line, run_again_capped
 from .answer_view import AnswerView, Meter
 from .conversation import Conversation
-from .loading import context_tokens, flash_options, open_model, print_statistics
+from .loading import context_tokens, flash_options, open_model, print_statistics, print_workers
 
 __all__ = ["EPILOG", "chat"]
 
@@ -63,6 +63,8 @@ def chat(
     follow: c.Follow = True,
     warm_start: c.WarmStart = True,
     io_engine: c.IoEngine = "auto",
+    workers: c.Workers = None,
+    worker_token_file: c.WorkerToken = None,
     prompt_cache: c.PromptCache = False,
     prompt_cache_dir: c.PromptCacheDir = None,
     prompt_cache_size: c.PromptCacheSize = "8GiB",
@@ -228,6 +230,8 @@ class _Chat:
             c.stderr.print(_HELP, markup=False, soft_wrap=True)
         elif command == "/stats":
             print_statistics(self._session.stats(), self._path.name)
+            if workers := self._session.worker_stats():
+                print_workers(workers)
         elif command == "/clear":
             self._conversation.clear()
             _note("forgotten")

@@ -54,6 +54,8 @@ __all__ = [
     "WarmStart",
     "What",
     "Window",
+    "WorkerToken",
+    "Workers",
     "fail",
     "model_path",
     "never_fail_to_print",
@@ -155,6 +157,13 @@ PromptCache = Annotated[
 PromptCacheDir = Annotated[Path | None, _flash("--prompt-cache-dir", metavar="DIR", help="The same, in this folder.")]
 PromptCacheSize = Annotated[
     str, _flash("--prompt-cache-size", metavar="SIZE", help="What these files may take on the disk.")
+]
+Workers = Annotated[
+    str | None,
+    _flash("--workers", metavar="HOST:PORT,...", help="Others that hold the layers (llama-flash worker), in order."),
+]
+WorkerToken = Annotated[
+    Path | None, _flash("--worker-token-file", metavar="FILE", help="Its first line is what the workers know, too.")
 ]
 IoEngine = Annotated[
     str, _flash("--io-engine", help="auto, io_uring or pread.", autocompletion=_words(get_args(IoEngines)))

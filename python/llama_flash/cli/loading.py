@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..options import FlashOffload
 from ..sizes import format_size
 from .common import DEFAULT_CTX, stderr
 
-__all__ = ["context_tokens", "flash_options", "kv_type", "open_model", "print_statistics"]
+__all__ = ["context_tokens", "flash_options", "kv_type", "open_model", "print_statistics", "print_workers"]
 
 _CTX_STEP = 256  # src/llama-context.cpp
 
@@ -36,6 +36,7 @@ def flash_options(params: Mapping[str, Any]) -> FlashOffload:
         chosen["prompt_cache"] = params["prompt_cache_dir"]
     if chosen.get("lookahead", False) is None:
         chosen["lookahead"] = "auto"
+    chosen["workers"] = [worker.strip() for worker in (chosen.get("workers") or "").split(",") if worker.strip()]
     return FlashOffload(**chosen)
 
 
@@ -107,6 +108,22 @@ def print_statistics(stats: FlashStats, title: str) -> None:
     if stats.predictor != "none":
         stderr.print(f"predictor {stats.predictor}; neurons are of all layers")
     stderr.print(f"budget {format_size(stats.budget.total)} ({stats.budget.reason}): {stats.memory}", soft_wrap=True)
+
+
+def print_workers(workers: Sequence[Mapping[str, Any]]) -> None:
+    """What each has read, as a table on stderr. workers: as FlashSession.worker_stats has them."""
+    table = Table(title="workers", title_justify="left", min_width=60)
+    for name in ("", *(one["worker"] for one in workers)):
+        table.add_column(name, justify="right" if name else "left")
+    counters = [one["counters"] for one in workers]
+    rates = [found.get("hit_rate") for found in counters]
+    table.add_row("resident weights", *(format_size(one["resident"]) for one in workers))
+    table.add_row("slots, pinned panels", *(format_size(one["slots"] + one["pinned"]) for one in workers))
+    table.add_row("read from flash", *(format_size(found["bytes_read"]) for found in counters))
+    table.add_row("hit rate", *("-" if rate is None else f"{rate:.1%}" for rate in rates))
+    table.add_row("held by the process", *(format_size(one["held"]) for one in workers))
+    table.add_row("its budget", *(format_size(one["budget"]) for one in workers))
+    stderr.print(table)
 
 
 def _foreseen(counters: Counters) -> str:

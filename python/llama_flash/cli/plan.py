@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +29,8 @@ def plan(
     lookahead: c.Lookahead = None,
     draft: c.Draft = "off",
     io_engine: c.IoEngine = "auto",
+    workers: c.Workers = None,
+    worker_token_file: c.WorkerToken = None,
     n_ctx: c.Ctx = 0,
     n_batch: c.NBatch = 512,
     n_ubatch: c.NUbatch = 512,
@@ -60,6 +64,9 @@ def plan(
 
     path = c.model_path(model)
     meta = read_gguf(path)
+    if workers is not None:
+        _plan_workers(ctx.params, path, context_tokens(meta, n_ctx))
+        return
     made = make(
         path,
         n_ctx=context_tokens(meta, n_ctx),
@@ -76,3 +83,28 @@ def plan(
         c.print_json(made.as_dict())
     else:
         print_plan(c.stdout, made)
+
+
+def _plan_workers(params: Mapping[str, Any], path: Path, n_ctx: int) -> None:
+    from ..model.shape import ContextShape
+    from ..workers.planned import plan_workers
+    from .loading import flash_options, kv_type
+    from .plan_view import print_divided
+
+    n_batch = min(params["n_batch"], n_ctx)
+    shape = ContextShape(
+        n_ctx=params["parallel"] * n_ctx,
+        n_batch=n_batch,
+        n_ubatch=min(params["n_ubatch"], n_batch),
+        n_outputs=n_batch if params["logits_all"] else params["parallel"],
+        n_scores=n_ctx if params["logits_all"] else 0,
+        type_k=kv_type("--type-k", params["type_k"]),
+        type_v=kv_type("--type-v", params["type_v"]),
+        flash_attn=params["flash_attn"],
+        n_sequences=params["parallel"],
+    )
+    made = plan_workers(path, flash_options(params), shape)
+    if params["as_json"]:
+        c.print_json(made.as_dict())
+    else:
+        print_divided(c.stdout, made)

@@ -13,8 +13,9 @@ from ..planning.cost import Cost
 from ..planning.drafted import DraftPlan
 from ..planning.planner import LoadPlan, Option
 from ..sizes import format_size
+from ..workers.planned import DividedPlan
 
-__all__ = ["describe_profile", "format_rate", "print_comparison", "print_plan", "print_profile"]
+__all__ = ["describe_profile", "format_rate", "print_comparison", "print_divided", "print_plan", "print_profile"]
 
 _WHERE = {
     "interpreter": "interpreter, libraries, engine's heap",
@@ -91,6 +92,33 @@ def print_plan(console: Console, plan: LoadPlan) -> None:
     console.print(f"rates: {describe_profile(plan.profile)}", soft_wrap=True)
     console.print(f"{plan.threads}", soft_wrap=True)
     console.print(f"assumed: {'; '.join(plan.cost.assumptions)}", soft_wrap=True)
+
+
+def print_divided(console: Console, plan: DividedPlan) -> None:
+    """What each host's memory is for, and what crosses for a token."""
+    table = Table(title=f"{Path(plan.model).name}, divided among {len(plan.parts)} workers", title_justify="left")
+    for name in ("", "this process", *(part.offer.endpoint for part in plan.parts)):
+        table.add_column(name, justify="right" if name else "left")
+    memory, parts, traffic = plan.client, plan.parts, plan.traffic
+    table.add_row("layers", "-", *(f"{part.layers.start} to {part.layers.stop - 1}" for part in parts))
+    own = max(0, plan.budget.total - memory.total)
+    for name, here, there in (
+        ("interpreter, libraries, heap", memory.interpreter, [part.offer.held for part in parts]),
+        ("resident weights", memory.weights, [part.resident for part in parts]),
+        ("KV cache", memory.kv, [part.kv for part in parts]),
+        ("buffers, logits", memory.compute + memory.outputs, [part.compute for part in parts]),
+        ("reserve", memory.reserve, [part.offer.reserve for part in parts]),
+        ("left: slots, pinned panels, rings", own, [part.left for part in parts]),
+    ):
+        table.add_row(name, *map(format_size, (here, *there)))
+    table.add_section()
+    table.add_row("budget", *map(format_size, (plan.budget.total, *(part.offer.budget for part in parts))))
+    table.add_row("weights on flash", *map(format_size, (plan.client_flash, *(part.on_flash for part in parts))))
+    table.add_section()
+    table.add_row("sent to it for a token, at most", "-", *(format_size(each.up) for each in traffic))
+    table.add_row("sent back", "-", *(format_size(each.down) for each in traffic))
+    console.print(table)
+    console.print("no weight crosses; each host waits for the one before it", soft_wrap=True)
 
 
 def _token(plan: LoadPlan) -> Table:

@@ -18,7 +18,7 @@ from ..options import FlashOffload
 from ..whole_files import temporary_folder
 from . import common as c
 from .again import cap_bytes, command_line, run_again_capped
-from .loading import context_tokens, flash_options, open_model, print_statistics
+from .loading import context_tokens, flash_options, open_model, print_statistics, print_workers
 
 if TYPE_CHECKING:
     from ..observe.snapshot import Snapshot
@@ -60,6 +60,8 @@ def run(
     follow: c.Follow = True,
     warm_start: c.WarmStart = True,
     io_engine: c.IoEngine = "auto",
+    workers: c.Workers = None,
+    worker_token_file: c.WorkerToken = None,
     n_ctx: c.Ctx = 0,
     n_batch: c.NBatch = 512,
     n_ubatch: c.NUbatch = 512,
@@ -86,6 +88,8 @@ def run(
 
         if options is None:
             raise ValueError("--plot draws what flash offload does: not with --no-flash")
+        if options.workers:
+            raise ValueError("--plot draws what this process does: not with --workers")
         check_target(plot)
     if cap is not None:
         limit = cap_bytes(cap, meta, context_tokens(meta, n_ctx))
@@ -128,6 +132,14 @@ def _generate(
         if not quiet:
             c.stderr.print(_title(result))
         return {**result, "expected": None, "measured": None, "flash": None}, None
+
+    if options.workers:
+        stats, workers = llm.flash.stats(), llm.flash.worker_stats()
+        llm.close()
+        if not quiet:
+            print_workers(workers)
+            c.stderr.print(_title(result))
+        return {**result, "expected": None, "measured": None, "flash": stats.as_dict(), "workers": workers}, None
 
     from ..device.kept import profile_for
     from ..planning.usage import later_half

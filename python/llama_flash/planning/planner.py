@@ -168,6 +168,8 @@ def plan(
         ValueError, TypeError: see FlashOffload.
     """
     options = _asked(flash_offload, dram_budget)
+    if options.workers:
+        raise ValueError("workers: `llama-flash plan --workers` asks them")
     meta = read_gguf(model)
     check_vocabulary(meta, text=False)
     n_drafted = MOST_DRAFTED if options.draft != "off" else 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FlashError
+from ..errors import FlashError, FlashWorkerError
 from ..model.load import load_model, new_context
 from ..native.server import FAILED, Tokens, copy_of, write_back
 from ..options import FlashOffload
@@ -92,6 +92,8 @@ class EngineDriver:
             return
         try:
             self._contexts[context][1].before_call(n_tokens)
+        except FlashWorkerError:  # `end` says it, and the results are void
+            return
         except Exception:  # of a forked child, whose calls are aborted
             logger.exception("before a call of %d tokens", n_tokens)
 

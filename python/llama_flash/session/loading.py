@@ -48,7 +48,7 @@ from ..planning.reads import experts_ahead, io_choice
 from ..prompts.store import PromptStore, open_store, store_memory
 from ..sizes import format_size, parse_size
 from ..workers.client import Workers
-from ..workers.placing import at_client, check_divisible, names_pattern, parts_of
+from ..workers.placing import at_client, check_divisible, names_pattern, parts_of, plan_at_client
 from .account import Account
 from .describe import line_about, nothing_to_offload, workers_text
 from .memento import Memento
@@ -153,11 +153,9 @@ class Load:
             # has said how many it asks for.
             drafted = 0 if options.draft == "off" else MOST
             context_params.n_outputs_max = context_params.n_outputs_max or min(1 + drafted, context_params.n_batch)
-        self._held_here = self.meta  # weights of this process
         if options.workers and not model_params.vocab_only:
             check_divisible(self.meta, self._lora_path)
             self.workers = Workers(options, self.meta)
-            self._held_here = at_client(self.meta)
         self._account.plan = self._make_plan()
         share.memory = self._plan.expected
         if self._plan.bundles:
@@ -177,7 +175,7 @@ class Load:
         if self.workers is not None:
             parts = parts_of(self.meta, self.workers.offers, options.what, self._shape())
             self.workers.place(model_params, parts, few_tokens(self._shape().n_sequences))
-            groups.append((names_pattern(self._held_here), cpu_buffer_type()))
+            groups.append((names_pattern(at_client(self.meta)), cpu_buffer_type()))
         self._overrides = override(model_params, *groups)
         if self._plan.mode == "flash":
             native = self._open()
@@ -185,14 +183,11 @@ class Load:
             context_params.abort_callback_data = native.address
 
     def _make_plan(self) -> Plan:
-        meta, shape = self._held_here, self._shape()
+        budget, shape, base = self._share.budget, self._shape(), self._base - settled()
         try:
             if self.workers is None:
-                return make_plan(meta, self.options, self._share.budget, shape, self._base - settled())
-            here = replace(graphs_of(self.meta, shape), kv=0)  # the cache lies with its layers
-            base = self._base - settled()
-            plan = make_plan(meta, self.options, self._share.budget, shape, base, lambda *_: here)
-            return replace(plan, mode="resident") if plan.mode == "nothing" else plan
+                return make_plan(self.meta, self.options, budget, shape, base)
+            return plan_at_client(self.meta, self.options, budget, shape, base, graphs_of(self.meta, shape))
         except FlashBudgetError as refused:
             if Controller.of_process().squeeze():  # other models have more than they need
                 self._base = held_by_all(self._share)

@@ -6,16 +6,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..budget.rooms import Breakdown
+from ..budget.rooms import Breakdown, Budget
 from ..errors import FlashError
 from ..model.bundles import holds_bundles
 from ..model.gguf import GgufMeta
-from ..model.graphs import graphs_of
+from ..model.graphs import Graphs, graphs_of
 from ..model.shape import ContextShape
-from ..planning.placement import work_bytes
+from ..options import FlashOffload
+from ..planning.placed import Plan
+from ..planning.placement import make_plan, work_bytes
 from .division import Offer, Part, divide_model
 
-__all__ = ["at_client", "check_divisible", "names_pattern", "parts_of"]
+__all__ = ["at_client", "check_divisible", "names_pattern", "parts_of", "plan_at_client"]
 
 
 def check_divisible(meta: GgufMeta, lora_path: str | None) -> None:
@@ -35,6 +37,24 @@ def at_client(meta: GgufMeta) -> GgufMeta:
     """The model as the client holds it: embedding, output matrix, and what else belongs to no layer."""
     here = {name: t for name, t in meta.tensors.items() if t.layer is None and not name.startswith("rope_f")}
     return replace(meta, tensors=here)
+
+
+def plan_at_client(
+    meta: GgufMeta, options: FlashOffload, budget: Budget, shape: ContextShape, interpreter: int, graphs: Graphs
+) -> Plan:
+    """What stays on flash of the weights that no worker has.
+
+    Args:
+        interpreter: as make_plan takes it.
+        graphs: of the whole model; the KV cache lies with its layers.
+
+    Raises:
+        FlashBudgetError: the budget is too small.
+    """
+    here = replace(graphs, kv=0)
+    plan = make_plan(at_client(meta), options, budget, shape, interpreter, lambda *_: here)
+    expected = replace(plan.expected, kv=0)
+    return replace(plan, mode="resident" if plan.mode == "nothing" else plan.mode, expected=expected)
 
 
 def names_pattern(meta: GgufMeta) -> list[str]:

@@ -1,0 +1,197 @@
+"""What a client of the data connection may send: nothing of it ends the worker, and most not even the client's process."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rpc_fuzz as rpc
+from workers import MOE, WorkerProcess, logits_of, open_model, workers_of
+
+from llama_flash import FlashError
+from llama_flash.workers.wire import Wire
+
+BUFFER = 1 << 20  # bytes
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[WorkerProcess]:
+    with workers_of(MOE, tmp_path, 1) as (one,):
+        yield one
+
+
+class Client:
+    """Knows the token, and speaks the protocol as it likes."""
+
+    def __init__(self, worker: WorkerProcess, homes: dict[str, int] | None = None) -> None:
+        self._to = ("127.0.0.1", worker.port)
+        self.control = Wire(socket.create_connection(self._to, 60))
+        hello = self.control.ask({"op": "open", "token": ""})
+        while "error" in hello and "busy" in hello["error"]["message"]:  # the one before is about to end
+            self.control = Wire(socket.create_connection(self._to, 60))
+            hello = self.control.ask({"op": "open", "token": ""})
+        assert "error" not in hello, hello
+        assert self.control.ask({"op": "plan", "homes": homes or {}}) == {"ok": True}
+        self.data = socket.create_connection(self._to, 60)
+        wire = Wire(self.data)
+        wire.send({"op": "data", "token": "", "key": hello["key"]})
+        assert wire.receive(exactly=True) == {"ok": True}
+        self.ask(rpc.HELLO, bytes(24), 28)
+        self.buffer, _ = struct.unpack("<QQ", self.ask(rpc.ALLOC, struct.pack("<IQ", 0, BUFFER), 16))
+        (self.base,) = struct.unpack("<Q", self.ask(rpc.BASE, struct.pack("<Q", self.buffer), 8))
+
+    def ask(self, number: int, body: bytes, size: int) -> bytes:
+        """The answer, which has that size."""
+        self.data.sendall(rpc.command(number, body))
+        answer = b""
+        while len(answer) < 8 + size:
+            piece = self.data.recv(8 + size - len(answer))
+            if not piece:
+                raise ConnectionError(self.complaint())
+            answer += piece
+        assert int.from_bytes(answer[:8], "little") == size
+        return answer[8:]
+
+    def complaint(self) -> str:
+        """Why the connection was ended."""
+        with contextlib.suppress(OSError, FlashError):
+            answer = self.control.ask({"op": "check"})
+            return str(answer.get("error", {}).get("message", ""))
+        return "lost"
+
+    def is_served(self) -> bool:
+        """Whether the connection for data is still answered."""
+        with contextlib.suppress(OSError):
+            self.ask(rpc.DEVICES, b"", 4)
+            return True
+        return False
+
+    def close(self) -> None:
+        self.data.close()
+        self.control.close()
+
+    def tensor(self, **about: Any) -> rpc.Tensor:
+        return rpc.Tensor(**{"buffer": self.buffer, "data": self.base, **about})
+
+
+@pytest.mark.parametrize(
+    "op", ["MAP_CUSTOM1", "MAP_CUSTOM2", "MAP_CUSTOM3", "CUSTOM", "OPT_STEP_ADAMW", "SOFT_MAX_BACK"]
+)
+def test_ops_that_are_functions_by_address_are_refused(worker: WorkerProcess, op: str) -> None:
+    header = Path(__file__).parents[2] / "build/engine/vendor/llama.cpp/ggml/include/ggml.h"
+    names = re.findall(
+        r"^\s*GGML_OP_(\w+)\b", header.read_text().partition("enum ggml_op {")[2].partition("}")[0], re.M
+    )
+    client = Client(worker)
+    node = client.tensor(op=names.index(op), src=(2, *[0] * 9), params=(0x41414141,) * 16)
+    client.data.sendall(rpc.graph([1], [node, client.tensor(id=2)]))
+    assert not client.is_served()
+    assert "is not computed for others" in client.complaint()
+    client.close()
+    assert worker.process.poll() is None
+
+
+def test_tensors_outside_of_their_buffers_are_refused(worker: WorkerProcess) -> None:
+    for wrong in (
+        {"data": 4096},
+        {"data": (1 << 64) - 16},
+        {"ne": (BUFFER, 1, 1, 1)},
+        {"nb": (4, 1 << 31, 32, 32), "ne": (8, 8, 1, 1)},
+        {"ne": ((1 << 32) - 1,) * 4, "nb": ((1 << 32) - 1,) * 4},
+        {"buffer": 0xDEAD},
+        {"type": 999},
+        {"type": 4},  # a type that was given up: blocks of no elements
+    ):
+        client = Client(worker)
+        bad = client.tensor(**wrong)
+        client.data.sendall(rpc.command(rpc.GET, bad.pack() + struct.pack("<QQ", 0, 32)))
+        assert not client.is_served(), wrong
+        client.close()
+    assert worker.process.poll() is None
+
+
+def test_a_graph_is_refused_if_its_shapes_do_not_fit(worker: WorkerProcess) -> None:
+    add, mul_mat, get_rows = 2, 30, 40
+    names = {add: "ADD", mul_mat: "MUL_MAT", get_rows: "GET_ROWS"}
+    for op in names:
+        client = Client(worker)
+        one, other = client.tensor(id=2, ne=(8, 4, 1, 1), nb=(4, 32, 128, 128)), client.tensor(id=3, ne=(7, 1, 1, 1))
+        client.data.sendall(rpc.graph([1], [client.tensor(op=op, src=(2, 3, *[0] * 8)), one, other]))
+        assert not client.is_served()
+        client.close()
+
+
+def test_a_message_that_is_larger_than_all_that_there_is(worker: WorkerProcess) -> None:
+    client = Client(worker)
+    client.data.sendall(bytes([rpc.SET]) + (1 << 40).to_bytes(8, "little"))
+    assert not client.is_served()
+    client.close()
+    client = Client(worker)
+    assert client.ask(rpc.ALLOC, struct.pack("<IQ", 0, 1 << 50), 16) == bytes(16)
+    assert "more than this worker's budget" in client.complaint()
+    client.close()
+
+
+def test_weights_are_only_bound_where_the_file_has_them(worker: WorkerProcess) -> None:
+    from llama_flash.model.gguf import read_gguf
+
+    tensor = read_gguf(MOE).tensors["blk.0.attn_norm.weight"]
+    client = Client(worker, {tensor.name: 0})
+    name = tensor.name.encode()
+    good = client.tensor(ne=(*tensor.shape, 1, 1, 1), nb=(4, *[4 * tensor.shape[0]] * 3), name=name)
+    for bad, file, offset, said in (
+        (client.tensor(name=b"nothing"), 0, tensor.offset, "has no such tensor"),
+        (client.tensor(name=name), 0, tensor.offset, "with the shape"),
+        (good, 0, tensor.offset + 32, "has it at byte"),
+        (good, 1, tensor.offset, "has it at byte"),
+    ):
+        assert client.ask(rpc.BIND, bad.pack() + struct.pack("<QQ", offset, file), 1) == b"\0"
+        assert said in client.complaint()
+    assert client.ask(rpc.BIND, good.pack() + struct.pack("<QQ", tensor.offset, 0), 1) == b"\1"
+    with MOE.open("rb") as file:
+        file.seek(tensor.offset)
+        assert client.ask(rpc.GET, good.pack() + struct.pack("<QQ", 0, tensor.size), tensor.size) == file.read(
+            tensor.size
+        )
+    client.close()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_five_thousand_messages_and_then_a_model(worker: WorkerProcess, seed: int) -> None:
+    """Seeded. A client's process may end (its own fault); the worker does not, and serves the next one."""
+    rng = random.Random(seed)
+    client: Client | None = None
+    n_clients = 0
+    for _ in range(5000):
+        if client is None:
+            client = Client(worker)
+            n_clients += 1
+        message = rpc.random_message(rng, client.buffer, client.base, BUFFER)
+        try:
+            client.data.sendall(message)
+            client.data.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while piece := client.data.recv(1 << 16):
+                    pass
+                if not piece:
+                    raise ConnectionError
+            client.data.setblocking(True)
+        except OSError:
+            client.close()
+            client = None
+    if client is not None:
+        client.close()
+    assert n_clients > 10 and worker.process.poll() is None
+    assert "Traceback" not in worker.said()
+    with contextlib.closing(open_model(MOE, flash=False)) as llm:
+        alone = logits_of(llm)
+    with contextlib.closing(open_model(MOE, [worker], what="all")) as llm:
+        assert np.array_equal(logits_of(llm), alone)
