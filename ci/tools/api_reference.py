@@ -91,7 +91,14 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, Any, tuple[str, ...] | None], ...]],
         tuple(
             (f"llama_flash.{name}", getattr(llama_flash, name), ())
             for name in (
-                *("FlashError", "FlashBudgetError", "FlashReadError", "FlashFormatError", "FlashCapError"),
+                *(
+                    "FlashError",
+                    "FlashBudgetError",
+                    "FlashReadError",
+                    "FlashWorkerError",
+                    "FlashFormatError",
+                    "FlashCapError",
+                ),
                 "FlashCpuError",
             )
         ),

@@ -166,7 +166,8 @@ std::string flash_guarded_call(const std::function<void()> & f) {
         done = true;
         return &done;
     });
-    return done ? "" : reason[0] ? reason : "unknown";
+    return done ? "" : reason[0] ? reason
+                                 : "unknown";
 }
 
 llama_context * llama_flash_new_context(llama_model * model, const llama_context_params * params, char * reason, size_t size) {

@@ -23,6 +23,7 @@ BELOW: dict[str, set[str]] = {
     "prompts": {"base", "memory", "io"},
     TOP: {"base", "memory", "io", "kernels", "store", "ops"},
     "observe": {"base", "memory", "io", "kernels", "store", "ops", TOP},
+    "worker": {"base", "memory", "io", "kernels", "store", "ops", TOP},
 }
 FILES = sorted(path.relative_to(SRC) for path in SRC.rglob("*") if path.suffix in (".h", ".cpp"))
 

@@ -28,6 +28,7 @@ ROOMS = (
     "prompts",
     "planning",
     "drafts",
+    "workers",
     "session",
     "server",
     "batch",

@@ -136,6 +136,8 @@ class Proxy:
             except OSError:
                 return
             worker = socket.create_connection(self._to)
+            for one in (client, worker):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._open += [client, worker]
             number = len(self.up)
             self.up.append(0)

@@ -1,5 +1,7 @@
 // By op: how many sources it needs, and for those of language models how shapes fit together. What kernels ask of types, supports_op
 // says. Numbers that are computed (ids of rows and experts) can be wrong still: a worker computes in a process of its own.
+//
+// Long: the tables of ops are one switch each.
 #include "worker/graph_check.h"
 
 #include "worker/weights.h"

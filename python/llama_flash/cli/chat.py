@@ -1,4 +1,7 @@
-"""`llama-flash chat`: a conversation in the terminal, or line by line from a pipe."""
+"""`llama-flash chat`: a conversation in the terminal, or line by line from a pipe.
+
+Long: the options of the command are the parameters of its function.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`llama-flash plan`: what a load would do."""
+"""`llama-flash plan`: what a load would do.
+
+Long: the options of the command are the parameters of its function.
+"""
 
 from __future__ import annotations
 
