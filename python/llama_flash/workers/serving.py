@@ -50,7 +50,8 @@ class Serving:
         self._meta: GgufMeta = read_gguf(about["model"])
         self._n_threads = int(about["n_threads"]) or default_threads()
         self._budget = kept_budget(self._options.dram_budget, self._options.reserve, self._meta.file_bytes)
-        self._door = held_by_process(pid=os.getppid())  # the process that listens
+        # the process that listens: where a limit sets the budget, it is one of the others below it
+        self._door = held_by_process(pid=os.getppid()) if self._budget.reason == "dram_budget" else 0
         self._native: Session | None = None
         self._worker: Worker | None = None
         self._given = 0  # bytes of flash memory

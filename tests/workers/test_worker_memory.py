@@ -1,0 +1,132 @@
+"""Workers below memory limits of their own, and reads that fail there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from caps import require_caps
+from repository import SUPPORT
+from workers import MOE, WorkerProcess, logits_of, open_model, workers_of
+
+from gguf_tools.synthetic import PRESETS, write
+from llama_flash import FlashReadError
+
+EIO = 1  # as in faults.c
+CAP = "190MiB"
+
+
+@pytest.fixture(scope="module")
+def large_model(model_folder: Path) -> Iterator[Path]:
+    (path,) = write(PRESETS["moe-400m"], model_folder / "moe-400m.gguf")
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+class CappedWorker:
+    """A worker below a memory cgroup of its own. Page cache counts there, too."""
+
+    def __init__(self, model: Path, folder: Path, cap: str) -> None:
+        self.log = folder / f"capped-{time.monotonic_ns()}.log"
+        worker = [sys.executable, "-m", "llama_flash", "worker", str(model), "--listen", "127.0.0.1:0"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "llama_flash", "cap", cap, "--", *worker], stdout=log, stderr=log
+            )
+        end = time.monotonic() + 60
+        while not (ready := re.search(rb" at (127\.0\.0\.1:\d+), ", self.log.read_bytes())):
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.05)
+        self.endpoint = ready[1].decode()
+
+    def end(self) -> str:
+        """What the cap reports."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+        return self.log.read_text()
+
+
+def test_two_workers_in_cgroups_of_their_own_run_what_neither_could_hold(large_model: Path, tmp_path: Path) -> None:
+    require_caps()
+    capped = [CappedWorker(large_model, tmp_path, CAP) for _ in range(2)]
+    try:
+        assert large_model.stat().st_size > 2 * (180 << 20)
+        prompt, generated = list(range(5, 69)), list(range(100, 124))
+        with contextlib.closing(open_model(large_model, flash=False)) as llm:
+            alone = _bits(llm, prompt, generated)
+        with contextlib.closing(open_model(large_model, [worker.endpoint for worker in capped])) as llm:
+            assert np.array_equal(_bits(llm, prompt, generated), alone)
+            stats = llm.flash.worker_stats()
+        assert all(one["counters"]["bytes_read"] > 0 and one["slots"] > 0 for one in stats)
+        assert all(one["held"] <= one["budget"] <= 190 << 20 for one in stats)
+    finally:
+        reports = [worker.end() for worker in capped]
+    for report in reports:
+        assert ", 0 OOM kills" in report, report
+
+
+def _bits(llm: Any, prompt: list[int], generated: list[int]) -> Any:
+    llm.reset()
+    llm.eval(prompt)
+    for token in generated:
+        llm.eval([token])
+    return np.array(llm.scores[: llm.n_tokens]).view(np.uint32)
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("shim") / "faults.so"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, SUPPORT / "faults.c", "-ldl"], check=True)
+    return library
+
+
+def test_a_read_that_fails_at_a_worker_is_its_error_and_the_next_call_works(
+    shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = tmp_path / "faults"
+    control.write_bytes(bytes(4096))
+    with contextlib.closing(open_model(MOE, flash=False)) as llm:
+        alone = logits_of(llm)
+    with monkeypatch.context() as patched:
+        patched.setenv("LD_PRELOAD", str(shim))
+        patched.setenv("FAULTS", str(control))
+        disturbed = WorkerProcess(MOE, tmp_path, "--io-engine", "pread", budget="150MiB")
+    try:
+        with workers_of(MOE, tmp_path, 1) as others:
+            with contextlib.closing(open_model(MOE, [disturbed, *others], what="experts")) as llm:
+                for skip in (0, 1, 5):
+                    _set(control, EIO, left=1, skip=skip)
+                    with pytest.raises(FlashReadError, match=re.escape(disturbed.endpoint)) as caught:
+                        for prompt in (b"import os", b"class Tree:", b"0123456789", b"def f(x, y):"):
+                            logits_of(llm, 8, prompt)
+                    error = caught.value
+                    assert error.errno == 5 and error.file == str(MOE) and error.tensor and error.size
+                    _set(control, 0)
+                    assert np.array_equal(logits_of(llm), alone)
+            _set(control, EIO, left=1, skip=2)
+            with pytest.raises(FlashReadError, match=re.escape(disturbed.endpoint)):
+                open_model(MOE, [disturbed, *others])
+            _set(control, 0)
+            with contextlib.closing(open_model(MOE, [disturbed, *others])) as llm:
+                assert np.array_equal(logits_of(llm), alone)
+    finally:
+        disturbed.end()
+
+
+def _set(control: Path, what: int, left: int = 0, skip: int = 0) -> None:
+    with control.open("r+b") as file:
+        file.write(struct.pack("<iii", what, left, skip))
