@@ -123,7 +123,17 @@ def test_wheel_holds_all_three_packages_and_each_library_once() -> None:
         "gguf_tools",
     }
     libraries = {Path(name).name for name in names if "/lib/" in name}
-    built = ("llama", "ggml", "ggml-base", "ggml-cpu", "mtmd", "llama-common", "llama-server-impl", "llama-tools")
+    built = (
+        "llama",
+        "ggml",
+        "ggml-base",
+        "ggml-cpu",
+        "ggml-rpc",
+        "mtmd",
+        "llama-common",
+        "llama-server-impl",
+        "llama-tools",
+    )
     assert libraries == {f"lib{x}.so" for x in (*built, "llama_flash", "llama_flash_cpu")}
     for needed in ("llama_cpp/llama.py", "llama_flash/py.typed", "llama_flash/native/bindings.py"):
         assert needed in names

@@ -48,7 +48,7 @@ LINKED = [
     *(ROOT / name for name in ("ci/README.md", "tests/README.md", "plugin/src/README.md")),
 ]
 CODE = ("plugin", "python", "gguf_tools", "ci", "tests", "Makefile", "CHANGELOG.md", "README.md")  # that names pages
-NOT_RUN = 31  # blocks that no test runs (20: examples of help): raise it only with a reason beside the block
+NOT_RUN = 32  # blocks that no test runs (21: examples of help): raise it only with a reason beside the block
 NOT_YET: set[str] = set()  # commands that pages name before they are there
 RUN, KINDS = ("sh", "python", "yaml"), ("not run", "in full", "stays running", "file")
 SECONDS = 600.0  # that a block may take

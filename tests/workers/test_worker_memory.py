@@ -21,7 +21,8 @@ from repository import SUPPORT
 from workers import MOE, WorkerProcess, logits_of, open_model, workers_of
 
 from gguf_tools.synthetic import PRESETS, write
-from llama_flash import FlashReadError
+from llama_flash import FlashBudgetError, FlashReadError, FlashWorkerError
+from llama_flash.budget.cgroup import memory_groups
 
 EIO = 1  # as in faults.c
 CAP = "190MiB"
@@ -51,6 +52,11 @@ class CappedWorker:
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)
         self.endpoint = ready[1].decode()
+
+    def process_id(self) -> int:
+        """Of the worker."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
 
     def end(self) -> str:
         """What the cap reports."""
@@ -84,6 +90,54 @@ def _bits(llm: Any, prompt: list[int], generated: list[int]) -> Any:
     for token in generated:
         llm.eval([token])
     return np.array(llm.scores[: llm.n_tokens]).view(np.uint32)
+
+
+def test_the_budget_of_a_worker_moves_while_the_model_runs(tmp_path: Path) -> None:
+    with contextlib.closing(open_model(MOE, flash=False)) as llm:
+        alone = logits_of(llm)
+    with workers_of(MOE, tmp_path) as two, contextlib.closing(open_model(MOE, two, what="all")) as llm:
+        before = llm.flash.worker_stats()
+        with pytest.raises(FlashBudgetError, match="too small"):
+            llm.flash.set_worker_budget(two[0].endpoint, "100MiB")
+        assert np.array_equal(logits_of(llm), alone)
+        llm.flash.set_worker_budget(two[0].endpoint, "152MiB")
+        assert np.array_equal(logits_of(llm), alone)
+        llm.flash.set_worker_budget(two[0].endpoint, "400MiB")
+        assert np.array_equal(logits_of(llm), alone)
+        with pytest.raises(FlashWorkerError, match="none of the workers"):
+            llm.flash.set_worker_budget("127.0.0.1:1", "400MiB")
+        with pytest.raises(FlashWorkerError, match="not a size"):
+            llm.flash.set_worker_budget(two[1].endpoint, "nonsense")
+        after = llm.flash.worker_stats()
+    assert after[0]["budget"] == 400 << 20 and after[1]["budget"] == before[1]["budget"]
+    assert after[0]["flash"] > before[0]["flash"]
+
+
+def test_a_worker_follows_a_limit_that_moves(large_model: Path, tmp_path: Path) -> None:
+    """Its cgroup's limit falls while the model runs: slots are given back, and nobody is killed."""
+    require_caps()
+    capped = CappedWorker(large_model, tmp_path, "300MiB")
+    try:
+        with contextlib.closing(open_model(large_model, [capped.endpoint])) as llm:
+            _bits(llm, list(range(5, 69)), list(range(100, 140)))
+            (before,) = llm.flash.worker_stats()
+            group = next(group for group in memory_groups(Path("/"), capped.process_id()) if group.limit == 300 << 20)
+            names = ("memory.limit_in_bytes", "memory.max")
+            limit = next(group.path / name for name in names if (group.path / name).exists())
+            end = time.monotonic() + 60
+            for mib in range(290, 199, -10):
+                while True:
+                    try:
+                        limit.write_text(str(mib << 20))
+                        break
+                    except OSError:  # not given back yet
+                        assert time.monotonic() < end
+                        time.sleep(0.1)
+            _bits(llm, list(range(5, 69)), list(range(100, 140)))
+            (after,) = llm.flash.worker_stats()
+        assert after["slots"] < before["slots"] and after["held"] < 200 << 20
+    finally:
+        assert ", 0 OOM kills" in capped.end()
 
 
 @pytest.fixture(scope="module")

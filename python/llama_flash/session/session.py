@@ -21,7 +21,7 @@ import numpy as np
 from ..budget.controller import Callback, Controller
 from ..budget.rooms import Breakdown, Budget
 from ..drafts.drafter import Drafter
-from ..errors import FlashError, FlashFormatError
+from ..errors import FlashError, FlashFormatError, FlashWorkerError
 from ..file_kind import kind_of_file
 from ..model.bundles import holds_bundles
 from ..model.gguf import GgufMeta
@@ -227,6 +227,17 @@ class FlashSession:
             FlashWorkerError: one is lost.
         """
         return [] if self._load.workers is None else self._load.workers.stats()
+
+    def set_worker_budget(self, worker: str, dram_budget: int | str) -> None:
+        """Sets the DRAM budget of a worker ("host:port"), while the model runs; as `set_budget` does for this process.
+
+        Raises:
+            FlashBudgetError: it leaves too little; nothing has changed.
+            FlashWorkerError: there is no such worker, it is lost, or it has nothing on flash.
+        """
+        if self._load.workers is None:
+            raise FlashWorkerError(f"{worker} is none of the workers: there are none", host=worker)
+        self._load.workers.set_budget(worker, dram_budget)
 
     def keeper_of(self, llm: Any) -> PromptKeeper | None:
         """Who keeps the prompts of this Llama; None where nobody does."""

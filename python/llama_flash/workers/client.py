@@ -235,6 +235,18 @@ class Workers:
         """What each worker has counted, and where its budget goes."""
         return [{"worker": worker.endpoint, **worker.ask({"op": "stats"})} for worker in self.remotes]
 
+    def set_budget(self, endpoint: str, dram_budget: int | str) -> Line:
+        """Another budget for the worker of that name, while the model runs. Returns where it goes.
+
+        Raises:
+            FlashBudgetError: it leaves too little; nothing has changed.
+            FlashWorkerError: there is no such worker, it is lost, or it has nothing on flash.
+        """
+        for worker in self.remotes:
+            if worker.endpoint == endpoint:
+                return worker.ask({"op": "budget", "budget": dram_budget})
+        raise FlashWorkerError(f"{endpoint} is none of the workers", host=endpoint)
+
     def raise_lost(self, cause: BaseException | None = None) -> None:
         """Raises FlashWorkerError where one is lost."""
         for worker in self.remotes:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..budget.cores import default_threads
 from ..budget.held import held_by_all
-from ..budget.rooms import held_by_process, kept_budget, reserve_of, resolve_budget
+from ..budget.rooms import held_by_process, kept_budget
 from ..errors import FlashBudgetError, FlashError, FlashFormatError, FlashReadError
 from ..model.gguf import GgufMeta, read_gguf
 from ..native.handle import Session
@@ -28,6 +28,7 @@ from ..options import FlashOffload
 from ..planning.reads import experts_ahead, io_choice
 from ..sizes import format_size, parse_size
 from .identity import identity_of
+from .share import WorkerShare
 from .wire import Line, Wire
 
 __all__ = ["Serving", "main"]
@@ -54,7 +55,7 @@ class Serving:
         self._door = held_by_process(pid=os.getppid()) if self._budget.reason == "dram_budget" else 0
         self._native: Session | None = None
         self._worker: Worker | None = None
-        self._given = 0  # bytes of flash memory
+        self._share: WorkerShare | None = None  # where something is on flash
 
     def answer(self, line: Line) -> Line:
         """To one line of the client's."""
@@ -152,9 +153,11 @@ class Serving:
                 breakdown={"interpreter": beside, "weights": memory.resident, "compute": memory.buffers},
                 smallest=short,
             )
-        if on_flash:
-            self._given = min(left, needs.max_memory)
-            native.set_memory(self._given)
+        if on_flash and self._share is None:
+            path = self._meta.files[0]
+            share = WorkerShare(path, self._options, native, memory, self._budget, self._door, beside - self._door)
+            share.give(left)
+            self._share = share
         return self._memory()
 
     def _check(self, _: Line) -> Line:
@@ -170,25 +173,19 @@ class Serving:
 
     def _set_budget(self, line: Line) -> Line:
         """Another budget, while the model runs."""
-        native, worker = self._session()
-        budget = resolve_budget(line["budget"], self._options.reserve, model_bytes=self._meta.file_bytes)
-        memory = worker.memory()
-        touched = int(native.stats().resident_bytes)
-        fixed = held_by_process() + self._door - touched
-        state = native.resize(max(0, budget.total - reserve_of(budget.total, self._options.reserve) - fixed))
-        while not state.done:
-            state = native.resize(state.total)
-        self._budget, self._given = budget, state.total
-        return {**self._memory(), "buffers": memory.buffers}
+        if self._share is None:
+            raise FlashError("there is no flash memory to be moved: all of its weights are resident")
+        self._share.set_budget(line["budget"], self._meta.file_bytes)
+        return self._memory()
 
     def _memory(self) -> Line:
         native, worker = self._session()
         memory, given = worker.memory(), native.memory()
         return {
-            "budget": self._budget.total,
+            "budget": self._share.budget.total if self._share else self._budget.total,
             "resident": memory.resident,
             "buffers": memory.buffers,
-            "flash": self._given,
+            "flash": self._share.granted if self._share else 0,
             "slots": given.slots,
             "pinned": given.pinned,
             "held": held_by_process() + self._door,

@@ -1,0 +1,167 @@
+"""A worker's share of its process' memory: what the controller knows of it, and how it moves. In bytes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from ..budget.controller import Controller, FlashEvent
+from ..budget.rooms import Breakdown, Budget, refuse, reserve_of, resolve_budget
+from ..native import bindings
+from ..native.handle import Session
+from ..native.library import IO_ENGINES
+from ..observe.stats import Counters, FlashStats
+from ..options import FlashOffload
+
+__all__ = ["WorkerShare"]
+
+logger = logging.getLogger("llama_flash")
+
+_IO_NAMES = {int(number): name for name, number in IO_ENGINES.items()}
+
+
+class WorkerShare:
+    """A controller.Session.
+
+    Args:
+        budget: of the process that computes and of the one that listens, together.
+        door: of that, what the one that listens takes; 0 where a limit counts it.
+        beside: what the process held before flash had any memory, without weights.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: FlashOffload,
+        native: Session,
+        memory: bindings.llama_flash_worker_memory,
+        budget: Budget,
+        door: int,
+        beside: int,
+    ) -> None:
+        self._path, self._options, self._native = path, options, native
+        self.budget, self._door = budget, door
+        self.memory = Breakdown(
+            interpreter=beside, weights=memory.resident, compute=memory.buffers, reserve=budget.reserve
+        )
+        self._granted = self._least = self._most = 0
+        self._moving = False
+
+    def give(self, n_bytes: int) -> None:
+        """The first memory. From then on it follows the limits.
+
+        Raises FlashReadError: filling pinned panels failed.
+        """
+        self._most = self._native.requirements().max_memory
+        self._granted = min(n_bytes, self._most)
+        self._native.set_memory(self._granted)
+        self._least = self._native.resize(self._granted).least
+        self._note()
+        if self._options.follow:
+            Controller.of_process().join(self)
+
+    def set_budget(self, dram_budget: int | str, model_bytes: int) -> None:
+        """See FlashSession.set_budget.
+
+        Raises:
+            FlashBudgetError: it leaves too little; nothing has changed.
+            ValueError: not a budget.
+        """
+        budget = resolve_budget(dram_budget, self._options.reserve, model_bytes=model_bytes)
+
+        def check(needed: int) -> None:
+            if budget.total - self._door - budget.reserve < needed:
+                bare = replace(self.memory, slots=0, pinned=0, stream=0, bookkeeping=0, reserve=budget.reserve)
+                raise refuse(budget, bare, self._least, self._options.reserve)
+
+        asked = None if budget.asked is None else max(1, budget.asked - self._door)
+        Controller.of_process().ask(self, asked, check)
+
+    def _note(self) -> None:
+        given = self._native.memory()
+        self.memory = replace(
+            self.memory, slots=given.slots, pinned=given.pinned, stream=given.stream, bookkeeping=given.bookkeeping
+        )
+
+    # what the controller asks
+
+    @property
+    def asked(self) -> int | None:
+        return None if self.budget.asked is None else max(1, self.budget.asked - self._door)
+
+    def reserve(self, total: int, rise: int | None = None) -> int:
+        return reserve_of(total, self._options.reserve, rise)
+
+    @property
+    def fixed(self) -> int:
+        return self.memory.weights + self.memory.compute
+
+    @property
+    def certain(self) -> int:
+        return self.memory.weights
+
+    @property
+    def decoding(self) -> bool:
+        return False  # only the client knows what comes next: nothing is lent
+
+    def soon(self, now: float) -> int:
+        return self.fixed
+
+    @property
+    def interpreter(self) -> int:
+        return self.memory.interpreter
+
+    @property
+    def granted(self) -> int:
+        return self._granted
+
+    @property
+    def least(self) -> int:
+        return self._least
+
+    @property
+    def most(self) -> int:
+        return self._most
+
+    @property
+    def touched(self) -> int:
+        return int(self._native.stats().resident_bytes)
+
+    def move(self, n_bytes: int, urgent: bool) -> bool:
+        if n_bytes == self._granted and not self._moving:
+            return True
+        self._granted = n_bytes
+        self._moving = not self._native.resize(n_bytes, urgent).done
+        if not self._moving:
+            self._note()
+        return not self._moving
+
+    def limited(self, total: int, reserve: int, beside: int, reason: str) -> None:
+        self.budget = replace(self.budget, total=total + self._door, reserve=reserve, reason=reason)
+        self.memory = replace(self.memory, reserve=reserve, interpreter=beside)
+
+    def warm(self) -> bool:
+        return False
+
+    def tell(self, event: FlashEvent) -> None:
+        if event.kind == "short":
+            logger.warning("%s leaves less than flash memory that cannot be given back", event.reason)
+
+    def describe(self) -> dict[str, object]:
+        raw = self._native.stats()
+        counters = Counters.from_struct(raw)
+        stats = FlashStats(
+            mode="flash",
+            predictor="none",
+            io_engine=_IO_NAMES.get(raw.io_engine, "?"),
+            budget=self.budget,
+            memory=self.memory,
+            slots_in_use=raw.resident_bytes,
+            resident_weights=self.memory.weights,
+            flash_weights=self._most,
+            total=counters,
+            decode=counters,
+        )
+        amounts = {"granted": self._granted, "least": self._least, "most": self._most}
+        return {"path": str(self._path.resolve()), **amounts, **stats.as_dict()}
