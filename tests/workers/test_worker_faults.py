@@ -246,6 +246,24 @@ def test_a_worker_with_too_little_memory_is_named(tmp_path: Path) -> None:
         open_model(MOE, workers)
 
 
+def test_a_state_is_saved_as_a_whole_or_not_at_all(two: list[WorkerProcess], stock: Bits) -> None:
+    with contextlib.closing(open_model(MOE, two)) as llm:
+        assert_works(llm, stock)
+        state = llm.save_state()
+        llm.eval([7])
+        expected = np.array(llm.scores[llm.n_tokens - 1])
+        llm.reset()
+        llm.eval([1, 2, 3])
+        llm.load_state(state)
+        llm.eval([7])
+        assert np.array_equal(np.array(llm.scores[llm.n_tokens - 1]), expected)
+        os.kill(two[1].guest(), signal.SIGKILL)
+        with pytest.raises(FlashWorkerError):
+            llm.save_state()
+        with pytest.raises(FlashWorkerError):
+            llm.load_state(state)
+
+
 def test_a_forked_child_cannot_use_the_workers(two: list[WorkerProcess], stock: Bits) -> None:
     with contextlib.closing(open_model(MOE, two)) as llm:
         pid = os.fork()

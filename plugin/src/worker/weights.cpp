@@ -60,6 +60,9 @@ bool worker_weights::bind(ggml_tensor & tensor, uint64_t file, uint64_t offset, 
     bound weight;
     weight.at_client = tensor;
     weight.here      = tensor;
+    for (int i = 2; i < GGML_MAX_DIMS; i++) { // strides of 4 GiB do not fit into a message
+        weight.here.nb[i] = weight.here.nb[i - 1] * (size_t) weight.here.ne[i - 1];
+    }
     if (!read(weight, known.at(tensor.name))) {
         reason = "could not read it";
         return false;

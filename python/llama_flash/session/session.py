@@ -212,6 +212,27 @@ class FlashSession:
         for callback in self._after_calls:
             callback()
 
+    def leave_workers(self, failure: Exception) -> None:
+        """The load has failed. Raises FlashWorkerError if that was because a worker is lost."""
+        workers = self._load.workers
+        if workers is not None:
+            try:
+                if not isinstance(failure, FlashError):
+                    workers.raise_lost(failure)
+            finally:
+                workers.close()
+
+    def check_workers(self) -> None:
+        """Whether all workers are there, and what they have done so far holds.
+
+        Raises:
+            FlashWorkerError: one is lost.
+            FlashReadError: a read has failed at one.
+        """
+        if self._load.workers is not None:
+            self._load.workers.before_call()
+            self._ask_workers()
+
     def _ask_workers(self) -> None:
         """Whether what they have computed holds, once all of it has been."""
         if self._load.workers is not None:

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from ..errors import FlashError
 from .keeping import keep_prompts
+from .states import check_workers
 
 __all__ = ["Turn", "take_turns"]
 
@@ -287,6 +288,7 @@ def take_turns(cls: type[_T]) -> type[_T]:
     """Has the methods of `Llama` that use its context take turns; `self._turn` is a Turn."""
     cls.load_state = _after_recall(cls.load_state)  # type: ignore[attr-defined]
     keep_prompts(cls)
+    check_workers(cls)
     for name in _CALLS:
         setattr(cls, name, _in_turn(getattr(cls, name)))
     for name in _GENERATORS:
