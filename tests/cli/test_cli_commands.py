@@ -52,7 +52,7 @@ def one_object(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def test_every_command_has_help_with_examples_and_json(name: str) -> None:
     command = real(name)
     assert "Examples:" in command.epilog and f"llama-flash {name}" in command.epilog
-    speaks = ("serve", "exec")  # a server answers in JSON, a tool as it does
+    speaks = ("serve", "exec", "worker")  # servers answer in JSON, a tool as it does
     assert name in speaks or any("--json" in param.opts for param in command.params)
     if isinstance(COMMANDS[name], Later):
         assert COMMANDS[name].help == command.help.split("\n\n")[0].replace("\n", " "), "the list says what --help says"

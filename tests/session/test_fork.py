@@ -109,7 +109,8 @@ def test_every_call_with_a_session_is_among_those_tried_here(model_file: ModelFi
         r"llama_flash_(\w+)\((?:const )?(?:struct llama_flash_session \*|void \* data)", HEADER.read_text()
     )
     with open_flash(model_file("qwen3moe", "Q4_0")) as llm:
-        assert sorted(calls_of(llm)) == sorted(declared)
+        # a worker is made by the process that has made its session a moment before
+        assert sorted(calls_of(llm)) == sorted(set(declared) - {"worker_new"})
 
 
 @pytest.mark.sanitize

@@ -6,6 +6,8 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from repository import SUPPORT
 from workers import MOE, Proxy, WorkerProcess, logits_of, open_model, workers_of
 
 from llama_flash import FlashBudgetError, FlashReadError, FlashWorkerError
@@ -244,6 +247,61 @@ def test_a_worker_with_too_little_memory_is_named(tmp_path: Path) -> None:
         pytest.raises((FlashWorkerError, FlashBudgetError), match=workers[0].endpoint),
     ):
         open_model(MOE, workers)
+
+
+def test_a_forked_child_that_ends_disturbs_nobody(two: list[WorkerProcess], tmp_path: Path) -> None:
+    """Whether it closes the model or just ends: it does not hang, and its parent goes on."""
+    script = tmp_path / "forks.py"
+    script.write_text(
+        f"""
+import os, sys
+sys.path.insert(0, {str(SUPPORT)!r})
+from workers import MOE, logits_of, open_model
+
+llm = open_model(MOE, {[worker.endpoint for worker in two]!r})
+before = logits_of(llm)
+for closes in (True, False):
+    pid = os.fork()
+    if pid == 0:
+        if closes:
+            llm.close()
+        sys.exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert (logits_of(llm) == before).all()
+print("went on")
+"""
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and "went on" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_client_that_ends_without_closing_does_not_hang(
+    two: list[WorkerProcess], tmp_path: Path, frozen: bool
+) -> None:
+    script = tmp_path / "ends.py"
+    script.write_text(
+        f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(SUPPORT)!r})
+from workers import MOE, logits_of, open_model
+
+llm = open_model(MOE, {[worker.endpoint for worker in two]!r})
+logits_of(llm)
+print("ready", flush=True)
+sys.stdin.readline()
+if {frozen}:
+    threading.Thread(target=llm.eval, args=([1, 2, 3],), daemon=True).start()
+"""
+    )
+    with subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout and process.stdout.readline() == b"ready\n"
+        if frozen:
+            os.kill(two[0].guest(), signal.SIGSTOP)
+        process.stdin.close()
+        assert process.wait(60) == 0
+    with contextlib.closing(open_model(MOE, two)) as llm:
+        llm.eval([1])
 
 
 def test_a_state_is_saved_as_a_whole_or_not_at_all(two: list[WorkerProcess], stock: Bits) -> None:

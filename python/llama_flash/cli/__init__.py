@@ -52,7 +52,7 @@ _COMMANDS = (
     ),
     Later(
         "worker",
-        "Hold layers of a model for a client on another host, with flash and a budget of its own.",
+        "Hold layers of a model, with flash and a budget of its own, and compute them for one client at a time.",
         _RUN,
         own("worker"),
     ),

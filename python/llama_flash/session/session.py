@@ -217,8 +217,7 @@ class FlashSession:
         workers = self._load.workers
         if workers is not None:
             try:
-                if not isinstance(failure, FlashError):
-                    workers.raise_lost(failure)
+                workers.explain(failure)
             finally:
                 workers.close()
 

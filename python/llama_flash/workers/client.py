@@ -6,10 +6,12 @@ that a call of the engine that waits for it returns at once; the call's results 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ __all__ = ["Remote", "Workers"]
 _PULSE = 1.0  # seconds from one sign of life to the next
 _STARTING = 60.0  # seconds that a worker's process for this client may take to begin
 _AGAIN = "load the model again, once the worker is there"
+
+
+_live: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
 class Remote:
@@ -114,9 +119,12 @@ class Remote:
                     connection.shutdown(socket.SHUT_RDWR)
         return self._error()
 
-    def close(self) -> None:
-        """May be called twice."""
-        self.lose("it was closed")
+    def close(self, forked: bool = False) -> None:
+        """May be called twice. forked: in a child of the process whose connections these are, and stay."""
+        if not forked:
+            self.lose("it was closed")
+            if self._data is not None:
+                remote.settle(self.endpoint)  # the engine knows it before Python ends, and with it the log
         if self._data is not None:
             self._data.close()
         self._wire.close()
@@ -158,6 +166,7 @@ class Workers:
         except BaseException:
             self.close()
             raise
+        _live.add(self)
         threading.Thread(target=self._watch, name="llama-flash workers", daemon=True).start()
 
     @property
@@ -247,6 +256,16 @@ class Workers:
                 return worker.ask({"op": "budget", "budget": dram_budget})
         raise FlashWorkerError(f"{endpoint} is none of the workers", host=endpoint)
 
+    def explain(self, failure: Exception) -> None:
+        """Raises FlashWorkerError if a load has failed because a worker is lost, and it does not say so itself."""
+        if self._ended.is_set() or isinstance(failure, FlashWorkerError):
+            return
+        for worker in self.remotes:
+            try:
+                worker.settle()
+            except FlashWorkerError as error:
+                raise error from failure
+
     def raise_lost(self, cause: BaseException | None = None) -> None:
         """Raises FlashWorkerError where one is lost."""
         for worker in self.remotes:
@@ -257,7 +276,7 @@ class Workers:
         """May be called twice."""
         self._ended.set()
         for worker in self.remotes:
-            worker.close()
+            worker.close(forked=os.getpid() != self._pid)
 
     def _watch(self) -> None:
         """Asks for signs of life: what does not answer in time is lost, also while a call waits for its results."""
@@ -265,6 +284,13 @@ class Workers:
             for worker in self.remotes:
                 with contextlib.suppress(FlashError):
                     worker.ask({"op": "ping"})
+
+
+@atexit.register
+def _leave_all() -> None:
+    """The engine's threads wait for answers: none come any more."""
+    for workers in list(_live):
+        workers.close()
 
 
 def _path(file: str | os.PathLike[str] | None) -> Path | None:
