@@ -147,7 +147,7 @@ def test_imatrix_writes_the_same_bytes(text: Path, tmp_path: Path) -> None:
 
 def test_bench_measures_each_test_with_a_model_of_its_own() -> None:
     arguments = ("bench", "-m", MIXTURE, "-p", "128,32", "-n", "4", "-r", "2", "-t", "1", "-o", "json")
-    budget = smallest(*arguments) + MIB
+    budget = smallest(*arguments) + 8 * MIB  # the process grows from load to load, by pages of libraries as well
     done = tool(*arguments, options=("--dram-budget", budget))
     assert done.returncode == 0, done.stderr
     rows: list[dict[str, Any]] = json.loads(done.stdout)

@@ -52,5 +52,5 @@ def built_plugin() -> list[str]:
     pairs = [(a, b) for a, b in pairwise(words) if a == "-isystem"]
     flags = [word for pair in pairs for word in pair]
     flags += [word for word in words if word.startswith(("-D", "-I", "-m"))]
-    libraries = ["-lllama", "-lggml", "-lggml-cpu", "-lggml-base"]
+    libraries = ["-lllama", "-lggml", "-lggml-cpu", "-lggml-rpc", "-lggml-base"]
     return [*flags, *objects, f"-L{build / 'bin'}", *libraries, f"-Wl,-rpath,{build / 'bin'}"]

@@ -19,7 +19,10 @@ import numpy.typing as npt
 
 from llama_flash import FlashOffload
 
-__all__ = ["DENSE", "MOE", "PROMPT", "Proxy", "WorkerProcess", "logits_of", "open_model", "workers_of"]
+__all__ = [
+    *("DENSE", "MOE", "PROMPT", "Proxy", "WorkerProcess"),
+    *("least_budget", "logits_of", "open_model", "workers_of"),
+]
 
 MOE = Path(__file__).parents[2] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
 DENSE = MOE.with_name("stdlib-arcee-q8_0.gguf")
@@ -103,6 +106,24 @@ def open_model(path: Path, workers: Sequence[WorkerProcess | str] = (), flash: b
         FlashOffload(workers=[w if isinstance(w, str) else w.endpoint for w in workers], **options) if flash else False
     )
     return llama_cpp.Llama(str(path), flash_offload=offload, n_ctx=512, n_threads=2, logits_all=True, verbose=False)
+
+
+def least_budget(model: Path, folder: Path, n: int = 2, **options: Any) -> int:
+    """MiB that each of so many workers needs, as their refusals say. How much of its libraries a process holds depends
+    on the machine."""
+    from llama_flash import FlashBudgetError, FlashWorkerError
+
+    mib = 64
+    for _ in range(6):
+        with workers_of(model, folder, n, budget=f"{mib}MiB") as workers:
+            try:
+                open_model(model, workers, **options).close()
+                return mib
+            except (FlashBudgetError, FlashWorkerError) as error:
+                found = re.search(r"about (\d+)[.\d]* MiB would do", str(error))
+                assert found, error
+                mib = max(mib, int(found[1])) + 1
+    raise AssertionError(f"{mib} MiB are too little, too")
 
 
 def logits_of(llm: Any, n: int = 8, prompt: bytes = PROMPT) -> npt.NDArray[np.uint32]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from repository import SUPPORT
-from workers import MOE, Proxy, WorkerProcess, logits_of, open_model, workers_of
+from workers import MOE, Proxy, WorkerProcess, least_budget, logits_of, open_model, workers_of
 
 from llama_flash import FlashBudgetError, FlashReadError, FlashWorkerError
 from llama_flash.workers import client
@@ -37,12 +37,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[WorkerProcess
         yield workers
 
 
+@pytest.fixture(scope="module")
+def little(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A budget with which workers read in each token."""
+    return f"{least_budget(MOE, tmp_path_factory.mktemp('least')) + 1}MiB"
+
+
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[tuple[Path, list[WorkerProcess]]]:
+def own(tmp_path: Path, little: str) -> Iterator[tuple[Path, list[WorkerProcess]]]:
     """Two workers with a file of their own, which the test may damage: the client has another copy."""
     path = tmp_path / "model.gguf"
     shutil.copy(MOE, path)
-    with workers_of(path, tmp_path, budget="148MiB") as workers:
+    with workers_of(path, tmp_path, budget=little) as workers:
         yield path, workers
 
 

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from caps import require_caps
 from repository import SUPPORT
-from workers import MOE, WorkerProcess, logits_of, open_model, workers_of
+from workers import MOE, WorkerProcess, least_budget, logits_of, open_model, workers_of
 
 from gguf_tools.synthetic import PRESETS, write
 from llama_flash import FlashBudgetError, FlashReadError, FlashWorkerError
 from llama_flash.budget.cgroup import memory_groups
 
 EIO = 1  # as in faults.c
-CAP = "190MiB"
+CAP = "200MiB"
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_a_read_that_fails_at_a_worker_is_its_error_and_the_next_call_works(
     with monkeypatch.context() as patched:
         patched.setenv("LD_PRELOAD", str(shim))
         patched.setenv("FAULTS", str(control))
-        disturbed = WorkerProcess(MOE, tmp_path, "--io-engine", "pread", budget="150MiB")
+        disturbed = WorkerProcess(MOE, tmp_path, "--io-engine", "pread", budget=f"{least_budget(MOE, tmp_path) + 1}MiB")
     try:
         with workers_of(MOE, tmp_path, 1) as others:
             with contextlib.closing(open_model(MOE, [disturbed, *others], what="experts")) as llm:
