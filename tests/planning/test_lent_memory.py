@@ -13,8 +13,11 @@ from conftest import ModelFile
 from llama_flash.budget.rooms import MACHINE, Breakdown, Budget
 from llama_flash.model.shape import ContextShape
 from llama_flash.native.caches import AtOnce
+from llama_flash.options import FlashOffload
 from llama_flash.planning import lent
 from llama_flash.planning.lent import Growth, few_tokens, lent_of
+from llama_flash.session.account import Account
+from llama_flash.session.share import Share
 
 MiB = 1 << 20
 PLANNED = Breakdown(kv=256 * MiB, compute=64 * MiB)
@@ -102,3 +105,14 @@ def test_of_a_cache_without_rows_a_token_touches_its_own_cells(flash_attn: bool,
     ) as llm:
         at_once = AtOnce.of(llm._ctx.ctx)
         assert at_once is not None and (at_once.bytes == 0) == flash_attn
+
+
+def test_what_is_lent_is_told_as_a_part_of_what_lends_it() -> None:
+    share = Share("model.gguf", FlashOffload(), Account())
+    share.budget = Budget(100 * MiB, MiB, "dram_budget")
+    share.memory = Breakdown(interpreter=60 * MiB, weights=MiB, kv=64 * MiB, compute=16 * MiB, pinned=9 * MiB)
+    assert share.told == share.memory
+    share.limited(100 * MiB, MiB, -30 * MiB, "dram_budget")
+    told = share.told
+    assert (told.interpreter, told.compute, told.kv) == (0, 0, 50 * MiB)
+    assert told.total == share.memory.total and share.memory.kv == 64 * MiB
