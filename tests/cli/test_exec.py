@@ -17,8 +17,8 @@ import llama_cpp
 import pytest
 from caps import require_caps
 from commands import FLASH, flash, in_this_process
+from fault_shim import compiled
 from neurons import bundled, write_model
-from repository import SUPPORT
 from sparse_models import library_text
 
 from llama_flash.model.gguf import read_gguf
@@ -184,10 +184,7 @@ def test_cli_answers_as_with_all_memory(text: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("shim") / "faults.so"
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, SUPPORT / "faults.c", "-ldl"], check=True)
-    return library
+    return compiled(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.mark.parametrize("name", ["perplexity", "imatrix", "bench", "cli"])

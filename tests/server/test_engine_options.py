@@ -122,7 +122,7 @@ def test_metrics_have_the_classic_servers_names_beside_llama_cpps_and_ask_for_th
         server.get("/metrics", key=None)
     assert refused.value.code == 401
     values, name = server.metrics(), "model=the model"
-    for metric in [f"{gauge}" for gauge, _, _ in GAUGES] + [f"{counter}_total" for counter, _, _ in COUNTERS]:
+    for metric in [f"{gauge}" for gauge, _, _ in GAUGES] + [f"{counter}_total" for counter, *_ in COUNTERS]:
         assert f"llama_flash_{metric} {name}" in values
     for kind in EVENTS:
         assert f"llama_flash_events_total kind={kind} {name}" in values

@@ -13,6 +13,7 @@ import pytest
 from bundled_experts import TinyExperts
 from conftest import ModelFile
 from engines import IO_ENGINES
+from fault_shim import compiled
 from neurons import bundled, some_active, with_predictors, write_model
 from repository import SUPPORT
 
@@ -25,11 +26,7 @@ _TIMEOUT = 300.0 if "LLAMA_FLASH_SANITIZE" in os.environ else 60.0
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("shim") / "faults.so"
-    source = SUPPORT / "faults.c"
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", library, source, "-ldl"], check=True)
-    return library
+    return compiled(tmp_path_factory.mktemp("shim"))
 
 
 DISTURBED = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import struct
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from caps import require_caps
-from repository import SUPPORT
+from fault_shim import compiled
 from workers import MOE, WorkerProcess, least_budget, logits_of, open_model, workers_of
 
 from gguf_tools.synthetic import PRESETS, write
@@ -145,10 +144,7 @@ def test_a_worker_follows_a_limit_that_moves(large_model: Path, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("shim") / "faults.so"
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, SUPPORT / "faults.c", "-ldl"], check=True)
-    return library
+    return compiled(tmp_path_factory.mktemp("shim"))
 
 
 def test_a_read_that_fails_at_a_worker_is_its_error_and_the_next_call_works(

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import common as c
+
+if TYPE_CHECKING:
+    from ..model.gguf import GgufMeta
 
 __all__ = ["EPILOG", "plan"]
 
@@ -68,7 +71,7 @@ def plan(
     path = c.model_path(model)
     meta = read_gguf(path)
     if workers is not None:
-        _plan_workers(ctx.params, path, context_tokens(meta, n_ctx))
+        _plan_workers(ctx.params, path, meta)
         return
     made = make(
         path,
@@ -88,23 +91,23 @@ def plan(
         print_plan(c.stdout, made)
 
 
-def _plan_workers(params: Mapping[str, Any], path: Path, n_ctx: int) -> None:
-    from ..model.shape import ContextShape
+def _plan_workers(params: Mapping[str, Any], path: Path, meta: GgufMeta) -> None:
+    from ..planning.planner import context_shape
     from ..workers.planned import plan_workers
-    from .loading import flash_options, kv_type
+    from .loading import context_tokens, flash_options, kv_type
     from .plan_view import print_divided
 
-    n_batch = min(params["n_batch"], n_ctx)
-    shape = ContextShape(
-        n_ctx=params["parallel"] * n_ctx,
-        n_batch=n_batch,
-        n_ubatch=min(params["n_ubatch"], n_batch),
-        n_outputs=n_batch if params["logits_all"] else params["parallel"],
-        n_scores=n_ctx if params["logits_all"] else 0,
-        type_k=kv_type("--type-k", params["type_k"]),
-        type_v=kv_type("--type-v", params["type_v"]),
-        flash_attn=params["flash_attn"],
-        n_sequences=params["parallel"],
+    shape = context_shape(
+        meta,
+        context_tokens(meta, params["n_ctx"]),
+        params["n_batch"],
+        params["n_ubatch"],
+        kv_type("--type-k", params["type_k"]),
+        kv_type("--type-v", params["type_v"]),
+        params["logits_all"],
+        params["flash_attn"],
+        params["parallel"],
+        n_drafted=0,
     )
     made = plan_workers(path, flash_options(params), shape)
     if params["as_json"]:

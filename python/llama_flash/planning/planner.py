@@ -38,7 +38,7 @@ from .reads import experts_ahead, io_choice
 from .together import Together, advised, counts
 from .usage import usage_of
 
-__all__ = ["LoadPlan", "Option", "plan", "smallest_budget_of", "speeds_together"]
+__all__ = ["LoadPlan", "Option", "context_shape", "plan", "smallest_budget_of", "speeds_together"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -173,7 +173,7 @@ def plan(
     meta = read_gguf(model)
     check_vocabulary(meta, text=False)
     n_drafted = MOST_DRAFTED if options.draft != "off" else 0
-    shape = _shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn, parallel, n_drafted)
+    shape = context_shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn, parallel, n_drafted)
     import llama_cpp  # noqa: F401  # so that its size is counted
 
     if parallel > 1:
@@ -255,7 +255,7 @@ def _load_plan(
     )
 
 
-def _shape(
+def context_shape(
     meta: GgufMeta,
     n_ctx: int,
     n_batch: int,

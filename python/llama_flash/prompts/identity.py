@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..model.gguf import GgufMeta
-from ..native import bindings
+from ..native.build import build_mark
 
 __all__ = ["adapter_text", "identity_of", "label_of"]
 
@@ -23,7 +21,6 @@ _PARAMETERS = (
     *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
 )
 _SAMPLES, _SAMPLE = 64, 4096  # places of each file that are looked at, and bytes of each
-_LIBRARIES = ("libllama.so*", "libggml*.so*", "libllama_flash.so*")
 
 
 def identity_of(meta: GgufMeta, context_params: Any, predictor: str, adapters: str, kind: object, block: int) -> bytes:
@@ -43,7 +40,7 @@ def identity_of(meta: GgufMeta, context_params: Any, predictor: str, adapters: s
         values["n_ctx"] = int(context_params.n_ctx) // max(1, int(context_params.n_seq_max))
     parts = [
         [_file_mark(path) for path in meta.files],
-        _build_mark(),
+        build_mark(),
         {name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()},
         os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""),
         *(predictor, adapters, str(kind), block),
@@ -71,24 +68,4 @@ def _file_mark(path: Path) -> str:
         for i in range(_SAMPLES):
             file.seek(about.st_size * i // _SAMPLES)
             mark.update(file.read(_SAMPLE))
-    return mark.hexdigest()
-
-
-@cache
-def _build_mark() -> str:
-    """Of the engine's libraries: another build may compute other bits."""
-    return _content(sorted({path.resolve() for name in _LIBRARIES for path in _folder().glob(name)}))
-
-
-def _folder() -> Path:
-    return bindings.library_path().parent
-
-
-def _content(files: Sequence[Path]) -> str:
-    mark = hashlib.sha256()
-    for path in files:
-        mark.update(path.name.encode())
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                mark.update(piece)
     return mark.hexdigest()

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["COUNTERS", "DRAFTS", "EVENTS", "GAUGES", "PROMPTS", "TEXTS", "TOKENS", "Tally", "public"]
+__all__ = ["COUNTERS", "EVENTS", "GAUGES", "TEXTS", "TOKENS", "Tally", "public"]
 
 EVENTS = ("shrink", "grow", "pressure", "short")  # FlashEvent.kind
 _COUNTED = ("total", "prompt", "decode", "drafts", "prompts")
@@ -23,7 +23,7 @@ GAUGES = (
     ("flash_weights_bytes", "Weights that stay on flash.", "flash_weights"),
 )
 # of all loads of a model: name, help, name in stats.Counters
-COUNTERS = (
+_READING = (
     ("hits", "Experts and neurons found in slots.", "hits"),
     ("misses", "Experts and neurons that had to be read.", "misses"),
     ("read_bytes", "Bytes read from flash.", "bytes_read"),
@@ -34,19 +34,25 @@ COUNTERS = (
     ("read_errors", "Reads that failed.", "errors"),
 )
 # of drafts, of all loads: name, help, name in stats.DraftStats
-DRAFTS = (
+_DRAFTS = (
     ("drafted", "Tokens that were guessed and checked.", "drafted"),
     ("accepted", "Of these, those that the model would have said.", "accepted"),
     ("draft_passes", "Passes that have continued texts, with a draft or without.", "passes"),
     ("draft_seconds", "Time spent on guessing.", "draft_seconds"),
 )
 # of the folder of prompts, of all loads: name, help, name in stats.PromptStats
-PROMPTS = (
+_PROMPTS = (
     ("prompts_looked_up", "Prompts looked for in the folder of prompts.", "asked"),
     ("prompts_found", "Of these, those whose beginning was read.", "found"),
     ("prompt_tokens_recalled", "Tokens of prompts that were read and not computed.", "recalled"),
     ("prompt_recall_seconds", "Time spent on reading them.", "recall_seconds"),
     ("prompt_written_bytes", "Bytes written to the folder of prompts.", "written"),
+)
+# of all loads of a model: name, help, part of FlashStats and name in it
+COUNTERS = tuple(
+    (name, text, part, key)
+    for part, counted in (("total", _READING), ("drafts", _DRAFTS), ("prompts", _PROMPTS))
+    for name, text, key in counted
 )
 TOKENS = (("prompt", "prompt"), ("generated", "decode"))  # kind, part of FlashStats
 TEXTS = {

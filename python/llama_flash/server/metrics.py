@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from ..budget.cores import Throttling
 from .clients import Clients
-from .figures import COUNTERS, DRAFTS, EVENTS, GAUGES, TEXTS, TOKENS
+from .figures import COUNTERS, EVENTS, GAUGES, TEXTS, TOKENS
 from .models import Models
 
 __all__ = ["Metrics"]
@@ -51,16 +51,10 @@ class Metrics(Collector):
         for name, text, key in GAUGES:
             yield gauge(name, text, {model: stats[key] for model, stats in now.items() if stats})
 
-        for name, text, key in COUNTERS:
+        for name, text, part, key in COUNTERS:
             family = CounterMetricFamily(f"llama_flash_{name}", text, labels=["model"])
             for model, tally in models.tallies.items():
-                family.add_metric([model], tally.count("total", key, now[model]))
-            yield family
-
-        for name, text, key in DRAFTS:
-            family = CounterMetricFamily(f"llama_flash_{name}", text, labels=["model"])
-            for model, tally in models.tallies.items():
-                family.add_metric([model], tally.count("drafts", key, now[model]))
+                family.add_metric([model], tally.count(part, key, now[model]))
             yield family
 
         tokens = CounterMetricFamily("llama_flash_tokens", TEXTS["tokens"], labels=["model", "kind"])

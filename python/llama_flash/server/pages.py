@@ -15,7 +15,7 @@ from typing import Any
 from ..budget.cores import Throttling
 from ..session.session import FlashSession
 from ..version import version
-from .figures import COUNTERS, DRAFTS, EVENTS, GAUGES, PROMPTS, TEXTS, TOKENS, Tally, public
+from .figures import COUNTERS, EVENTS, GAUGES, TEXTS, TOKENS, Tally, public
 
 __all__ = ["FlashPages"]
 
@@ -63,12 +63,8 @@ class FlashPages:
         yield _family("llama_flash_model_loaded", "gauge", TEXTS["model_loaded"], [(model, 1)])
         for name, text, key in GAUGES:
             yield _family(f"llama_flash_{name}", "gauge", text, [(model, now[key])] if now else [])
-        for name, text, key in COUNTERS:
-            yield _counter(name, text, [(model, tally.count("total", key, now))])
-        for name, text, key in DRAFTS:
-            yield _counter(name, text, [(model, tally.count("drafts", key, now))])
-        for name, text, key in PROMPTS:
-            yield _counter(name, text, [(model, tally.count("prompts", key, now))])
+        for name, text, part, key in COUNTERS:
+            yield _counter(name, text, [(model, tally.count(part, key, now))])
         kinds = [({**model, "kind": kind}, tally.count(part, "tokens", now)) for kind, part in TOKENS]
         yield _counter("tokens", TEXTS["tokens"], kinds)
         yield _counter("events", TEXTS["events"], [({**model, "kind": kind}, tally.events[kind]) for kind in EVENTS])

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from ..errors import FlashWorkerError
 from ..model.gguf import GgufMeta
-from ..native import bindings
+from ..native.build import build_mark
 from ..version import version
 
-__all__ = ["build_mark", "compare", "identity_of"]
+__all__ = ["compare", "identity_of"]
 
-_LIBRARIES = ("libllama.so*", "libggml*.so*", "libllama_flash.so*")
 _FLAGS = ("avx2", "fma", "f16c", "bmi2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 _SAID = {  # what is compared, in this order, and what it means if it differs
@@ -60,19 +59,6 @@ def _head_mark(meta: GgufMeta) -> str:
     for tensor in meta.tensors.values():
         place = [tensor.name, tensor.shape, tensor.type, numbers[tensor.file], tensor.offset, tensor.size]
         mark.update(json.dumps(place).encode())
-    return mark.hexdigest()
-
-
-@cache
-def build_mark() -> str:
-    """Of the engine's libraries: another build may compute other bits."""
-    mark = hashlib.sha256()
-    folder = bindings.library_path().parent
-    for path in sorted({found.resolve() for name in _LIBRARIES for found in folder.glob(name)}):
-        mark.update(path.name.encode())
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                mark.update(piece)
     return mark.hexdigest()
 
 

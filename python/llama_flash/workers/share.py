@@ -45,7 +45,7 @@ class WorkerShare:
         self.memory = Breakdown(
             interpreter=beside, weights=memory.resident, compute=memory.buffers, reserve=budget.reserve
         )
-        self._granted = self._least = self._most = 0
+        self.granted = self.least = self.most = 0
         self._moving = False
 
     def give(self, n_bytes: int) -> None:
@@ -53,10 +53,10 @@ class WorkerShare:
 
         Raises FlashReadError: filling pinned panels failed.
         """
-        self._most = self._native.requirements().max_memory
-        self._granted = min(n_bytes, self._most)
-        self._native.set_memory(self._granted)
-        self._least = self._native.resize(self._granted).least
+        self.most = self._native.requirements().max_memory
+        self.granted = min(n_bytes, self.most)
+        self._native.set_memory(self.granted)
+        self.least = self._native.resize(self.granted).least
         self._note()
         if self._options.follow:
             Controller.of_process().join(self)
@@ -73,7 +73,7 @@ class WorkerShare:
         def check(needed: int) -> None:
             if budget.total - self._door - budget.reserve < needed:
                 bare = replace(self.memory, slots=0, pinned=0, stream=0, bookkeeping=0, reserve=budget.reserve)
-                raise refuse(budget, bare, self._least, self._options.reserve)
+                raise refuse(budget, bare, self.least, self._options.reserve)
 
         asked = None if budget.asked is None else max(1, budget.asked - self._door)
         Controller.of_process().ask(self, asked, check)
@@ -113,25 +113,13 @@ class WorkerShare:
         return self.memory.interpreter
 
     @property
-    def granted(self) -> int:
-        return self._granted
-
-    @property
-    def least(self) -> int:
-        return self._least
-
-    @property
-    def most(self) -> int:
-        return self._most
-
-    @property
     def touched(self) -> int:
         return int(self._native.stats().resident_bytes)
 
     def move(self, n_bytes: int, urgent: bool) -> bool:
-        if n_bytes == self._granted and not self._moving:
+        if n_bytes == self.granted and not self._moving:
             return True
-        self._granted = n_bytes
+        self.granted = n_bytes
         self._moving = not self._native.resize(n_bytes, urgent).done
         if not self._moving:
             self._note()
@@ -159,9 +147,9 @@ class WorkerShare:
             memory=self.memory,
             slots_in_use=raw.resident_bytes,
             resident_weights=self.memory.weights,
-            flash_weights=self._most,
+            flash_weights=self.most,
             total=counters,
             decode=counters,
         )
-        amounts = {"granted": self._granted, "least": self._least, "most": self._most}
+        amounts = {"granted": self.granted, "least": self.least, "most": self.most}
         return {"path": str(self._path.resolve()), **amounts, **stats.as_dict()}
