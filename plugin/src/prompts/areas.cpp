@@ -1,12 +1,12 @@
 // Where the caches of a context lie, and how much of that has been touched.
 #include "base/status.h"
 #include "llama_flash.h"
+#include "memory/mapping.h"
 
 #include "llama-ext.h"
 
 #include <algorithm>
 #include <sys/mman.h>
-#include <unistd.h>
 #include <vector>
 
 int32_t llama_flash_kv_areas(const llama_context * ctx, llama_flash_area * areas, uint32_t n, uint32_t * n_areas, llama_flash_error * err) {
@@ -27,7 +27,7 @@ int32_t llama_flash_kv_areas(const llama_context * ctx, llama_flash_area * areas
 }
 
 uint64_t llama_flash_touched(const llama_flash_area * areas, uint32_t n) {
-    const auto    page = (uint64_t) sysconf(_SC_PAGESIZE);
+    const auto    page = (uint64_t) page_bytes();
     unsigned char there[1024]; // a byte for each page
     uint64_t      n_pages = 0;
     for (uint32_t i = 0; areas && i < n; i++) {
