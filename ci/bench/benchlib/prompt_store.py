@@ -49,6 +49,7 @@ class Result:
     bytes: dict[int, int] = field(default_factory=dict)  # by tokens
     restore: dict[int, list[float]] = field(default_factory=dict)
     first: dict[int, list[float]] = field(default_factory=dict)  # first token, the state on flash
+    touch: dict[int, list[float]] = field(default_factory=dict)  # of memory for so many tokens, the first time
     computing: float = 0.0  # of a token of a prompt
     write: float = 0.0  # bytes per second
     look_up: dict[str, float] = field(default_factory=dict)
@@ -70,6 +71,8 @@ def measure(found: Result, models: Path, real: Path | None, say: Callable[[str],
 
 
 def _read(folder: Path, found: Result, say: Callable[[str], None], repeats: int) -> None:
+    from benchlib import machine  # a child does not find it
+
     model = _model(folder / "kv-shape.gguf")
     say("writing states")
     told = _child("fill", model, folder / "prompts", *SIZES)
@@ -82,6 +85,7 @@ def _read(folder: Path, found: Result, say: Callable[[str], None], repeats: int)
             told = _child("restore", model, folder / "prompts", n)
             found.restore.setdefault(n, []).append(told["restore"])
             found.first.setdefault(n, []).append(told["first"])
+            found.touch.setdefault(n, []).append(machine.first_touch(found.bytes[n]))
     say("computing")
     told = _child("compute", model, folder / "written", _COMPUTED)
     found.computing, found.write = told["computing"], told["write"]
@@ -92,7 +96,8 @@ def _read(folder: Path, found: Result, say: Callable[[str], None], repeats: int)
 def tables(found: Result) -> Iterator[Table]:
     """For people."""
     reading = Table(
-        "tokens on flash", "bytes", "at the device's rate", "restore", "times that", "first token", "computing"
+        *("tokens on flash", "bytes", "at the device's rate", "first touch of the memory", "restore", "times the rate"),
+        *("first token", "computing"),
     )
     for n, times in found.restore.items():
         bare, took, first = (
@@ -103,7 +108,8 @@ def tables(found: Result) -> Iterator[Table]:
         ratio = took / bare
         computing = found.computing * n
         reading.add_row(
-            *(str(n), f"{found.bytes[n] / 1e9:.2f} GB", f"{bare:.2f} s", f"{took:.2f} s"),
+            *(str(n), f"{found.bytes[n] / 1e9:.2f} GB", f"{bare:.2f} s", f"{statistics.median(found.touch[n]):.2f} s"),
+            f"{took:.2f} s ({min(times):.2f} to {max(times):.2f})",
             f"{ratio:.2f} ({'ok' if ratio <= _BELOW else f'over {_BELOW}'})",
             f"{first:.2f} s",
             f"{computing:.0f} s or more, {computing / first:.0f}x ({'ok' if computing / first >= _SOONER else 'less'})",

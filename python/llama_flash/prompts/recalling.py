@@ -18,7 +18,7 @@ from .heads import BLOCK, SUFFIXES, Head, parse_head, seal
 
 __all__ = ["Recalling"]
 
-_AT_ONCE = 64  # blocks whose files are open at the same time
+_AT_ONCE = 256  # blocks whose files are open at the same time, twice each
 
 
 class Recalling:
