@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import against, drafts, latency, machine, many, neighbours, prompt_store, prompt_writes, tables
+from benchlib import against, batches, drafts, latency, machine, many, neighbours, prompt_store, prompt_writes, tables
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, FULL, HUGE, INFLATED, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
@@ -84,8 +84,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "naive (flash offload beside naive), limits (beside the physical limit), "
         "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
-        "alone: neighbours (a machine that is shared), many (clients at once), latency (of a first token), "
-        "drafts (beside none), prompt-store, prompt-turns and prompt-writes (prompts seen before)"
+        "alone: neighbours (a machine that is shared), many (clients at once), batch (of 1,000 prompts), "
+        "latency (of a first token), drafts (beside none), "
+        "prompt-store, prompt-turns and prompt-writes (prompts seen before)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="with --cases drafts: of its cases")
@@ -272,6 +273,17 @@ def _measure_writes(options: argparse.Namespace, console: Console) -> int:
     return _in_turns(run, options, console, lambda: {"prompt_writes": found.to_json()})
 
 
+def _measure_batch(options: argparse.Namespace, console: Console) -> int:
+    found = batches.Result()
+
+    def run(say: Callable[[str], None]) -> None:
+        repeats = 1 if options.quick else options.repeats
+        batches.measure(found, options.models, repeats, say, keep=options.keep_models, quick=options.quick)
+        console.print(batches.table(found))
+
+    return _in_turns(run, options, console, lambda: {"batch": found.to_json()})
+
+
 def _measure_drafts(options: argparse.Namespace, console: Console) -> int:
     found: list[drafts.Result] = []
 
@@ -335,6 +347,7 @@ def _some_text() -> str:
 _ALONE = {
     "neighbours": _measure_neighbours,
     "many": _measure_many,
+    "batch": _measure_batch,
     "latency": _measure_latency,
     "drafts": _measure_drafts,
     "prompt-store": _measure_prompts,
