@@ -14,7 +14,7 @@ __all__ = ["FlashOffload", "reject_misspelt"]
 
 What = Literal["auto", "experts", "ffn", "all"]
 IoEngine = Literal["auto", "io_uring", "pread"]
-_DRAFTS = ("auto", "off", "ngram")
+_DRAFTS = ("auto", "off", "ngram", "mtp")
 Predictor = Literal["auto", "exact", "lowrank", "off"]
 
 _MOST_WORKERS = 15  # of the engine's devices: 16
@@ -40,8 +40,9 @@ class FlashOffload:
             predictor expects ("lowrank"). "auto": experts only while that makes tokens faster, which is tried out while
             decoding; neurons always.
         draft: guesses at the next tokens, which one pass checks together; no byte of an answer changes. "ngram": what
-            followed when the text was like this before. A path: by a smaller model with the same vocabulary. "auto":
-            "ngram". In each step as many tokens are drafted as pay, or none.
+            followed when the text was like this before. "mtp": by the head of multi-token prediction in the model's
+            file. A path: by a smaller model with the same vocabulary. "auto": "mtp" where the file has such a head,
+            else "ngram". In each step as many tokens are drafted as pay, or none.
         follow: give memory back and take it again while the model runs, as limits and neighbours move.
         warm_start: remember which weights were hot, in a small file of the user's cache folder, and
             read them in the background after the next load (needs `follow`); and how they were used, for plans.
@@ -121,6 +122,8 @@ class FlashOffload:
             raise ValueError(f"workers: {', '.join(workers)}: each once, and {_MOST_WORKERS} at most")
         if not isinstance(self.worker_timeout, int | float) or not 0.1 <= self.worker_timeout <= 3600:
             raise ValueError(f"worker_timeout: {self.worker_timeout!r} is not a number of seconds from 0.1 to 3600")
+        if workers and self.draft == "mtp":
+            raise ValueError("draft: 'mtp' needs all layers here, not at workers; 'ngram' and a smaller model do not")
         if workers and self.prompt_cache is not False:
             raise ValueError("prompt_cache: the state of prompts lies at the workers, which do not keep it")
 

@@ -8,6 +8,8 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+from mtp_models import write_mtp
+
 ARCEE = Path(str(resources.files("llama_flash") / "models/stdlib-arcee-q8_0.gguf"))
 
 
@@ -42,3 +44,16 @@ def test_what_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "copy.gguf").exists()
     unknown = command("draft", ARCEE, tmp_path / "copy.gguf", "--type", "q9")
     assert unknown.returncode == 1 and "q2_k, q2_0" in unknown.stderr
+
+
+def test_the_file_s_own_head_drafts_and_a_plan_says_what_it_takes(tmp_path: Path) -> None:
+    path = write_mtp("glm4moe", tmp_path / "head.gguf")
+    options = ("-p", "some text to go on with", "-n", "30", "--temp", "0", "--what", "all", "--json", "-c", "512")
+    plain, drafted = (json.loads(command("run", path, *options, "--draft", draft).stdout) for draft in ("off", "mtp"))
+    assert drafted["text"] == plain["text"]
+    drafts = drafted["flash"]["drafts"]
+    assert drafts["source"] == "mtp" and 0 < drafts["passes"] <= 30
+    said = command("plan", path, "--draft", "mtp", "-c", "512")
+    assert said.returncode == 0 and "drafts from the file's head, of" in said.stdout, said.stderr
+    refused = command("run", ARCEE, "--draft", "mtp", "-p", "x")
+    assert refused.returncode == 1 and "--draft ngram" in refused.stderr and ARCEE.name in refused.stderr

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from engines import Model
 from hypothesis import given
 from hypothesis import strategies as st
+from mtp_models import write_mtp
 
 import llama_flash
-from llama_flash import FlashOffload
+from llama_flash import FlashError, FlashOffload
+from llama_flash.model.gguf import read_gguf
+from llama_flash.model.mtp import mtp_head
 from llama_flash.planning.cost import Cost
 from llama_flash.planning.drafted import MOST_DRAFTED, drafted
 
@@ -70,3 +74,37 @@ def test_a_path_is_a_draft_model(tmp_path: Path) -> None:
     assert FlashOffload(draft=tmp_path / "x").drafts_by_model
     assert FlashOffload(draft="small.gguf").drafts_by_model
     assert not FlashOffload(draft="ngram").drafts_by_model
+
+
+@pytest.mark.parametrize(("arch", "dense"), [("mimo2", True), ("glm4moe", False)])
+def test_a_plan_says_what_a_head_costs_and_a_load_takes_that(arch: str, dense: bool, tmp_path: Path) -> None:
+    path = write_mtp(arch, tmp_path / "model.gguf", dense=dense)
+    head = mtp_head(read_gguf(path))
+    assert head is not None
+    options = {"what": "all", "reserve": "32MiB", "follow": False, "warm_start": False}
+    shape = {"n_ctx": 512, "n_batch": 64, "n_ubatch": 64}
+    plain = llama_flash.plan(path, budget(), flash_offload=options, **shape)  # type: ignore[arg-type]
+    made = llama_flash.plan(path, budget(), flash_offload={**options, "draft": "mtp"}, **shape)  # type: ignore[arg-type]
+    assert plain.drafts is None and plain.memory.draft == 0
+    assert made.drafts is not None and made.drafts.source == "mtp"
+    assert made.drafts.bytes == made.memory.draft > head.bytes
+    # the matrix that the head shares stays in memory, too; weights alone are what a load without the head has
+    output = read_gguf(path).tensors["output.weight"].size
+    assert made.memory.weights == plain.memory.weights + output
+    assert made.smallest >= plain.smallest
+    with Model(
+        str(path),
+        n_threads=1,
+        verbose=False,
+        flash_offload={**options, "draft": "mtp", "dram_budget": budget()},
+        **shape,
+    ) as llm:
+        assert llm.flash is not None and llm.flash.memory.draft == made.memory.draft
+
+
+def test_a_plan_with_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    path = write_mtp("glm4moe", tmp_path / "model.gguf", head=False)
+    with pytest.raises(FlashError, match=r"model\.gguf has no head of multi-token prediction"):
+        llama_flash.plan(path, budget(), flash_offload={"draft": "mtp"})
+    made = llama_flash.plan(path, budget(), flash_offload={"draft": "auto"}).drafts
+    assert made is not None and made.source == "ngram"

@@ -15,7 +15,7 @@ import logging
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -317,8 +317,8 @@ def _half_precision(n_layer: int) -> Iterator[str]:
 _HALVED = re.compile(r"per_layer_model_proj|altup_(unembd_)?proj")
 
 
-def laid_out(path: Path) -> list[Tensor]:
-    """The tensors that the engine wants for the key-values in a GGUF file.
+def laid_out(path: Path, *, mtp: bool = False) -> list[Tensor]:
+    """The tensors that the engine wants for the key-values in a GGUF file; mtp: with those of its head.
 
     Raises ValueError, with what the engine says, where it does not make a model of them.
     """
@@ -345,8 +345,10 @@ def laid_out(path: Path) -> list[Tensor]:
     if not metadata:
         raise ValueError(f"{path} is not a GGUF file")
     try:
+        params = llama_cpp.llama_model_default_params()
+        params.load_mtp = mtp
         with engine_messages() as said:
-            model = make(metadata, note, None, llama_cpp.llama_model_default_params())
+            model = make(metadata, note, None, params)
         if not model:
             raise ValueError("; ".join(said) or "the engine makes no model of these key-values")
         llama_cpp.llama_model_free(model)
@@ -434,12 +436,25 @@ VARIANTS = {
 }
 
 
-def write_plain(arch: str, path: Path, variant: str = "", seed: int = 0) -> Path:
-    """Writes a model of F32 (few of F16) weights."""
+Weights = dict[str, npt.NDArray[np.float32]]
+
+
+def write_plain(
+    arch: str,
+    path: Path,
+    variant: str = "",
+    seed: int = 0,
+    more: Mapping[str, Any] | None = None,
+    edit: Callable[[Weights], None] = lambda weights: None,
+) -> Path:
+    """Writes a model of F32 (few of F16) weights.
+
+    more: key-values beside and in place of the others. edit: changes the weights before they are written.
+    """
     mixture = {"dense": False, "mixture": True}.get(variant, arch in MIXTURES)
-    values = key_values(arch, mixture=mixture, wide=variant == "wide")
+    values = key_values(arch, mixture=mixture, wide=variant == "wide") | dict(more or {})
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)
-    half = set(_half_precision(values[".block_count"]))
+    half, mtp = set(_half_precision(values[".block_count"])), ".nextn_predict_layers" in values
 
     def begin(path: Path) -> gguf.GGUFWriter:
         writer = gguf.GGUFWriter(path, arch)
@@ -452,9 +467,10 @@ def write_plain(arch: str, path: Path, variant: str = "", seed: int = 0) -> Path
         keys.add_tensor(name, np.zeros(1, np.float16))
     _finish(keys)
     absent = "|".join([_ABSENT, *filter(None, [_OWN_ABSENT.get(arch), r"^output\.weight$" * (variant == "tied")])])
-    tensors = {tensor.name: tensor for tensor in laid_out(path) if not re.search(absent, tensor.name)}
+    tensors = {tensor.name: tensor for tensor in laid_out(path, mtp=mtp) if not re.search(absent, tensor.name)}
     weights = {name: values_of(tensor, seed) for name, tensor in tensors.items()}
-    (_fuse if variant == "fused" else _split_experts)(weights)
+    (fuse if variant == "fused" else _split_experts)(weights)
+    edit(weights)
     writer = begin(path)
     for name, data in weights.items():
         if re.search(_OWN_FLAT.get(arch, "^$"), name):
@@ -465,9 +481,6 @@ def write_plain(arch: str, path: Path, variant: str = "", seed: int = 0) -> Path
     return path
 
 
-Weights = dict[str, npt.NDArray[np.float32]]
-
-
 def _split_experts(weights: Weights) -> None:
     """The engine lays out one matrix for gate and up; published files rather have two."""
     for name in [name for name in weights if name.endswith("ffn_gate_up_exps.weight")]:
@@ -476,7 +489,7 @@ def _split_experts(weights: Weights) -> None:
         weights[name.replace("gate_up", "up")] = np.ascontiguousarray(up)
 
 
-def _fuse(weights: Weights) -> None:
+def fuse(weights: Weights) -> None:
     for name in [name for name in weights if ".attn_q." in name]:
         parts = [name, name.replace("attn_q", "attn_k"), name.replace("attn_q", "attn_v")]
         if all(part in weights for part in parts):

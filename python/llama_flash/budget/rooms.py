@@ -107,7 +107,7 @@ class Breakdown:
     kv: int = 0  # KV cache and recurrent state
     compute: int = 0  # graph and work buffers
     outputs: int = 0  # logits and embeddings, the engine's and numpy's
-    draft: int = 0  # a draft model: weights, KV cache and buffers
+    draft: int = 0  # a draft model, or the file's head: weights, KV cache and buffers
     reserve: int = 0
     slots: int = 0  # experts from flash
     pinned: int = 0  # panels that never leave

@@ -136,9 +136,9 @@ Draft = Annotated[
     str,
     _flash(
         "--draft",
-        metavar="auto|off|ngram|FILE",
-        help="Guesses at the next tokens, checked in one pass: from the text, or by a smaller model.",
-        autocompletion=_words(("auto", "off", "ngram")),
+        metavar="auto|off|ngram|mtp|FILE",
+        help="Guesses at the next tokens, checked in one pass: from the text, by the file's head or a smaller model.",
+        autocompletion=_words(("auto", "off", "ngram", "mtp")),
     ),
 ]
 Follow = Annotated[

@@ -23,7 +23,7 @@ _WHERE = {
     "kv": "KV cache",
     "compute": "compute buffers",
     "outputs": "logits",
-    "draft": "draft model",
+    "draft": "draft model, or head",
     "reserve": "reserve",
     "slots": "slots",
     "pinned": "pinned panels and neurons",
@@ -144,9 +144,9 @@ def _token(plan: LoadPlan) -> Table:
 
 def _drafts(drafts: DraftPlan) -> Table:
     """Tokens per second by how many of the drafted tokens are accepted."""
-    source = {"ngram": "the text itself", "model": f"a model of {format_size(drafts.bytes)}"}.get(
-        drafts.source, "heads"
-    )
+    size = format_size(drafts.bytes)
+    sources = {"ngram": "the text itself", "mtp": f"the file's head, of {size}", "model": f"a model of {size}"}
+    source = sources[drafts.source]
     table = Table(title=f"drafts from {source}, expected", title_justify="left", min_width=60)
     table.add_column("accepted")
     for name in ("drafted for a pass", "tokens/s"):

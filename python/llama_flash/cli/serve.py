@@ -99,7 +99,7 @@ _Lookahead = Annotated[
 ]
 _Draft = Annotated[
     str | None,
-    _flash("--draft", help="Guesses at the next tokens: auto, off, ngram or a GGUF file. Default: off."),
+    _flash("--draft", help="Guesses at the next tokens: auto, off, ngram, mtp or a GGUF file. Default: off."),
 ]
 _Follow = Annotated[
     bool | None, _flash("--follow/--no-follow", help="Give memory back and take it again as limits move. Default.")

@@ -6,14 +6,13 @@ from typing import Any
 
 from ..errors import FlashError
 from ..options import FlashOffload
+from ..planning.drafting import rounds_otherwise
 
 __all__ = ["checked", "source_of"]
 
-_ROUNDED = (0, 1)  # enum ggml_type, F32 and F16: of KV caches for which the flash kernel has several ways
-
 
 def source_of(options: FlashOffload, context_params: Any, predictor: str, model: Any) -> tuple[str, str]:
-    """Where guesses come from ("ngram", "model", "off"), and why they do not come where that was asked for.
+    """Where guesses come from ("ngram", "mtp", "model", "off"), and why they do not come where that was asked for.
 
     Args:
         context_params: llama_context_params.
@@ -25,7 +24,9 @@ def source_of(options: FlashOffload, context_params: Any, predictor: str, model:
     reason = _reason(context_params, predictor, model)
     if reason:
         return "off", reason
-    return ("model" if options.drafts_by_model else "ngram"), ""
+    if options.drafts_by_model:
+        return "model", ""
+    return ("mtp" if options.draft == "mtp" else "ngram"), ""
 
 
 def _reason(context_params: Any, predictor: str, model: Any) -> str:
@@ -34,7 +35,8 @@ def _reason(context_params: Any, predictor: str, model: Any) -> str:
 
     if engine.llama_model_is_recurrent(model) or engine.llama_model_is_hybrid(model):
         return "the model's recurrent state cannot go back to where a draft was wrong"
-    if context_params.flash_attn_type == engine.LLAMA_FLASH_ATTN_TYPE_ENABLED and context_params.type_k in _ROUNDED:
+    flash_attn = context_params.flash_attn_type == engine.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    if rounds_otherwise(flash_attn, context_params.type_k):
         return "with flash_attn=True, several tokens in a pass are rounded otherwise than one"
     if predictor == "lowrank":
         return "with predictor='lowrank', other neurons are computed for several tokens in a pass than for one"

@@ -1,4 +1,4 @@
-"""Drafts by a smaller model, and from the text itself where that goes the way it went before for long."""
+"""Drafts by a smaller model or a model's head, and from the text itself where that goes as it went before for long."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..native.prompts import Tokens
 from .model import ModelText
+from .mtp import MtpText
 from .ngram import TextDraft
 
 __all__ = ["MixedText"]
@@ -16,11 +17,10 @@ _LONG = 5  # kind of a match from which on the text is more often right than a s
 class MixedText:
     """Of one text: a drafter.Source. Kinds are those of the text, then those of the model."""
 
-    name = "model"
-    assumed: Sequence[float] = (*TextDraft.assumed, *ModelText.assumed)
-
-    def __init__(self, model: ModelText) -> None:
+    def __init__(self, model: ModelText | MtpText) -> None:
         self._text, self._model = TextDraft(), model
+        self.name = model.name
+        self.assumed: Sequence[float] = (*TextDraft.assumed, *model.assumed)
 
     def follow(self, text: Tokens) -> int:
         self._text.follow(text)

@@ -18,10 +18,10 @@ from ..native.calls import context_memory
 from ..native.prompts import Tokens
 from ..planning.drafted import DRAFT_BATCH
 
-__all__ = ["ModelDraft", "check_vocabularies"]
+__all__ = ["ASSUMED", "ModelDraft", "ModelText", "check_vocabularies", "guessed"]
 
 _KINDS = 10  # by how likely the token is to the draft model
-_ASSUMED = tuple((i + 0.5) / _KINDS for i in range(_KINDS))
+ASSUMED = tuple((i + 0.5) / _KINDS for i in range(_KINDS))
 _MORE = 128  # tokens by which two vocabularies may differ in length, as llama.cpp allows
 
 
@@ -105,10 +105,8 @@ class ModelDraft:
     def guesses(self, text: int) -> Iterator[tuple[int, int]]:
         """The most likely token, then the one behind it, ... Its kind says how likely it was."""
         while True:
-            logits = np.ctypeslib.as_array(self._engine.llama_get_logits_ith(self._context, -1), shape=(self._n_vocab,))
-            token = int(logits.argmax())
-            likely = 1.0 / float(np.exp(logits - logits[token]).sum())
-            yield token, min(_KINDS - 1, int(likely * _KINDS))
+            token, kind = guessed(self._context, self._n_vocab)
+            yield token, kind
             self._decode(text, [token])
 
     def _decode(self, text: int, tokens: list[int]) -> None:
@@ -144,7 +142,7 @@ class ModelText:
     """One text of a draft model's: a drafter.Source."""
 
     name = "model"
-    assumed: Sequence[float] = _ASSUMED
+    assumed: Sequence[float] = ASSUMED
 
     def __init__(self, model: ModelDraft, text: int) -> None:
         self._model, self._text = model, text
@@ -157,6 +155,16 @@ class ModelText:
 
     def close(self) -> None:
         self._model.close()
+
+
+def guessed(context: Any, n_vocab: int) -> tuple[int, int]:
+    """The most likely token of a context's last logits, and its kind: how likely it is. context: llama_context."""
+    import llama_cpp as engine
+
+    logits = np.ctypeslib.as_array(engine.llama_get_logits_ith(context, -1), shape=(n_vocab,))
+    token = int(logits.argmax())
+    likely = 1.0 / float(np.exp(logits - logits[token]).sum())
+    return token, min(_KINDS - 1, int(likely * _KINDS))
 
 
 def check_vocabularies(draft: ModelDraft, vocab: Any, name: str) -> None:

@@ -83,7 +83,7 @@ def graphs_of(meta: GgufMeta, shape: ContextShape) -> Graphs:
         FlashError: the engine cannot load the model or make such a context.
     """
     stats = tuple(file.stat() for file in meta.files)
-    key = (meta.files, shape, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+    key = (meta.files, shape, len(meta.tensors), *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
     if key not in _kept:
         while len(_kept) >= _MOST_KEPT:
             del _kept[next(iter(_kept))]

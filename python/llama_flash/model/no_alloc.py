@@ -18,8 +18,12 @@ __all__ = ["context_params", "no_alloc_context"]
 
 
 @contextmanager
-def no_alloc_context(path: str, bundles: Bundles | None, context_params: Any) -> Iterator[tuple[Any, Any]]:
+def no_alloc_context(
+    path: str, bundles: Bundles | None, context_params: Any, *, mtp: bool = False
+) -> Iterator[tuple[Any, Any]]:
     """The engine's model and context of a file, laid out and not allocated: nothing can be computed.
+
+    mtp: with its head of multi-token prediction.
 
     Raises:
         FlashFormatError: the engine refuses the model.
@@ -31,7 +35,7 @@ def no_alloc_context(path: str, bundles: Bundles | None, context_params: Any) ->
     trim_heap()
     before = held_by_process()
     params = llama_cpp.llama_model_default_params()
-    params.no_alloc = True
+    params.no_alloc, params.load_mtp = True, mtp
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     parts = [f"^{re.escape(name)}$" for name in (bundles.part_names() if bundles else ())]
     if parts:

@@ -115,7 +115,7 @@ class Counters:
 class DraftStats:
     """What drafts have brought. Times in seconds."""
 
-    source: str = "off"  # where guesses come from: "ngram", "model"; "off": nowhere
+    source: str = "off"  # where guesses come from: "ngram", "mtp", "model"; "off": nowhere
     reason: str = ""  # why it is off, where that was not asked for
     passes: int = 0  # that have continued texts, with a draft or without
     tokens: int = 0  # that they gave
@@ -123,7 +123,7 @@ class DraftStats:
     drafted: int = 0  # tokens of these drafts
     accepted: int = 0  # of these, those that the model would have said
     pass_seconds: float = 0.0  # of the passes
-    draft_seconds: float = 0.0  # of drafting, the reading of prompts by a draft model included
+    draft_seconds: float = 0.0  # of drafting, the reading of prompts by a draft model or a head included
 
     @property
     def acceptance(self) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ..budget.rooms import Breakdown
 from ..device.profile import DeviceProfile
 from ..model.gguf import GgufMeta
+from ..model.mtp import mtp_head, without_mtp
 from ..native.params import Requirements
 from .misses import (
     SHARED_TOKENS,
@@ -355,7 +356,8 @@ def _active_share(meta: GgufMeta, plan: Plan, predictor: str) -> tuple[float, bo
 
 def _resident_touched(meta: GgufMeta, plan: Plan, routed: float) -> float:
     """Bytes of resident weights that a pass computes with: one row of the embedding, and the experts it uses."""
-    touched = float(plan.resident_bytes)
+    head, meta = mtp_head(meta), without_mtp(meta)  # which no pass computes
+    touched = float(plan.resident_bytes) - (head.bytes if head else 0)
     if "output.weight" in meta.tensors:
         tables = (t for t in meta.tensors.values() if t.name not in plan.tables)
         touched -= sum(t.size for t in tables if re.fullmatch(r"(token|position)_embd\.weight", t.name))

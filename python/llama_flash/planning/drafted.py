@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..budget.rooms import Breakdown
+from ..model.bundles import read_bundles
 from ..model.gguf import GgufMeta, read_gguf
+from ..model.mtp import drafting_head
 from ..model.shape import ContextShape
 from ..native.params import Requirements
 from .cost import Cost
@@ -20,7 +22,10 @@ from .lent import FEW_TOKENS
 from .misses import USUAL_SKEW, expert_slots, experts_together, neurons_together
 from .placed import Plan
 
-__all__ = ["ACCEPTANCES", "MOST_DRAFTED", "DraftPlan", "DraftSizes", "Drafted", "draft_sizes", "drafted", "pass_shape"]
+__all__ = [
+    *("ACCEPTANCES", "MOST_DRAFTED", "DraftPlan", "DraftSizes", "Drafted"),
+    *("beside_mtp", "draft_sizes", "drafted", "mtp_params", "mtp_sizes", "pass_shape"),
+]
 
 MOST_DRAFTED = FEW_TOKENS - 1  # tokens: with the one before them they are few
 
@@ -31,7 +36,7 @@ _DRAM = 0.15  # ... where all weights are in memory: large matrices are read onc
 _ROUTED = 0.5  # ... at least, where each token has experts or neurons of its own
 _ACTIVE = 0.1  # share of the neurons
 
-DRAFT_BATCH = 256  # tokens of a draft model's pass over a text that is new
+DRAFT_BATCH = 256  # tokens of a draft model's pass over a text that is new, and of a head's
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Drafted:
 class DraftPlan:
     """What drafts cost and bring. Sizes in bytes."""
 
-    source: str  # "ngram", "model"
-    bytes: int  # of memory: a draft model's weights, KV cache and buffers
+    source: str  # "ngram", "mtp", "model"
+    bytes: int  # of memory: a draft model's or a head's weights, KV cache and buffers
     without: float  # tokens per second without drafts, and with that memory for the model
     expected: tuple[Drafted, ...]  # for some acceptances
     seen: Drafted | None  # for the one that was seen in the last run
@@ -64,11 +69,12 @@ class DraftPlan:
 
 @dataclass(frozen=True)
 class DraftSizes:
-    """Of a draft model, in bytes."""
+    """Of a draft model, or of the model's own head, in bytes."""
 
     weights: int = 0
     heap: int = 0  # vocabulary, graphs
-    beside: int = 0  # KV cache, graph buffers, logits: touched when they are used
+    beside: int = 0  # KV cache, graph buffers, logits, states: touched when they are used
+    read: int = 0  # of weights, for a guess
 
     @property
     def bytes(self) -> int:
@@ -88,7 +94,50 @@ def draft_sizes(path: str | os.PathLike[str], n_ctx: int) -> DraftSizes:
     n_batch = min(DRAFT_BATCH, n_ctx)
     sizes = engine_sizes(meta, None, ContextShape(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch))
     weights = sum(tensor.size for tensor in meta.tensors.values()) + sizes.doubled
-    return DraftSizes(weights, sizes.heap, sizes.kv + sizes.compute + 4 * meta.n_vocab)
+    return DraftSizes(weights, sizes.heap, sizes.kv + sizes.compute + 4 * meta.n_vocab, weights)
+
+
+def mtp_sizes(meta: GgufMeta, shape: ContextShape) -> DraftSizes:
+    """What drafts of the model's own head take; shape: of the model's context.
+
+    Raises:
+        FlashFormatError, FlashError: the engine does not take the file, or has no such context.
+    """
+    from ..model.no_alloc import context_params, no_alloc_context
+    from ..native.calls import context_memory
+
+    head = drafting_head(meta)
+    assert head is not None
+    params = context_params(shape)
+    own = mtp_params(params)
+    with no_alloc_context(str(meta.files[0]), read_bundles(meta), own, mtp=True) as (_, context):
+        buffers = context_memory(context)
+    beside = beside_mtp(params, meta.n_vocab, meta.number("embedding_length"), own.n_outputs_max)
+    return DraftSizes(head.bytes, 0, int(buffers.context + buffers.compute) + beside, head.read_bytes(meta))
+
+
+def mtp_params(params: Any) -> Any:
+    """llama_context_params of a head's context; params: of the model's."""
+    import llama_cpp
+
+    own = type(params).from_buffer_copy(params)
+    own.ctx_type = llama_cpp.LLAMA_CONTEXT_TYPE_MTP
+    own.n_batch = own.n_ubatch = min(DRAFT_BATCH, params.n_batch)
+    own.n_outputs_max = own.n_seq_max = max(1, params.n_seq_max)
+    own.n_outputs_max_per_seq = own.n_samplers = 0
+    own.samplers = own.ctx_other = None
+    own.embeddings, own.cb_eval = False, llama_cpp.ggml_backend_sched_eval_callback()
+    return own
+
+
+def beside_mtp(params: Any, n_vocab: int, n_embd: int, n_texts: int) -> int:
+    """Bytes beside the buffers of a head's context: logits, and states of the model's last layer.
+
+    params: llama_context_params of the model's.
+    """
+    batch = min(DRAFT_BATCH, params.n_batch)
+    states = params.n_batch + params.n_ubatch + (batch + 64) * (1 + n_texts)
+    return 4 * (n_vocab * n_texts + n_embd * int(states))
 
 
 def pass_shape(

@@ -16,6 +16,7 @@ from ..errors import FlashFormatError
 from ..model.bundles import Bundles, read_bundles
 from ..model.gguf import GgufMeta, TensorInfo
 from ..model.graphs import Graphs, Use, graphs_of
+from ..model.mtp import drafting_head
 from ..model.shape import ContextShape
 from ..native.params import Mode, Requirements
 from ..options import FlashOffload, Predictor
@@ -185,18 +186,25 @@ def make_plan(
         return replace(whole, mode="resident")
     graphs = ask(meta, shape)
     context = replace(context, kv=graphs.kv, compute=graphs.compute + work_bytes(meta, shape))
-    if not select(meta, _TIERS[-1], graphs.uses) and not bundles:
+    uses = _may_leave(graphs.uses, meta, options)
+    if not select(meta, _TIERS[-1], uses) and not bundles:
         return plan_for((), {})
     if options.what != "auto":
-        chosen = plan_for(_ASKED[options.what], graphs.uses)
+        chosen = plan_for(_ASKED[options.what], uses)
         if chosen.mode != "nothing":
             _check(meta, chosen, options, budget, shape)
         return chosen
     whole = plan_for((), {})
     if auto and fits(whole):
         return replace(whole, mode="resident")
-    candidates = [plan_for(kinds, graphs.uses) for kinds in ((), *_TIERS)]
+    candidates = [plan_for(kinds, uses) for kinds in ((), *_TIERS)]
     return _first_with_room([plan for plan in candidates if plan.mode == "flash"], meta, options, budget, shape)
+
+
+def _may_leave(uses: Mapping[str, Use], meta: GgufMeta, options: FlashOffload) -> Mapping[str, Use]:
+    """Without what a head that makes drafts multiplies by, too: each of its guesses would read that."""
+    head = drafting_head(meta) if options.draft == "mtp" else None
+    return {name: use for name, use in uses.items() if head is None or name not in head.shared}
 
 
 def _first_with_room(

@@ -21,6 +21,7 @@ from ..device.profile import DeviceProfile
 from ..errors import FlashBudgetError, FlashError, FlashFormatError
 from ..model.bundles import Bundles, read_bundles
 from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
+from ..model.mtp import without_mtp
 from ..model.shape import KV_TYPES, ContextShape, whole_cells
 from ..native import server
 from ..native.library import settled
@@ -29,7 +30,8 @@ from ..options import FlashOffload
 from ..prompts.store import store_memory
 from .advice import advice_for
 from .cost import Cost, expect
-from .drafted import ACCEPTANCES, MOST_DRAFTED, DraftPlan, DraftSizes, draft_sizes, drafted, pass_shape
+from .drafted import ACCEPTANCES, MOST_DRAFTED, DraftPlan, DraftSizes, draft_sizes, drafted, mtp_sizes, pass_shape
+from .drafting import chosen, rounds_otherwise
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
 from .lent import FEW_TOKENS, lent_of
 from .placed import Plan
@@ -174,6 +176,7 @@ def plan(
     check_vocabulary(meta, text=False)
     n_drafted = MOST_DRAFTED if options.draft != "off" else 0
     shape = context_shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn, parallel, n_drafted)
+    options, meta = chosen(options, meta, possible=True, rounded=rounds_otherwise(shape.flash_attn, shape.type_k))
     import llama_cpp  # noqa: F401  # so that its size is counted
 
     if parallel > 1:
@@ -311,12 +314,19 @@ class _Outcome:
     decoding: Breakdown | None = None  # the same while tokens are generated, where that differs
 
 
+def _sizes_of_drafts(meta: GgufMeta, options: FlashOffload, shape: ContextShape) -> DraftSizes:
+    if options.drafts_by_model:
+        return draft_sizes(options.draft, shape.n_ctx)
+    return mtp_sizes(meta, shape) if options.draft == "mtp" else DraftSizes()
+
+
 class _Planner:
     """Answers for one model and context; what the engine and the plugin said is remembered."""
 
     def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape, held: Callable[[], int]) -> None:
         """held: tells the bytes that the process holds; asking engine and plugin adds to them, once."""
-        self._draft = draft_sizes(options.draft, shape.n_ctx) if options.drafts_by_model else DraftSizes()
+        self._draft = _sizes_of_drafts(meta, options, shape)
+        self._apart = self._draft.weights if options.drafts_by_model else 0  # not among the model's own
         self._aside = shape.aside
         shape = replace(shape, aside=shape.aside + self._draft.beside)
         if options.prompt_cache is not False:
@@ -327,7 +337,7 @@ class _Planner:
         self._base = held()
         self._bare = self._base - settled()
         self._usage = usage_of(meta.files, options)
-        self._sizes: EngineSizes = engine_sizes(meta, self._bundles, shape)
+        self._sizes: EngineSizes = engine_sizes(without_mtp(meta), self._bundles, shape)
         self._asked: dict[tuple[str, ...], FlashNeeds] = {}
 
     def close(self) -> None:
@@ -339,12 +349,13 @@ class _Planner:
 
         bare: bytes of the process, before any use of the engine; None: as it was before anything was asked.
         """
-        bare = (self._bare if bare is None else bare) + self._draft.weights + self._draft.heap
+        bare = (self._bare if bare is None else bare) + self._apart + self._draft.heap
         placed = make_plan(self._meta, self._options, budget, self._shape, bare)
         n_vocab, n_embd = self._meta.n_vocab, self._meta.number("embedding_length")
         memory = Breakdown(
             interpreter=self._base + self._sizes.heap + _SLACK,
             weights=placed.resident_bytes
+            - (self._draft.weights - self._apart)
             - (self._bundles.predictor_bytes if self._bundles else 0)
             + (0 if False in placed.tables.values() else self._sizes.doubled),  # an embedding that is the output, too
             kv=self._sizes.kv,
@@ -486,20 +497,30 @@ class _Planner:
         if options.draft == "off" or found.predictor == "lowrank":
             return None
         cost = without = self.cost(found, profile)
-        if self._draft.bytes:
+        if options.draft == "mtp":
+            without = self._without_head(budget, profile)
+        elif self._draft.bytes:
             with_all = replace(budget, total=budget.total + self._draft.bytes)
             without = self.cost(self.outcome(with_all), profile)
         memory, skew = found.decoding or found.memory, self._usage.skew if self._usage else None
         shape = pass_shape(self._meta, found.plan, memory, found.needs, skew)
-        per_guess = self._draft.weights / profile.dram
+        per_guess = self._draft.read / profile.dram
         seen = self._usage.acceptance if self._usage else None
         return DraftPlan(
-            source="model" if options.drafts_by_model else "ngram",
+            source="model" if options.drafts_by_model else str(options.draft),
             bytes=self._draft.bytes,
             without=without.tokens_per_second,
             expected=tuple(drafted(cost, shape, acceptance, per_guess) for acceptance in ACCEPTANCES),
             seen=None if seen is None else drafted(cost, shape, seen, per_guess),
         )
+
+    def _without_head(self, budget: Budget, profile: DeviceProfile) -> Cost:
+        shape = replace(self._shape, aside=self._aside)
+        plain = _Planner(without_mtp(self._meta), replace(self._options, draft="off"), shape, self._held)
+        try:
+            return plain.cost(plain.outcome(budget), profile)
+        finally:
+            plain.close()
 
     def others(self, smallest: int, profile: DeviceProfile) -> tuple[Option, ...]:
         """What some budgets give that are shown for comparison. smallest: budget that works."""

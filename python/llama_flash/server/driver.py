@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,10 @@ class EngineDriver:
         self._flash_offload, self._loaded = flash_offload, loaded
         self._lora_path, self._aside = lora_path, aside
         options = FlashOffload.coerce(flash_offload)
+        if options is not None and options.draft == "auto":
+            self._flash_offload = options = replace(options, draft="ngram")
+        if options is not None and options.draft == "mtp":
+            raise FlashError("draft: a server cannot make drafts of a model's head: --draft ngram does without")
         self.drafts = None if options is None or options.draft == "off" else self.make_drafts
         self._paths: dict[int, str] = {}  # by model
         self._sessions: dict[int, FlashSession] = {}  # by model

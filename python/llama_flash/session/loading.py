@@ -27,6 +27,7 @@ from ..drafts.drafter import Drafter, Source
 from ..drafts.length import MOST
 from ..drafts.mixed import MixedText
 from ..drafts.model import ModelDraft, check_vocabularies
+from ..drafts.mtp import MtpDraft
 from ..drafts.ngram import TextDraft
 from ..errors import FlashBudgetError, FlashError
 from ..model.adapters import predictor_with
@@ -40,7 +41,8 @@ from ..native.params import Mode, Requirements, neuron_params
 from ..observe.stats import DraftStats
 from ..options import FlashOffload
 from ..planning.advice import advice_for
-from ..planning.drafted import pass_shape
+from ..planning.drafted import DraftSizes, mtp_sizes, pass_shape
+from ..planning.drafting import chosen, rounds_otherwise
 from ..planning.lent import few_tokens
 from ..planning.placed import Plan
 from ..planning.placement import choose_predictor, make_plan, work_bytes
@@ -91,7 +93,8 @@ class Load:
         self._path, self._share, self._account = path, share, account
         self._context_params = context_params
         self._logits_all, self._lora_path, self._aside, self._verbose = logits_all, lora_path, aside, verbose
-        self._draft: ModelDraft | None = None
+        self._draft: ModelDraft | MtpDraft | None = None
+        self._mtp = DraftSizes()  # as it is planned, until there is a context
         self.workers: Workers | None = None
 
         Controller.of_process().begin_load(self)
@@ -131,14 +134,11 @@ class Load:
         return -(-max(1, int(params.n_batch)) // max(1, int(params.n_ubatch)))
 
     def _prepare(self, model_params: Any) -> None:
-        options, share, context_params = self.options, self._share, self._context_params
+        share, context_params = self._share, self._context_params
         self._vocab_only = bool(model_params.vocab_only)
         self.meta: GgufMeta = read_gguf(self._path)
-        if options.drafts_by_model and not (model_params.vocab_only or context_params.embeddings):
-            checked(options)
-            self._draft = ModelDraft(
-                options.draft, self.n_ctx, max(1, int(context_params.n_threads)), max(1, int(context_params.n_seq_max))
-            )
+        self._prepare_drafts(model_params)
+        options = self.options
         self._base = held_by_all(share)
         if not model_params.vocab_only:
             check_is_model(self.meta)
@@ -182,6 +182,23 @@ class Load:
             context_params.abort_callback = abort_callback()
             context_params.abort_callback_data = native.address
 
+    def _prepare_drafts(self, model_params: Any) -> None:
+        """A draft model is loaded, the model's own head will be, or is none of its weights."""
+        params = self._context_params
+        self._asked = self.options.draft
+        possible = not (self._vocab_only or params.embeddings)
+        rounded = rounds_otherwise(params.flash_attn_type == 1, params.type_k)
+        self.options, self.meta = chosen(self.options, self.meta, possible=possible, rounded=rounded)
+        options = self.options
+        if options.drafts_by_model:
+            checked(options)
+            n_threads, n_texts = max(1, int(params.n_threads)), max(1, int(params.n_seq_max))
+            self._draft = ModelDraft(options.draft, self.n_ctx, n_threads, n_texts)
+        if options.draft == "mtp":
+            check_is_model(self.meta)
+            model_params.load_mtp = True
+            self._mtp = mtp_sizes(self.meta, self._shape())
+
     def _make_plan(self) -> Plan:
         budget, shape, base = self._share.budget, self._shape(), self._base - settled()
         try:
@@ -196,8 +213,10 @@ class Load:
 
             held = functools.partial(held_by_all, self._share)
             budget = self._share.budget
-            options = replace(self.options, draft="off")  # which is held already
-            raise smallest_budget_of(self.meta, options, budget, self._shape(), held, refused) from None
+            # a draft model is held already, a head is not
+            options = self.options if self.options.draft == "mtp" else replace(self.options, draft="off")
+            shape = replace(self._shape(), aside=self._shape().aside - self._mtp.beside)
+            raise smallest_budget_of(self.meta, options, budget, shape, held, refused) from None
 
     @staticmethod
     def _set_load_mode(model_params: Any) -> None:
@@ -306,6 +325,8 @@ class Load:
         return self._lora_path
 
     def _attach(self, context: Any, scores_bytes: int) -> None:
+        if self.options.draft == "mtp":
+            self._draft = MtpDraft(self.name, context, self._context_params, self._mtp.weights, self._raise_pending)
         if self._plan.mode == "nothing":
             self._share.memory = replace(self._share.memory, reserve=0)
             self._say(nothing_to_offload(self.name, self.options.what))
@@ -332,9 +353,10 @@ class Load:
         shape = self._shape()
         n_outputs = shape.n_outputs * 4 * (self.meta.n_vocab + self.meta.number("embedding_length"))
         draft = self._draft
+        apart = draft.weights if isinstance(draft, ModelDraft) else 0  # in memory, and not among the model's
         return Breakdown(
-            interpreter=max(self._base, held + promised_by_all(self._share, held)) - (draft.weights if draft else 0),
-            weights=buffers.model,
+            interpreter=max(self._base, held + promised_by_all(self._share, held)) - apart,
+            weights=buffers.model - self._mtp.weights,
             kv=buffers.context,
             compute=buffers.compute + work_bytes(self.meta, shape),
             outputs=n_outputs + scores_bytes + self._aside + shape.prompts,
@@ -363,14 +385,14 @@ class Load:
 
         options, model = self.options, engine.llama_get_model(context)
         name, reason = source_of(options, self._context_params, self._account.predictor, model)
-        if reason and options.draft != "auto":
+        if reason and self._asked != "auto":
             logger.warning("no drafts: %s", reason)
         if reason:
             self._account.drafts = lambda: DraftStats(reason=reason)
         if name == "off":
             self.close_draft()
             return None
-        if self._draft is not None:
+        if isinstance(self._draft, ModelDraft):
             check_vocabularies(self._draft, engine.llama_model_get_vocab(model), self.name)
         native = self._share.native
         needs = native.requirements() if native is not None else None
@@ -387,9 +409,18 @@ class Load:
         return Drafter(source, self.n_ctx // n_texts, n_vocab, shape, most) if most > 0 else None
 
     def close_draft(self) -> None:
-        """Frees the draft model, if there is one. May be called twice."""
+        """Frees the draft model, or the head's context, if there is one. May be called twice."""
         if self._draft is not None:
             self._draft.close()
+
+    @property
+    def head(self) -> MtpDraft | None:
+        """The model's own, which makes drafts."""
+        return self._draft if isinstance(self._draft, MtpDraft) else None
+
+    def _raise_pending(self) -> None:
+        if self._share.native is not None:
+            self._share.native.raise_pending()
 
     def close_workers(self) -> None:
         """Leaves the workers, if there are any. May be called twice."""
@@ -413,7 +444,8 @@ class Load:
         advice = advice_for(self.meta, self._plan, self.options, self._shape())
         if self._draft is None:
             return advice
-        return (*advice, f"The draft model takes {format_size(self._draft.bytes)} of it.")
+        what = "draft model" if self.head is None else "head of multi-token prediction"
+        return (*advice, f"The {what} takes {format_size(self._draft.bytes)} of it.")
 
     def _shape(self) -> ContextShape:
         context = self._context_params
@@ -430,7 +462,7 @@ class Load:
             flash_attn=context.flash_attn_type == 1,
             embedding=bool(context.embeddings),
             prompts=0 if self.options.prompt_cache is False else store_memory(self.meta),
-            aside=self._aside + (self._draft.beside if self._draft else 0),
+            aside=self._aside + (self._mtp.beside if self._draft is None else self._draft.beside),
             n_sequences=max(1, int(context.n_seq_max)),
         )
 

@@ -212,6 +212,23 @@ class FlashSession:
         for callback in self._after_calls:
             callback()
 
+    def computed(self, batch: Any) -> None:
+        """After a llama_decode that has succeeded, with its llama_batch: of sequences with a token, not a vector each.
+
+        Raises:
+            FlashReadError, FlashError: the head that makes drafts could not follow.
+        """
+        head = self._load.head
+        if head is not None and batch.token and not batch.embd:
+            n = (batch.n_tokens,)
+            sequences = np.array([batch.seq_id[i][0] for i in range(batch.n_tokens)], np.intc)
+            head.computed(np.ctypeslib.as_array(batch.token, n), np.ctypeslib.as_array(batch.pos, n), sequences)
+
+    def leave_context(self) -> None:
+        """Before the model's context is freed, and the model. May be called twice."""
+        if self._load.head is not None:
+            self._load.close_draft()
+
     def leave_workers(self, failure: Exception) -> None:
         """The load has failed. Raises FlashWorkerError if that was because a worker is lost."""
         workers = self._load.workers
