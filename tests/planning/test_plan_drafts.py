@@ -108,3 +108,11 @@ def test_a_plan_with_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None
         llama_flash.plan(path, budget(), flash_offload={"draft": "mtp"})
     made = llama_flash.plan(path, budget(), flash_offload={"draft": "auto"}).drafts
     assert made is not None and made.source == "ngram"
+
+
+def test_a_plan_for_clients_at_the_same_time_has_no_head(tmp_path: Path) -> None:
+    path = write_mtp("glm4moe", tmp_path / "model.gguf")
+    with pytest.raises(FlashError, match="draft='ngram'"):
+        llama_flash.plan(path, "2GiB", parallel=2, flash_offload={"draft": "mtp"})
+    made = llama_flash.plan(path, "2GiB", parallel=2, flash_offload={"draft": "auto"})
+    assert made.drafts is not None and made.drafts.source == "ngram" and made.memory.draft == 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from ..errors import FlashError, FlashWorkerError
 from ..model.load import load_model, new_context
 from ..native.server import FAILED, Tokens, copy_of, write_back
 from ..options import FlashOffload
+from ..planning.drafting import for_many
 from ..session.session import FlashSession, open_session
 
 __all__ = ["EngineDriver"]
@@ -39,6 +39,9 @@ class EngineDriver:
     Attributes:
         failure: what ended the last load.
         drafts: who guesses at the tokens to come; None where that is off.
+
+    Raises:
+        FlashError: `draft` is "mtp".
     """
 
     def __init__(
@@ -52,10 +55,8 @@ class EngineDriver:
         self._flash_offload, self._loaded = flash_offload, loaded
         self._lora_path, self._aside = lora_path, aside
         options = FlashOffload.coerce(flash_offload)
-        if options is not None and options.draft == "auto":
-            self._flash_offload = options = replace(options, draft="ngram")
-        if options is not None and options.draft == "mtp":
-            raise FlashError("draft: a server cannot make drafts of a model's head: --draft ngram does without")
+        if options is not None:
+            self._flash_offload = options = for_many(options)
         self.drafts = None if options is None or options.draft == "off" else self.make_drafts
         self._paths: dict[int, str] = {}  # by model
         self._sessions: dict[int, FlashSession] = {}  # by model
