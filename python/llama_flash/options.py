@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .addresses import address_of, addresses_in
 from .sizes import parse_size
 
 __all__ = ["FlashOffload", "reject_misspelt"]
@@ -56,7 +57,8 @@ class FlashOffload:
             one in the user's cache folder. It holds what people typed: the folder is open to its owner alone.
         prompt_cache_size: bytes that these files may take on the disk; what was used longest ago goes first.
         workers: other processes ("host:port", each a `llama-flash worker`) that hold the layers, each with flash and a
-            budget of its own; the embedding and the output matrix stay here. docs/explanation/workers.md.
+            budget of its own; the embedding and the output matrix stay here. A sequence, or a text with commas
+            between them. docs/explanation/workers.md.
         worker_token_file: the file whose first line the workers were given, too.
         worker_timeout: seconds within which a worker must say that it is alive. What it computes may take longer.
 
@@ -80,7 +82,7 @@ class FlashOffload:
     panel_bytes: int | str = "4MiB"
     prompt_cache: bool | str | os.PathLike[str] = False
     prompt_cache_size: int | str = "8GiB"
-    workers: Sequence[str] = ()
+    workers: Sequence[str] | str = ()
     worker_token_file: str | os.PathLike[str] | None = None
     worker_timeout: float = 10.0
 
@@ -112,12 +114,13 @@ class FlashOffload:
         self._check_workers()
 
     def _check_workers(self) -> None:
-        workers = (self.workers,) if isinstance(self.workers, str) else tuple(self.workers)
+        workers = addresses_in(self.workers)
         object.__setattr__(self, "workers", workers)
         for worker in workers:
-            host, _, port = worker.rpartition(":") if isinstance(worker, str) else ("", "", "")
-            if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-                raise ValueError(f"workers: {worker!r} is not a host and a port, as 127.0.0.1:50052")
+            try:
+                address_of(worker)
+            except ValueError as error:
+                raise ValueError(f"workers: {error}") from None
         if len(set(workers)) < len(workers) or len(workers) > _MOST_WORKERS:
             raise ValueError(f"workers: {', '.join(workers)}: each once, and {_MOST_WORKERS} at most")
         if not isinstance(self.worker_timeout, int | float) or not 0.1 <= self.worker_timeout <= 3600:

@@ -36,7 +36,8 @@ def flash_options(params: Mapping[str, Any]) -> FlashOffload:
         chosen["prompt_cache"] = params["prompt_cache_dir"]
     if chosen.get("lookahead", False) is None:
         chosen["lookahead"] = "auto"
-    chosen["workers"] = [worker.strip() for worker in (chosen.get("workers") or "").split(",") if worker.strip()]
+    if chosen.get("workers", ()) is None:
+        del chosen["workers"]
     return FlashOffload(**chosen)
 
 

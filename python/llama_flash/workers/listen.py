@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..addresses import address_of
 from ..errors import FlashError
-from .wire import FIRST_LINE, Line, Wire, address_of, is_loopback, keep_alive
+from .wire import FIRST_LINE, Line, Wire, is_loopback, keep_alive
 
 __all__ = ["Listener", "Settings", "read_token"]
 
@@ -101,7 +102,7 @@ class Listener:
     def __init__(self, settings: Settings, say: Say) -> None:
         self._settings, self._say = settings, say
         self._token = read_token(settings.token_file)
-        host, port = address_of(settings.listen)
+        host, port = address_of(settings.listen, least_port=0)
         if not settings.anywhere and not is_loopback(host):
             raise FlashError(
                 f"{settings.listen} is reached by other hosts, and what is sent is not encrypted: listen at 127.0.0.1 "

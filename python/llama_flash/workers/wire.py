@@ -9,27 +9,16 @@ import json
 import socket
 from typing import Any
 
+from ..addresses import address_of
 from ..errors import FlashError
 
-__all__ = ["FIRST_LINE", "LONGEST_LINE", "Line", "Wire", "address_of", "connect", "is_loopback", "keep_alive"]
+__all__ = ["FIRST_LINE", "LONGEST_LINE", "Line", "Wire", "connect", "is_loopback", "keep_alive"]
 
 FIRST_LINE = 4096  # bytes: before the token is known to be right
 LONGEST_LINE = 8 << 20  # bytes: names of all weights
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))  # seconds, and times
 
 Line = dict[str, Any]
-
-
-def address_of(text: str) -> tuple[str, int]:
-    """Host and port of "host:port".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 <= int(port) < 1 << 16:
-        raise ValueError(f"{text!r} is not a host and a port, as 127.0.0.1:50052")
-    return host, int(port)
 
 
 def is_loopback(host: str) -> bool:
