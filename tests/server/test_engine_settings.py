@@ -95,12 +95,17 @@ def test_every_option_of_flash_can_be_said_in_the_file_and_in_the_environment(
         "prompt_cache": "prompts",
         "prompt_cache_size": "2GiB",
     }
-    of_workers: dict[str, Any] = {"workers": ["127.0.0.1:50052"], "worker_token_file": "token", "worker_timeout": 5}
+    of_workers = {"workers": "127.0.0.1:50052,host-b:50052", "worker_token_file": "token", "worker_timeout": 2.5}
     assert set(values) == {option.name for option in fields(FlashOffload)} - set(of_workers)
-    for name, value in of_workers.items():
-        with pytest.raises(ValueError, match=f"{name}: a server has no workers yet"):
-            file = settings_file(tmp_path, model, "json", {}, flash_offload={name: value})
-            read_engine_settings(file, {})
+    file = settings_file(tmp_path, model, "json", {}, flash_offload=of_workers)
+    assert read_engine_settings(file, {}).flash_offload == of_workers
+    with monkeypatch.context() as set_here:
+        for name, value in of_workers.items():
+            set_here.setenv(f"{ENV_PREFIX}FLASH_OFFLOAD__{name.upper()}", str(value))
+        assert read_engine_settings(None, {"model": str(model)}).flash_offload == of_workers
+    with pytest.raises(ValueError, match="prompts lies at the workers"):
+        file = settings_file(tmp_path, model, "json", {}, flash_offload={**of_workers, "prompt_cache": True})
+        read_engine_settings(file, {})
     assert (
         read_engine_settings(settings_file(tmp_path, model, "json", {}, flash_offload=values), {}).flash_offload
         == values

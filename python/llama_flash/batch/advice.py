@@ -19,6 +19,7 @@ from ..native.library import trim_heap
 from ..options import FlashOffload
 from ..planning.planner import speeds_together
 from ..server.parallel import plan_of
+from ..workers.together import sequences_at_workers
 
 __all__ = ["MOST", "parallel_for"]
 
@@ -30,7 +31,8 @@ logger = logging.getLogger("llama_flash")
 def parallel_for(model: Path, flash_offload: Mapping[str, Any], n_ctx: int, n_requests: int | None = None) -> int:
     """Which of 1, 2, 4, 8, 16 and 32 sequences are expected to generate the most tokens per second in all.
 
-    A model that fits into memory as a whole stays there: then it is the most with which it does.
+    A model that fits into memory as a whole stays there: then it is the most with which it does. Over workers, it is
+    the most whose KV cache takes little of their slots.
 
     Args:
         n_ctx: tokens of each sequence.
@@ -38,6 +40,7 @@ def parallel_for(model: Path, flash_offload: Mapping[str, Any], n_ctx: int, n_re
 
     Raises:
         FlashFormatError, OSError: the file cannot be read.
+        FlashWorkerError: a worker cannot be used.
         ValueError, TypeError: see FlashOffload.
     """
     options = FlashOffload(**flash_offload)
@@ -46,6 +49,9 @@ def parallel_for(model: Path, flash_offload: Mapping[str, Any], n_ctx: int, n_re
 
     budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
     one = ContextShape(n_ctx=n_ctx)
+    if options.workers:
+        choices = [n for n in (32, 16, 8, 4, 2) if n_requests is None or n // 2 < n_requests]
+        return sequences_at_workers(meta, options, one, choices)[0]
     room = [1]
     mode = ""
     n = 1

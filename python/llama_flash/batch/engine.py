@@ -80,9 +80,15 @@ class Engine:
         return self._thread.runs
 
     def raise_failure(self) -> None:
-        """If it has ended by itself: why."""
+        """If it has ended by itself, or cannot compute any more: why."""
         if not self._thread.runs:
             self._thread.raise_failure()
+        self.raise_loss()
+
+    def raise_loss(self) -> None:
+        """Raises FlashWorkerError if a worker is lost: what was not answered with status 200 has no answer."""
+        if (loss := self._thread.loss) is not None:
+            raise loss
 
     def close(self) -> None:
         """Ends answers under way and frees the model's memory; waits for that."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import FlashError
+from ..errors import FlashError, FlashWorkerError
 from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
 from ..model.shape import whole_cells
 from ..server.engine_thread import LOOK, Signals
@@ -172,13 +172,17 @@ class Job:
         signals.may_wait = True
         self._began = self._began or time.monotonic()
         asking = Asking(engine.connect, _chained(first, asked), in_flight(progress.parallel))
+        is_lost = False
         try:
             self._take(asking, answers, engine, signals)
+        except FlashWorkerError:
+            is_lost = True
+            raise
         finally:
             asking.close()
             engine.close()
             for reply in asking.left():  # those that the end has cut short are no answers
-                if reply.status == 200 and signals.last:
+                if reply.status == 200 and (signals.last or is_lost):
                     self._write(answers, reply)
 
     def _take(self, asking: Asking, answers: Answers, engine: Engine, signals: Signals) -> None:
@@ -191,6 +195,8 @@ class Job:
                 engine.raise_failure()
                 raise FlashError(f"the server does not answer: {ended}") from None
             if reply is not None:
+                if reply.status != 200:
+                    engine.raise_loss()  # it is asked again when the job goes on
                 self._write(answers, reply)
             self._tell()
 

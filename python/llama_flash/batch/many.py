@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import FlashError, FlashReadError
+from ..errors import FlashError, FlashReadError, FlashWorkerError
 from ..model.gguf import read_gguf
 from ..options import FlashOffload
 from ..server.engine_server import completed
@@ -79,6 +79,8 @@ def complete_many(
 
     Raises:
         FlashError: a server runs in this process already; while answers are taken: it has ended.
+        FlashWorkerError: a worker cannot be used; while answers are taken: it was lost. Prompts that had no answer by
+            then have none.
         FlashFormatError, FlashBudgetError, OSError: see `Llama`.
         ValueError, TypeError: an option that makes no sense.
     """
@@ -174,7 +176,16 @@ class _Together(Completions):
             self.close()
             raise
         assert reply is not None
+        if reply.status != 200:
+            self._raise_loss()
         return _completion(reply)
+
+    def _raise_loss(self) -> None:
+        try:
+            self._engine.raise_loss()
+        except FlashWorkerError:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._end()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -53,6 +53,8 @@ def batch(
     dram_budget: c.DramBudget = "auto",
     reserve: c.Reserve = None,
     predictor: c.Predictor = "auto",
+    workers: c.Workers = None,
+    worker_token_file: c.WorkerToken = None,
     n_ctx: Annotated[
         int | None,
         typer.Option(
@@ -72,8 +74,14 @@ def batch(
     """
     from ..batch.job import BatchSettings, Job
 
-    options = {"dram_budget": dram_budget, "reserve": 0 if reserve == "0" else reserve, "predictor": predictor}
-    FlashOffload(**options)  # type: ignore[arg-type]  # what is wrong is said before anything is read
+    options: dict[str, Any] = {
+        "dram_budget": dram_budget,
+        "reserve": 0 if reserve == "0" else reserve,
+        "predictor": predictor,
+        "workers": workers or (),
+        "worker_token_file": worker_token_file,
+    }
+    FlashOffload(**options)  # what is wrong is said before anything is read
     settings = BatchSettings(
         c.model_path(model),
         parallel=_parallel(parallel),

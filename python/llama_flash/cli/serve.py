@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Model, model_path, stderr
+from .common import Model, Workers, WorkerToken, model_path, stderr
 
 __all__ = ["EPILOG", "serve"]
 
@@ -45,7 +45,7 @@ def _limit(*names: str, **settings: Any) -> Any:
 
 _FLASH_OPTIONS = (
     *("dram_budget", "reserve", "what", "predictor", "window", "lookahead", "draft", "follow", "warm_start"),
-    *("io_engine", "prompt_cache", "prompt_cache_size"),
+    *("io_engine", "prompt_cache", "prompt_cache_size", "workers", "worker_token_file"),
 )
 _MANY = (  # that the classic server has not, by flags
     *("parallel", "page", "type_k", "type_v", "lora", "prompt_cache_ram", "embeddings", "pooling"),
@@ -195,6 +195,8 @@ def serve(
     prompt_cache: _PromptCache = None,
     prompt_cache_dir: _PromptCacheDir = None,
     prompt_cache_size: _PromptCacheSize = None,
+    workers: Workers = None,
+    worker_token_file: WorkerToken = None,
     model_alias: _ModelAlias = None,
     n_ctx: _NCtx = None,
     threads: _Threads = None,
@@ -237,6 +239,8 @@ def _start(given: dict[str, Any], classic: bool) -> None:
         flash["prompt_cache"] = str(given["prompt_cache_dir"])
     if flash.get("reserve") == "0":
         flash["reserve"] = 0
+    if "worker_token_file" in flash:
+        flash["worker_token_file"] = str(flash["worker_token_file"])
     path, threads = None if model is None else str(model_path(model)), given.get("threads")
     both = some("model_alias", "n_ctx", model=path, n_threads=threads, n_threads_batch=threads)
     both.update({"verbose": True} if given["verbose"] else {})

@@ -63,6 +63,14 @@ class EngineDriver:
         self._waiting: set[int] = set()  # models whose session waits for its context
         self._contexts: dict[int, tuple[int, FlashSession]] = {}  # by context: its model, and the session
 
+    @property
+    def loss(self) -> FlashWorkerError | None:
+        """Why no call can succeed any more: a worker is lost. The model has to be loaded again."""
+        for session in list(self._sessions.values()):
+            if (loss := session.loss) is not None:
+                return loss
+        return None
+
     def close(self) -> None:
         """What is left of a load that failed."""
         for model in list(self._sessions):

@@ -28,6 +28,7 @@ from .engine_thread import EngineThread, Signals
 from .pages import FlashPages
 from .parallel import choose_parallel
 from .prompts import ServerPrompts
+from .recovery import Recovery
 
 __all__ = ["arguments_of", "completed", "serve_engine"]
 
@@ -63,17 +64,15 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
         say(f"{session.summary}; {many} {'answer' if many == 1 else 'answers'} at the same time{why}")
 
     lora = str(settings.lora[0]) if settings.lora else None
-    driver = EngineDriver(settings.flash_offload, loaded, lora_path=lora, aside=settings.prompt_cache_ram)
-    server = EngineThread(arguments_of(settings, many, host, port), driver, pages, limits, host, port, prompts)
+
+    def make() -> EngineThread:
+        driver = EngineDriver(settings.flash_offload, loaded, lora_path=lora, aside=settings.prompt_cache_ram)
+        return EngineThread(arguments_of(settings, many, host, port), driver, pages, limits, host, port, prompts)
+
+    flash = FlashOffload.coerce(settings.flash_offload)
+    recovery = Recovery(make, pages, host, port, settings.api_key, flash.workers if flash else (), say)
     with Signals() as signals:
-        server.start()
-        if server.wait_until_it_answers():
-            signals.may_wait = True
-            address = f"[{host}]" if ":" in host else host
-            say(f"serving http://{address}:{port}/v1 (Ctrl-C ends it)")
-            server.run_until(signals)
-        server.raise_failure()
-        signals.raise_last()
+        recovery.run(signals)
 
 
 def completed(settings: EngineSettings, meta: GgufMeta) -> EngineSettings:

@@ -239,16 +239,10 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-_OF_WORKERS = frozenset({"workers", "worker_token_file", "worker_timeout"})
-
-
 def _flash(value: Any) -> dict[str, Any] | bool:
     if isinstance(value, str):
         value = json.loads(value) if value.strip().startswith("{") else _flag(value)
-    values = flash_values(value)
-    if isinstance(values, Mapping) and (named := _OF_WORKERS & {name for name, each in values.items() if each}):
-        raise ValueError(f"{', '.join(sorted(named))}: a server has no workers yet; llama-flash run, chat and Llama do")
-    return values
+    return flash_values(value)
 
 
 def _lora(value: Any) -> tuple[Path, float]:

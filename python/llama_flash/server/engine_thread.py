@@ -15,7 +15,7 @@ import threading
 import time
 from types import FrameType
 
-from ..errors import FlashError
+from ..errors import FlashError, FlashWorkerError
 from ..native import server as native
 from .address import connection_to
 from .driver import EngineDriver
@@ -26,6 +26,7 @@ __all__ = ["LOOK", "EngineThread", "Signals"]
 
 LOOK = 0.1  # seconds between two looks at signals
 PATIENCE = 10.0  # seconds that the end may take
+_TELLING = 0.5  # seconds in which calls that have failed are told to those who wait for them
 # llama-server's own settings: of memory that nobody has counted, of keys, of the port
 _ENVIRONMENT = ("LLAMA_ARG_", "LLAMA_API_KEY", "LLAMA_SERVER_", "AIP_")
 
@@ -116,6 +117,11 @@ class EngineThread:
     def runs(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def loss(self) -> FlashWorkerError | None:
+        """See EngineDriver."""
+        return self._driver.loss
+
     def wait_until_it_answers(self) -> bool:
         """False if it ends before."""
         while self._thread.is_alive():
@@ -124,12 +130,20 @@ class EngineThread:
             self._thread.join(LOOK)
         return False
 
-    def run_until(self, signals: Signals) -> None:
-        """Until it ends, which it is told to when a signal comes. If that takes too long, the process is ended."""
-        while self._thread.is_alive() and not signals.last:
+    def watch(self, signals: Signals) -> FlashWorkerError | None:
+        """Until it ends, a signal comes, or a worker is lost: why, after a moment in which clients are told so."""
+        loss = None
+        while self._thread.is_alive() and not signals.last and loss is None:
             self._thread.join(LOOK)
+            loss = self._driver.loss
+        if loss is not None:
+            self._thread.join(_TELLING)
+        return loss
+
+    def end(self, signals: Signals) -> None:
+        """Tells it to end and waits for that. If it takes too long, the process is ended."""
         if not self.stop():
-            signals.end_process(signals.last)
+            signals.end_process(signals.last or signal.SIGTERM)
 
     def stop(self, patience: float = PATIENCE) -> bool:
         """Tells it to end, as soon as it answers, and waits for that. False if it took longer than `patience`."""

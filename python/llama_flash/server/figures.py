@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["COUNTERS", "EVENTS", "GAUGES", "TEXTS", "TOKENS", "Tally", "public"]
+__all__ = ["COUNTERS", "EVENTS", "GAUGES", "TEXTS", "TOKENS", "WORKER_COUNTERS", "WORKER_GAUGES", "Tally", "public"]
 
 EVENTS = ("shrink", "grow", "pressure", "short")  # FlashEvent.kind
 _COUNTED = ("total", "prompt", "decode", "drafts", "prompts")
@@ -33,6 +33,13 @@ _READING = (
     ("read_retries", "Reads that were made again.", "retries"),
     ("read_errors", "Reads that failed.", "errors"),
 )
+# of a worker since the model was loaded: name, help, key of what it tells of its memory, name in stats.Counters
+WORKER_GAUGES = (
+    ("worker_budget_bytes", "DRAM budget of the worker.", "budget"),
+    ("worker_held_bytes", "Memory that the worker's processes hold.", "held"),
+    ("worker_slots_bytes", "Its memory for slots.", "slots"),
+)
+WORKER_COUNTERS = tuple((f"worker_{name}", f"{text[:-1]}, at the worker.", key) for name, text, key in _READING)
 # of drafts, of all loads: name, help, name in stats.DraftStats
 _DRAFTS = (
     ("drafted", "Tokens that were guessed and checked.", "drafted"),
@@ -60,6 +67,7 @@ TEXTS = {
     "tokens": "Tokens computed.",
     "events": "Flash memory given back or taken, and signs of memory pressure.",
     "loads": "Times that the model was loaded.",
+    "worker_up": "0 if the worker is lost.",
     "throttled": "Periods in which a CPU quota stopped it: use fewer threads, or raise the quota.",
     "throttled_seconds": "Time for which a CPU quota stopped it, of all cores together.",
 }

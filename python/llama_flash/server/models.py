@@ -26,11 +26,13 @@ class Models(LlamaProxy):  # type: ignore[misc]
         super().__init__(models)
 
     def __call__(self, model: str | None = None) -> llama_cpp.Llama:
-        """The model of that name; the first one if there is none.
+        """The model of that name; the first one if there is none. One that has lost a worker is loaded anew.
 
         Raises:
             FlashError: it cannot be loaded.
         """
+        if self._session is not None and self._session[1].loss is not None and self.loaded is not None:
+            self._unload()
         try:
             return super().__call__(model)
         except ValueError as error:  # would be told as the client's mistake
@@ -46,6 +48,10 @@ class Models(LlamaProxy):  # type: ignore[misc]
         if self._session is None or self._session[0] != name or self.loaded != name:
             return None
         return self._session[1].describe()
+
+    def _unload(self) -> None:
+        self._current_model.close()
+        self._current_model: Any = None
 
     def load_llama_from_model_settings(self, settings: ServedModel) -> llama_cpp.Llama:
         """Upstream's, with the context that the model was trained with if none is set.

@@ -15,7 +15,7 @@ from typing import Any
 from ..budget.cores import Throttling
 from ..session.session import FlashSession
 from ..version import version
-from .figures import COUNTERS, EVENTS, GAUGES, TEXTS, TOKENS, Tally, public
+from .figures import COUNTERS, EVENTS, GAUGES, TEXTS, TOKENS, WORKER_COUNTERS, WORKER_GAUGES, Tally, public
 
 __all__ = ["FlashPages"]
 
@@ -34,6 +34,7 @@ class FlashPages:
         self._model, self._parallel = model, parallel
         self._lock = threading.Lock()  # of what a load replaces
         self._session: FlashSession | None = None
+        self._is_loaded = True  # without flash offload, whoever is asked has loaded it
         self._tally = Tally()
         self._throttling = Throttling()
 
@@ -43,8 +44,15 @@ class FlashPages:
         with self._lock:
             if self._session is not None:
                 self._tally.add(self._session.describe())
-            self._session = session
+            self._session, self._is_loaded = session, True
             self._tally.loads += 1
+
+    def unloaded(self) -> None:
+        """The model is gone: it will be loaded again."""
+        with self._lock:
+            if self._session is not None:
+                self._tally.add(self._session.describe())
+            self._session, self._is_loaded = None, False
 
     def health(self) -> dict[str, Any]:
         with self._lock:
@@ -60,7 +68,7 @@ class FlashPages:
 
     def _of_model(self) -> Iterable[str]:
         now, tally, model = self._stats(), self._tally, {"model": self._model}
-        yield _family("llama_flash_model_loaded", "gauge", TEXTS["model_loaded"], [(model, 1)])
+        yield _family("llama_flash_model_loaded", "gauge", TEXTS["model_loaded"], [(model, int(self._is_loaded))])
         for name, text, key in GAUGES:
             yield _family(f"llama_flash_{name}", "gauge", text, [(model, now[key])] if now else [])
         for name, text, part, key in COUNTERS:
@@ -69,6 +77,20 @@ class FlashPages:
         yield _counter("tokens", TEXTS["tokens"], kinds)
         yield _counter("events", TEXTS["events"], [({**model, "kind": kind}, tally.events[kind]) for kind in EVENTS])
         yield _counter("loads", TEXTS["loads"], [(model, tally.loads)])
+        yield from self._of_workers(model)
+
+    def _of_workers(self, model: dict[str, str]) -> Iterable[str]:
+        """As of a second ago."""
+        if self._session is None or not (told := self._session.worker_figures()):
+            return
+        of = {each["worker"]: {**model, "worker": each["worker"]} for each in told}
+        up = [(of[each["worker"]], int(not each["lost"])) for each in told]
+        yield _family("llama_flash_worker_up", "gauge", TEXTS["worker_up"], up)
+        known = [each for each in told if "counters" in each]
+        for name, text, key in WORKER_GAUGES:
+            yield _family(f"llama_flash_{name}", "gauge", text, [(of[each["worker"]], each[key]) for each in known])
+        for name, text, key in WORKER_COUNTERS:
+            yield _counter(name, text, [(of[each["worker"]], each["counters"][key]) for each in known])
 
     def _of_process(self) -> Iterable[str]:
         times, seconds = self._throttling.since()

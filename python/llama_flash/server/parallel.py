@@ -17,6 +17,7 @@ from ..options import FlashOffload
 from ..planning.placed import Plan
 from ..planning.placement import make_plan
 from ..sizes import format_size
+from ..workers.together import sequences_at_workers
 
 __all__ = ["choose_parallel", "plan_of"]
 
@@ -34,9 +35,12 @@ def choose_parallel(meta: GgufMeta, options: FlashOffload | None, one: ContextSh
 
     Raises:
         FlashFormatError: the file's neuron bundles contradict themselves.
+        FlashWorkerError: a worker cannot be used.
     """
     if options is None:
         return _UNCOUNTED, "no budget is kept"
+    if options.workers:
+        return sequences_at_workers(meta, options, one, _CHOICES)
     budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
 
     alone = plan_of(1, meta, options, budget, one)

@@ -86,5 +86,5 @@ def _plain(value: object) -> Any:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             parsed = json.loads(value)
-            return parsed if isinstance(parsed, bool | int) else value
+            return parsed if isinstance(parsed, bool | int | float) else value
     return value

@@ -265,6 +265,16 @@ class FlashSession:
         """
         return [] if self._load.workers is None else self._load.workers.stats()
 
+    def worker_figures(self) -> list[dict[str, Any]]:
+        """What worker_stats says, as of a second ago, and of each in `lost` why it is lost ("": it is not). Nobody is
+        asked or waited for."""
+        return [] if self._load.workers is None else self._load.workers.figures()
+
+    @property
+    def loss(self) -> FlashWorkerError | None:
+        """Why the model has to be loaded again, if a worker is lost."""
+        return None if self._load.workers is None else self._load.workers.loss
+
     def set_worker_budget(self, worker: str, dram_budget: int | str) -> None:
         """Sets the DRAM budget of a worker ("host:port"), while the model runs; as `set_budget` does for this process.
 

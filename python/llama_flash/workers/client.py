@@ -29,7 +29,7 @@ __all__ = ["Remote", "Workers"]
 
 _PULSE = 1.0  # seconds from one sign of life to the next
 _STARTING = 60.0  # seconds that a worker's process for this client may take to begin
-_AGAIN = "load the model again, once the worker is there"
+_AGAIN = "the model has to be loaded again, once the worker is there"
 
 
 _live: weakref.WeakSet[Workers] = weakref.WeakSet()
@@ -45,6 +45,7 @@ class Remote:
     def __init__(self, endpoint: str, options: FlashOffload, token: str, identity: dict[str, str]) -> None:
         self.endpoint, self._token, self._timeout = endpoint, token, float(options.worker_timeout)
         self.lost = ""  # why
+        self.told: Line = {}  # statistics, as the last sign of life has told them
         self._lock = threading.Lock()
         self._data: socket.socket | None = None
         try:
@@ -160,6 +161,7 @@ class Workers:
         self.parts: list[Part] = []
         self._kept: list[object] = []  # what the engine has addresses of
         self._ended = threading.Event()
+        self._is_attached = False
         try:
             for endpoint in options.workers:
                 self.remotes.append(Remote(endpoint, options, token, identity))
@@ -204,6 +206,7 @@ class Workers:
         for worker in self.remotes:
             worker.settle()
             worker.ask({"op": "attach"})
+        self._is_attached = True
 
     def before_call(self) -> None:
         """Before each call of the engine.
@@ -244,6 +247,19 @@ class Workers:
         """What each worker has counted, and where its budget goes."""
         return [{"worker": worker.endpoint, **worker.ask({"op": "stats"})} for worker in self.remotes]
 
+    def figures(self) -> list[Line]:
+        """The same as of a second ago, and whether each is `lost`, without asking: nobody is waited for."""
+        return [{**worker.told, "worker": worker.endpoint, "lost": worker.lost} for worker in self.remotes]
+
+    @property
+    def loss(self) -> FlashWorkerError | None:
+        """The error that each call raises since a worker is lost."""
+        try:
+            self.raise_lost()
+        except FlashWorkerError as error:
+            return error
+        return None
+
     def set_budget(self, endpoint: str, dram_budget: int | str) -> Line:
         """Another budget for the worker of that name, while the model runs. Returns where it goes.
 
@@ -283,7 +299,10 @@ class Workers:
         while not self._ended.wait(_PULSE):
             for worker in self.remotes:
                 with contextlib.suppress(FlashError):
-                    worker.ask({"op": "ping"})
+                    if self._is_attached:
+                        worker.told = worker.ask({"op": "stats"})
+                    else:
+                        worker.ask({"op": "ping"})
 
 
 @atexit.register

@@ -64,6 +64,6 @@ def names_pattern(meta: GgufMeta) -> list[str]:
 
 def parts_of(meta: GgufMeta, offers: Sequence[Offer], what: str, shape: ContextShape) -> list[Part]:
     """See divide_model."""
-    graphs = graphs_of(meta, replace(shape, n_outputs=1))  # the client computes logits
+    graphs = graphs_of(meta, replace(shape, n_outputs=shape.n_sequences))  # the client computes logits
     expected = Breakdown(kv=graphs.kv, compute=graphs.compute + work_bytes(meta, shape))
     return divide_model(meta, offers, what, graphs.uses, expected)

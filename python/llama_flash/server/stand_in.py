@@ -1,0 +1,131 @@
+"""What answers at a server's address while its model cannot be loaded: status 503, with the reason.
+
+A worker of the model is away (docs/explanation/workers.md). Clients are to ask again; OpenAI's do so by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import socket
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from .address import bound
+
+__all__ = ["StandIn"]
+
+_TRY_AGAIN = 0.02  # seconds: the port is the server's until that has ended
+_LOOK = 0.1  # seconds between two looks at whether it is to end
+_SLOWEST = 5.0  # seconds that a client may take
+_MOST = 64  # clients at the same time
+_LONGEST = 8 << 20  # bytes of a request that are taken, so that its client reads the answer
+
+
+class StandIn:
+    """Answers as soon as the address is free, until it is closed.
+
+    Args:
+        why: it cannot answer; for those who know the key.
+        key: of clients; None: nobody is asked for one.
+        metrics: text of /metrics.
+    """
+
+    def __init__(self, host: str, port: int, why: str, key: str | None, metrics: Callable[[], str]) -> None:
+        self._address = host, port
+        self._say = why, key, metrics
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stand-in", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """The address is free then."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                listener = bound(*self._address)
+            except OSError:
+                self._closing.wait(_TRY_AGAIN)
+                continue
+            with _Server(listener, *self._say) as server:
+                server.timeout = _LOOK
+                while not self._closing.is_set():
+                    server.handle_request()
+            return
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # nobody waits for a slow client
+
+    def __init__(self, listener: socket.socket, why: str, key: str | None, metrics: Callable[[], str]) -> None:
+        super().__init__(listener.getsockname()[:2], _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.why, self.key, self.metrics = why, key, metrics
+        self._free = threading.Semaphore(_MOST)
+        self.server_activate()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients leave."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = _SLOWEST
+
+    def answer(self) -> None:
+        with contextlib.suppress(ValueError):
+            self.rfile.read(min(_LONGEST, max(0, int(self.headers.get("Content-Length", 0)))))
+        path, said = self.path.partition("?")[0], self.server.why
+        if path == "/health":  # told to everybody
+            self._send(503, _error(503, "the model cannot be loaded: a worker is away"))
+        elif not self._knows_the_key():
+            self._send(401, _error(401, "Invalid API Key", "authentication_error"))
+        elif path == "/metrics":
+            self._send(200, self.server.metrics(), "text/plain; version=0.0.4")
+        else:
+            self._send(503, _error(503, said))
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = answer
+
+    def _knows_the_key(self) -> bool:
+        key, said = self.server.key, self.headers.get("Authorization", "")
+        return key is None or hmac.compare_digest(said.removeprefix("Bearer ").encode(), key.encode())
+
+    def _send(self, status: int, text: str, kind: str = "application/json; charset=utf-8") -> None:
+        data = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Connection", "close")
+        if status == 503:
+            self.send_header("Retry-After", "1")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nobody reads it."""
+
+
+def _error(status: int, message: str, kind: str = "unavailable_error") -> str:
+    return json.dumps({"error": {"code": status, "message": message, "type": kind}})
