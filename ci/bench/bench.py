@@ -18,7 +18,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchlib import against, batches, drafts, latency, machine, many, neighbours, prompt_store, prompt_writes, tables
+from benchlib import (
+    against,
+    batches,
+    drafts,
+    latency,
+    machine,
+    many,
+    neighbours,
+    prompt_store,
+    prompt_writes,
+    tables,
+    workers,
+)
 from benchlib.bookkeeping import count_all
 from benchlib.cases import CASES, FULL, HUGE, INFLATED, LIMITS, MATRIX, REAL, WHOLE, Case
 from benchlib.measure import FLASH, Outcome, measure, settings_of
@@ -85,7 +97,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "real (text and routing of real models), matrix (of caps), all of these; "
         "whole (a model of 13 GB: 27 GB of disk), full (18 GB), inflated (4 and 16 GB), huge (63 GB); "
         "alone: neighbours (a machine that is shared), many (clients at once), batch (of 1,000 prompts), "
-        "latency (of a first token), drafts (beside none), "
+        "latency (of a first token), drafts (beside none), workers (beside one machine), "
         "prompt-store, prompt-turns and prompt-writes (prompts seen before)"
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
@@ -104,7 +116,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds",
         type=float,
         default=60.0,
-        help="of turns for each case, with --against; for each situation of neighbours or latency, each model of many",
+        help="of turns for each case, with --against; for each situation of neighbours or latency, each model of many "
+        "or workers",
     )
     parser.add_argument(
         "--device-rate", type=float, metavar="MB/S", help="slow the models' device down to this (not with --against)"
@@ -247,6 +260,18 @@ def _measure_many(options: argparse.Namespace, console: Console) -> int:
     return _in_turns(run, options, console, lambda: {"many": [result.to_json() for result in found]})
 
 
+def _measure_workers(options: argparse.Namespace, console: Console) -> int:
+    found: list[workers.Result] = []
+
+    def run(say: Callable[[str], None]) -> None:
+        seconds, layers = (3.0, 4) if options.quick else (options.seconds, None)
+        for result in workers.measure(options.models, seconds, say, keep=options.keep_models, layers=layers):
+            found.append(result)
+            console.print(workers.table(result))
+
+    return _in_turns(run, options, console, lambda: {"workers": [result.to_json() for result in found]})
+
+
 def _measure_prompts(options: argparse.Namespace, console: Console) -> int:
     """Reading their states, or conversations: by the case's name."""
     found = prompt_store.Result()
@@ -350,6 +375,7 @@ _ALONE = {
     "batch": _measure_batch,
     "latency": _measure_latency,
     "drafts": _measure_drafts,
+    "workers": _measure_workers,
     "prompt-store": _measure_prompts,
     "prompt-turns": _measure_prompts,
     "prompt-writes": _measure_writes,

@@ -143,7 +143,7 @@ class Served:
                 self.close()
                 raise BuildError(f"{model.name}, {parallel} sequences: {self._log.read_text().strip()[-500:]}")
             time.sleep(0.1)
-        self._address = found[1], int(found[2])
+        self.address = found[1], int(found[2])
 
     def turn(self, n_clients: int, n_tokens: int) -> tuple[float, Reads]:
         """Tokens per second of all clients together, each of which asks for so many, and what was read for them."""
@@ -157,7 +157,7 @@ class Served:
 
     def _counted(self) -> tuple[float, float, float]:
         """Calls of the engine, bytes that were read and seconds that were waited for them, from the load on."""
-        with contextlib.closing(http.client.HTTPConnection(*self._address, timeout=_PATIENCE)) as connection:
+        with contextlib.closing(http.client.HTTPConnection(*self.address, timeout=_PATIENCE)) as connection:
             connection.request("GET", "/health")
             flash = json.loads(connection.getresponse().read()).get("flash")
         total = flash["total"] if flash else {"calls": 0, "bytes_read": 0, "wait_seconds": 0.0}
@@ -177,7 +177,7 @@ class Served:
 
     def ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request for a completion."""
-        connection = http.client.HTTPConnection(*self._address, timeout=_PATIENCE)
+        connection = http.client.HTTPConnection(*self.address, timeout=_PATIENCE)
         with contextlib.closing(connection):
             connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()

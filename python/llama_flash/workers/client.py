@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import queue
 import socket
 import threading
 import weakref
@@ -162,12 +163,15 @@ class Workers:
         self._kept: list[object] = []  # what the engine has addresses of
         self._ended = threading.Event()
         self._is_attached = False
+        self._asking = threading.Lock()
+        self._askers: list[_Asker] = []  # of all but the first
         try:
             for endpoint in options.workers:
                 self.remotes.append(Remote(endpoint, options, token, identity))
         except BaseException:
             self.close()
             raise
+        self._askers += map(_Asker, self.remotes[1:])
         _live.add(self)
         threading.Thread(target=self._watch, name="llama-flash workers", daemon=True).start()
 
@@ -228,9 +232,13 @@ class Workers:
             FlashReadError: a read failed at a worker. The results are void; the model can be used again.
             FlashWorkerError: a worker is lost, or has refused something. The results are void.
         """
-        for worker in self.remotes:
-            worker.settle()
-        self.check()
+        with self._asking:
+            for asker in self._askers:
+                asker.ask()
+            told = [_whether_well(self.remotes[0]), *(asker.answer() for asker in self._askers)]
+        for error in told:
+            if error is not None:
+                raise error
 
     def check(self, cause: BaseException | None = None) -> None:
         """Raises what workers have to say, the first of them; all are asked, so that none is left for the next call."""
@@ -291,8 +299,11 @@ class Workers:
     def close(self) -> None:
         """May be called twice."""
         self._ended.set()
+        forked = os.getpid() != self._pid
         for worker in self.remotes:
-            worker.close(forked=os.getpid() != self._pid)
+            worker.close(forked=forked)
+        for asker in self._askers:
+            asker.end()
 
     def _watch(self) -> None:
         """Asks for signs of life: what does not answer in time is lost, also while a call waits for its results."""
@@ -310,6 +321,46 @@ def _leave_all() -> None:
     """The engine's threads wait for answers: none come any more."""
     for workers in list(_live):
         workers.close()
+
+
+class _Asker:
+    """A thread that asks one worker while others are asked: distant workers cost their round trips once."""
+
+    def __init__(self, worker: Remote) -> None:
+        self._worker = worker
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._told: queue.SimpleQueue[FlashError | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="llama-flash worker", daemon=True)
+        self._thread.start()
+
+    def ask(self) -> None:
+        self._asked.put(True)
+
+    def answer(self) -> FlashError | None:
+        """To what was asked last."""
+        while True:
+            try:
+                return self._told.get(timeout=_PULSE)
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    return _whether_well(self._worker)
+
+    def end(self) -> None:
+        self._asked.put(False)
+
+    def _run(self) -> None:
+        while self._asked.get():
+            self._told.put(_whether_well(self._worker))
+
+
+def _whether_well(worker: Remote) -> FlashError | None:
+    """Once it has done all that it was sent."""
+    try:
+        worker.settle()
+        worker.ask({"op": "check"})
+    except FlashError as error:
+        return error
+    return None
 
 
 def _path(file: str | os.PathLike[str] | None) -> Path | None:
