@@ -114,11 +114,20 @@ def print_divided(console: Console, plan: DividedPlan) -> None:
     table.add_section()
     table.add_row("budget", *map(format_size, (plan.budget.total, *(part.offer.budget for part in parts))))
     table.add_row("weights on flash", *map(format_size, (plan.client_flash, *(part.on_flash for part in parts))))
+    if all(part.seconds for part in parts):
+        table.add_section()
+        table.add_row("its drive, per second", "-", *(format_size(int(part.offer.flash_rate)) for part in parts))
+        table.add_row("its memory, per second", "-", *(format_size(int(part.offer.dram_rate)) for part in parts))
+        table.add_row("a token, expected", "-", *(f"{1000 * part.seconds:.1f} ms" for part in parts))
     table.add_section()
     table.add_row("sent to it for a token, at most", "-", *(format_size(each.up) for each in traffic))
     table.add_row("sent back", "-", *(format_size(each.down) for each in traffic))
     console.print(table)
     console.print("no weight crosses; each host waits for the one before it", soft_wrap=True)
+    if not all(part.seconds for part in parts):
+        console.print(
+            "layers by budgets alone: `llama-flash profile MODEL` on each host measures rates", soft_wrap=True
+        )
 
 
 def _token(plan: LoadPlan) -> Table:

@@ -67,7 +67,8 @@ class Remote:
             self.close()
             raise
         self._key = str(hello.get("key"))
-        self.offer = Offer(endpoint, int(hello["budget"]), int(hello["held"]), int(hello["reserve"]))
+        rates = (float(hello.get("flash_rate", 0)), float(hello.get("dram_rate", 0)))
+        self.offer = Offer(endpoint, int(hello["budget"]), int(hello["held"]), int(hello["reserve"]), *rates)
 
     def open_data(self, homes: dict[str, int], few_tokens: int) -> int:
         """The connection for data, of these weights; returns the worker's ggml_backend_dev_t."""

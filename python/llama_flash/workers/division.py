@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 from ..budget.rooms import Breakdown
 from ..errors import FlashWorkerError
@@ -11,6 +12,7 @@ from ..model.gguf import GgufMeta, TensorInfo
 from ..model.graphs import Use
 from ..planning.placement import kinds_of, select
 from ..sizes import format_size
+from .times import NONE, Host, Layer, added, divide_by_time, seconds_of
 
 __all__ = ["FLASH", "MATRIX", "PLAIN", "Offer", "Part", "divide_layers", "divide_model"]
 
@@ -26,6 +28,8 @@ class Offer:
     budget: int  # of its process
     held: int  # by it before a load
     reserve: int
+    flash_rate: float = 0.0  # bytes per second of its drive; 0: nobody has measured it
+    dram_rate: float = 0.0  # bytes per second of its memory; the same
 
     @property
     def room(self) -> int:
@@ -44,6 +48,7 @@ class Part:
     on_flash: int
     kv: int  # expected
     compute: int  # expected
+    seconds: float = 0.0  # of a token, expected; 0: not known
 
     @property
     def left(self) -> int:
@@ -101,14 +106,38 @@ def divide_model(
     n = len(layers)
     if sorted(layers) != list(range(n)) or n < len(offers):
         raise FlashWorkerError(f"a model of {n} layers cannot be divided among {len(offers)} workers: name fewer")
-    sizes = [sum(t.size for t in layers[i]) + expected.kv // n for i in range(n)]
     beside = [t for t in meta.tensors.values() if t.name.startswith("rope_f")]  # used by all layers
+    costs = _layers(meta, [layers[i] for i in range(n)], what, uses, expected.kv // n)
+    by_time = all(o.flash_rate > 0 and o.dram_rate > 0 for o in offers)
+    hosts = [Host(o.room - expected.compute, o.flash_rate, o.dram_rate) for o in offers]
+    ranges = divide_by_time(costs, hosts) if by_time else []
+    ranges = ranges or divide_layers([each.size for each in costs], [max(1, o.room) for o in offers])
     parts = []
-    for offer, mine in zip(offers, divide_layers(sizes, [max(1, o.room) for o in offers]), strict=True):
+    for offer, host, mine in zip(offers, hosts, ranges, strict=True):
         weights = [t for i in mine for t in layers[i]] + beside
         kv = expected.kv * len(mine) // n
-        parts.append(_part(meta, offer, mine, weights, what, uses, kv, expected.compute))
+        part = _part(meta, offer, mine, weights, what, uses, kv, expected.compute)
+        if by_time:
+            part = replace(part, seconds=seconds_of(reduce(added, costs[mine.start : mine.stop], NONE), host))
+        parts.append(part)
     return parts
+
+
+def _layers(
+    meta: GgufMeta, layers: Sequence[Sequence[TensorInfo]], what: str, uses: Mapping[str, Use], kv: int
+) -> list[Layer]:
+    """What each costs, with as much on flash as may be. kv: bytes of one."""
+    movable = {t.name for t in select(meta, list(kinds_of(what))[-1], uses)}
+    used = meta.number("expert_used_count") / max(1, meta.number("expert_count"))
+    found = []
+    for weights in layers:
+        experts = sum(t.size for t in weights if uses.get(t.name) == Use.MUL_MAT_ID)
+        size = sum(t.size for t in weights)
+        least = kv + sum(t.size for t in weights if t.name not in movable)
+        touched = {t.name: t.size * (used if uses.get(t.name) == Use.MUL_MAT_ID else 1) for t in weights}
+        drawn = sum(n_bytes for name, n_bytes in touched.items() if name in movable)
+        found.append(Layer(size + kv, least, sum(touched.values()), drawn, experts > 0))
+    return found
 
 
 def _part(

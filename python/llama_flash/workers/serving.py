@@ -18,6 +18,7 @@ from typing import Any
 from ..budget.cores import default_threads
 from ..budget.held import held_by_all
 from ..budget.rooms import held_by_process, kept_budget
+from ..device.kept import recall
 from ..errors import FlashBudgetError, FlashError, FlashFormatError, FlashReadError
 from ..model.gguf import GgufMeta, read_gguf
 from ..native.handle import Session
@@ -33,6 +34,7 @@ from .wire import Line, Wire
 
 __all__ = ["Serving", "main"]
 
+_READ = 1 << 20  # bytes: reads of which a drive's rate is told
 _IDLE = 120.0  # seconds without a word from the client, which says every second that it is alive
 
 
@@ -94,8 +96,16 @@ class Serving:
             "reserve": self._budget.reserve,
             "held": held_by_all() + self._door,
             "threads": self._n_threads,
+            **self._rates(),
             "model": self._meta.files[0].name,
         }
+
+    def _rates(self) -> Line:
+        """Bytes per second of drive and memory, if `llama-flash profile` has measured them on this host."""
+        profile = recall(self._meta.files[0])
+        if profile is None:
+            return {}
+        return {"flash_rate": profile.rate(_READ, profile.depth_for(_READ)), "dram_rate": profile.dram}
 
     def _plan(self, line: Line) -> Line:
         """Which weights the client wants, and where each is to be. From then on the connection for data is served."""
