@@ -1,4 +1,4 @@
-"""`llama-flash plan`, `run` and `chat` with workers."""
+"""`llama-flash plan`, `run`, `chat` and `bench` with workers."""
 
 from __future__ import annotations
 
@@ -80,3 +80,13 @@ def test_what_makes_no_sense_is_refused() -> None:
         FlashOffload(workers=["127.0.0.1:1"], prompt_cache=True)
     with pytest.raises(ValueError, match="plan --workers"):
         plan(MOE, flash_offload=FlashOffload(workers=["127.0.0.1:1"]))
+
+
+def test_bench_measures_workers_beside_one_machine(two: list[WorkerProcess]) -> None:
+    arguments = ("--workers", named(two), "--dram-budget", "auto", "--no-resident", "--repeats", "2", "-n", "8")
+    measured = json.loads(flash("bench", str(MOE), *arguments, "--json").stdout)["rows"]
+    assert [row["kind"] for row in measured] == ["flash", "workers"] and not any(row["error"] for row in measured)
+    over = measured[1]["runs"]
+    assert [[one["worker"] for one in run["workers"]] for run in over] == [[w.endpoint for w in two]] * 2
+    assert measured[1]["tokens_per_second"]["median"] > 0
+    assert {run["text"] for run in over} == {measured[0]["runs"][0]["text"]}

@@ -87,6 +87,8 @@ def bench(
     follow: c.Follow = True,
     warm_start: c.WarmStart = False,
     io_engine: c.IoEngine = "auto",
+    workers: c.Workers = None,
+    worker_token_file: c.WorkerToken = None,
     n_ctx: c.Ctx = 0,
     n_batch: c.NBatch = 512,
     n_ubatch: c.NUbatch = 512,
@@ -96,7 +98,7 @@ def bench(
     threads: c.Threads = 0,
     as_json: c.AsJson = False,
 ) -> None:
-    """Measure how fast a model decodes with flash offload, at several budgets.
+    """Measure how fast a model decodes with flash offload, at several budgets, and over workers if any are named.
 
     Below a share of a model that is smaller than the interpreter nothing could start: then it is that share of the
     weights on top of what the process takes without them.
@@ -127,7 +129,7 @@ def bench(
 class _Row:
     """One thing that is measured."""
 
-    kind: str  # "flash", "naive" or "resident"
+    kind: str  # "flash", "workers", "naive" or "resident"
     limit: str  # "dram_budget", "cap" or ""
     asked: str  # as the user wrote it
     n_bytes: int | None
@@ -137,7 +139,8 @@ class _Row:
 
     @property
     def name(self) -> str:
-        kind = {"flash": "flash", "naive": "stock mmap", "resident": "stock resident"}[self.kind]
+        names = {"flash": "flash", "workers": "over workers", "naive": "stock mmap", "resident": "stock resident"}
+        kind = names[self.kind]
         return kind if not self.limit else f"{kind}, {'cap' if self.limit == 'cap' else 'budget'} {self.asked}"
 
     def measure(self) -> None:
@@ -176,7 +179,9 @@ class _Row:
         return [run[name] for run in self.runs]
 
     def flash(self, name: str) -> float | None:
-        """Median of a figure of generation; None without flash offload."""
+        """Median of a figure of generation; None without flash offload, or where workers have it."""
+        if self.kind == "workers":
+            return None
         values = [run["flash"]["decode"][name] for run in self.runs if run["flash"]]
         return statistics.median(values) if values and None not in values else None
 
@@ -206,7 +211,7 @@ def _rows(ctx: typer.Context, path: Path, meta: GgufMeta) -> list[_Row]:
     params, n_ctx = ctx.params, context_tokens(meta, ctx.params["n_ctx"])
 
     def command(budget: int | str, *options: str) -> list[str]:
-        left_out = dict.fromkeys(("cap", "naive", "resident", "repeats"))
+        left_out = dict.fromkeys(("cap", "naive", "resident", "repeats", "workers", "worker_token_file"))
         changed = {"model": path, "dram_budget": budget, "as_json": True, **left_out}
         return command_line(ctx, "run", ["--ignore-eos", *options], **changed)
 
@@ -219,6 +224,10 @@ def _rows(ctx: typer.Context, path: Path, meta: GgufMeta) -> list[_Row]:
     for asked in params["cap"] or []:
         size = capped[asked] = capped.get(asked) or cap_bytes(asked, meta, n_ctx)
         rows.append(_Row("flash", "cap", asked, size, command("auto")))
+    if params["workers"]:
+        token = params["worker_token_file"]
+        named = ["--workers", params["workers"], *(["--worker-token-file", str(token)] if token else [])]
+        rows.append(_Row("workers", "", "", None, command("auto", *named)))
     if params["naive"]:
         rows += [_Row("naive", "cap", asked, size, command("auto", "--no-flash")) for asked, size in capped.items()]
     if params["resident"] and _fits(path, n_ctx):
