@@ -167,5 +167,5 @@ def test_two_share_a_folder(model_file: ModelFile, folder: Path) -> None:
         assert answer(other, PROMPT)[0] == text  # both have the same to write
         for llm in (one, other):
             llm.flash.keeper.flush()
-    assert len(list(folder.iterdir())) == 2 and list(verify(Folder(folder))) == []
+    assert len(list(folder.iterdir())) == 3 and list(verify(Folder(folder))) == []
     assert asked(path, folder, PROMPT)[2] == 2 * BLOCK

@@ -41,6 +41,11 @@ class PromptKind:
     window: int  # cells of so many positions before the next one; 0: none
     has_state: bool  # without cells: recurrent
 
+    @property
+    def has_rests(self) -> bool:
+        """Whether what is behind the last whole block of a text can be kept: there is nothing but its cells."""
+        return self.has_cells and not self.window and not self.has_state
+
 
 def kind_of(context: Any) -> PromptKind:
     """context: llama_context pointer. Raises FlashError."""

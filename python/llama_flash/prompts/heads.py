@@ -9,15 +9,27 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..native.prompts import HEAD_BYTES, Tokens, checksum
 
-__all__ = ["BLOCK", "PARTS", "SUFFIXES", "Head", "heads_of", "parse_head", "seal"]
+__all__ = [
+    "BLOCK",
+    "PARTS",
+    "SHORTEST",
+    "SUFFIXES",
+    "Head",
+    "beginnings_of",
+    "heads_of",
+    "parse_head",
+    "rest_of",
+    "seal",
+]
 
 BLOCK = 256  # tokens
+SHORTEST = 16  # tokens of a text's rest behind its last whole block: fewer are computed again
 PARTS = ("cells", "window", "state")  # what a file holds: cells of all positions, of a window, what has no cells
 SUFFIXES = {part: f".{part}" for part in PARTS}
 
@@ -78,8 +90,37 @@ def parse_head(data: bytes) -> Head | None:
 
 def heads_of(identity: bytes, label: str, tokens: Tokens) -> Iterator[Head]:
     """Of the cells of each whole block: its key names all tokens up to the block's end, and their identity."""
-    key = hashlib.sha256(b"llama-flash prompt 1" + identity).digest()
+    key = _root(identity)
     for first in range(0, len(tokens) - BLOCK + 1, BLOCK):
         parent, block = key, tokens[first : first + BLOCK]
-        key = hashlib.sha256(parent + block.astype("<i4").tobytes()).digest()
+        key = _key(parent, block)
         yield Head("cells", first, block, key, parent, identity, label)
+
+
+def rest_of(identity: bytes, label: str, tokens: Tokens, before: Head | None) -> Head | None:
+    """Of the cells behind the last whole block, `before`; None: there are too few."""
+    first = before.first + BLOCK if before else 0
+    rest, parent = tokens[first:], before.key if before else _root(identity)
+    if not SHORTEST <= len(rest) < BLOCK:
+        return None
+    return Head("cells", first, rest, _key(parent, rest), parent, identity, label)
+
+
+def beginnings_of(head: Head) -> Iterator[Head]:
+    """What a shorter text that ends in this block has left as its rest; the longest first."""
+    hashes, found = hashlib.sha256(head.parent), []
+    data = head.tokens.astype("<i4").tobytes()
+    for n in range(1, min(len(head.tokens), BLOCK)):
+        hashes.update(data[4 * n - 4 : 4 * n])
+        if n >= SHORTEST:
+            found.append((n, hashes.copy().digest()))
+    for n, key in reversed(found):
+        yield replace(head, tokens=head.tokens[:n], key=key)
+
+
+def _root(identity: bytes) -> bytes:
+    return hashlib.sha256(b"llama-flash prompt 1" + identity).digest()
+
+
+def _key(parent: bytes, tokens: Tokens) -> bytes:
+    return hashlib.sha256(parent + tokens.astype("<i4").tobytes()).digest()

@@ -14,7 +14,7 @@ from ..errors import FlashError
 from ..native import prompts as native
 from ..native.prompts import HEAD_BYTES, PromptKind, Tokens
 from .folder import Folder
-from .heads import BLOCK, SUFFIXES, Head, parse_head, seal
+from .heads import BLOCK, SHORTEST, SUFFIXES, Head, parse_head, seal
 
 __all__ = ["Recalling"]
 
@@ -26,6 +26,7 @@ class Recalling:
 
     Args:
         heads: of its blocks that may be read.
+        rests: of what may be there behind so many blocks, the longest first.
         say: is told, in a line, which file was no good.
     """
 
@@ -34,16 +35,20 @@ class Recalling:
         folder: Folder,
         kind: PromptKind,
         heads: Sequence[Head],
+        rests: Callable[[int], Iterator[Head]],
         tokens: Tokens,
         io_engine: str,
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._kind, self._io_engine, self._say = folder, kind, io_engine, say
-        self._tokens, self._heads = tokens, heads
+        self._tokens, self._heads, self._rests = tokens, heads, rests
 
     def find(self, n_past: int) -> int:
         """Tokens that the folder seems to hold, more than the first n_past that are in memory; else 0."""
-        return self._end(self._reach(n_past // BLOCK), n_past)
+        reach = self._reach(n_past // BLOCK)
+        end = self._end(reach, n_past)
+        rest = self._rest_behind(reach, max(end, n_past))
+        return rest.first + len(rest.tokens) if rest else end
 
     def run(self, context: Any, seq: int, n_past: int) -> int:
         """Reads what is there. Returns how many tokens the sequence has then; the rest of it is empty.
@@ -52,9 +57,12 @@ class Recalling:
         """
         first, reach = n_past // BLOCK, self._reach(n_past // BLOCK)
         end = self._end(reach, n_past)
-        if end <= n_past:
+        rest = self._rest_behind(reach, max(end, n_past))
+        if end <= n_past and rest is None:
             return n_past
-        if self._kind.has_state:  # it has no beginning that could stay
+        if rest is not None:
+            end = rest.first
+        if self._kind.has_state or end == 0:  # it has no beginning that could stay
             native.clear(context, seq)
             first = 0
         try:
@@ -65,6 +73,8 @@ class Recalling:
                 if first < last:
                     end = self._end(first, 0)
             end = self._finish(context, seq, end)
+            if rest is not None and end == rest.first:
+                end += self._read_rest(context, seq, rest)
         except FlashError as error:
             self._say(f"prompt not restored: {error}")
             end = 0
@@ -109,6 +119,33 @@ class Recalling:
         if good < last - first:
             self._damaged(self._name(first + good, part))
         return good
+
+    def _rest_behind(self, n: int, most: int) -> Head | None:
+        """The longest rest that is there behind `n` blocks, if it goes beyond `most` tokens by enough to be read."""
+        for rest in self._rests(n):
+            if rest.first + len(rest.tokens) < most + SHORTEST:
+                return None
+            if self._folder.holds(rest.key.hex() + SUFFIXES["cells"]):
+                return rest
+        return None
+
+    def _read_rest(self, context: Any, seq: int, rest: Head) -> int:
+        """How many tokens that were; 0: it was no good."""
+        name, n = rest.key.hex() + SUFFIXES["cells"], len(rest.tokens)
+        fd = self._folder.open(name)
+        if fd is None:
+            return 0
+        try:
+            files = [(fd, rest.packed())]
+            good = native.restore(context, seq, False, rest.first, rest.tokens, n, files, self._io_engine)
+        finally:
+            os.close(fd)
+        if not good:
+            _cut(context, seq, rest.first)
+            self._damaged(name)
+            return 0
+        self._folder.touch(name, time.time())
+        return n
 
     @contextlib.contextmanager
     def _opened(self, part: str, blocks: range) -> Iterator[Sequence[tuple[int, bytes]]]:

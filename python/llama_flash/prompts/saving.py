@@ -16,7 +16,7 @@ from typing import Any
 from ..native import prompts as native
 from ..native.prompts import HEAD_BYTES, NotThere, PromptKind, Tokens
 from .folder import Folder
-from .heads import BLOCK, SUFFIXES, Head, seal
+from .heads import BLOCK, SUFFIXES, Head, beginnings_of, seal
 
 __all__ = ["PIECE", "Saving"]
 
@@ -27,7 +27,7 @@ class Saving:
     """Of one sequence. Files that are there are not written again.
 
     Args:
-        heads: of the blocks of these tokens.
+        heads: of the blocks of these tokens, and of the rest behind them.
         tokens: that the sequence holds.
         states: what it had beside cells behind so many tokens.
     """
@@ -77,7 +77,7 @@ class Saving:
                 buffer[: self._n] = state[self._offset : self._offset + self._n]
                 checked = native.checksum(bytearray(state)) if self._offset == 0 else 0
             else:
-                positions = (head.first, head.first + BLOCK)
+                positions = (head.first, head.first + len(head.tokens))
                 window = head.part == "window"
                 self._n, self._total, checked = native.take(context, self.seq, window, positions, self._offset, buffer)
             self._sum = (self._sum + checked) & 0xFFFFFFFF
@@ -107,6 +107,10 @@ class Saving:
             _write(self._fd, buffer[:HEAD_BYTES], 0)
         os.fdatasync(self._fd)
         self._folder.finish(self._partial, head.key.hex() + SUFFIXES[head.part])
+        if self._kind.has_rests:  # of this text when it was shorter
+            for shorter in beginnings_of(head):
+                if self._folder.holds(name := shorter.key.hex() + SUFFIXES["cells"]):
+                    self._folder.remove(name)
         self.written += HEAD_BYTES + self._offset
         os.close(self._fd)
         self._head, self._fd, self._partial = None, -1, ""

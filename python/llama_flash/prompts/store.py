@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..native import prompts as native
 from ..native.prompts import PromptKind, Tokens
 from ..observe.stats import PromptStats
 from .folder import Folder
-from .heads import BLOCK, heads_of
+from .heads import BLOCK, SHORTEST, Head, beginnings_of, heads_of, rest_of
 from .identity import identity_of, label_of
 from .recalling import Recalling
 from .saving import PIECE, Saving
@@ -100,14 +100,14 @@ class PromptStore:
     def find(self, tokens: Tokens, n_past: int, adapters: str = "") -> int:
         """Tokens of the prompt that the folder seems to hold, more than n_past; else 0."""
         self._recalled = replace(self._recalled, asked=self._recalled.asked + 1)
-        return self._recalling(tokens, adapters).find(n_past) if _most(tokens) > n_past else 0
+        return self._recalling(tokens, adapters).find(n_past) if self._most(tokens) > n_past else 0
 
     def recall(self, context: Any, seq: int, tokens: Tokens, n_past: int, adapters: str = "") -> int:
         """Reads the longest beginning of the prompt into the sequence, which has its first n_past tokens.
 
         Returns how many of them the sequence has then, n_past or more; fewer only where reads went wrong.
         """
-        if _most(tokens) <= n_past:
+        if self._most(tokens) <= n_past:
             return n_past
         began = time.monotonic()
         n = self._recalling(tokens, adapters).run(context, seq, n_past)
@@ -122,11 +122,10 @@ class PromptStore:
 
     def saving(self, seq: int, tokens: Tokens, states: Mapping[int, bytes], adapters: str = "") -> Saving | None:
         """What is to be done to keep the sequence's tokens; None: nothing, or it is not the time."""
-        if len(tokens) < BLOCK or time.monotonic() < self._wait_until:
+        if len(tokens) < (SHORTEST if self.kind.has_rests else BLOCK) or time.monotonic() < self._wait_until:
             return None
         tokens = tokens.copy()
-        heads = heads_of(self._identity(adapters), self._label, tokens)
-        return Saving(self.folder, self.kind, heads, seq, tokens, states)
+        return Saving(self.folder, self.kind, self._heads(tokens, self._identity(adapters)), seq, tokens, states)
 
     def write(self, saving: Saving) -> bool:
         """Writes the piece that `saving` has taken. False: it cannot be, and a line says why."""
@@ -158,10 +157,30 @@ class PromptStore:
     def close(self) -> None:
         self.folder.close()
 
+    def _heads(self, tokens: Tokens, identity: bytes) -> Iterator[Head]:
+        """Of whole blocks, and of the rest behind them."""
+        last = None
+        for last in heads_of(identity, self._label, tokens):
+            yield last
+        if self.kind.has_rests and (rest := rest_of(identity, self._label, tokens, last)):
+            yield rest
+
     def _recalling(self, tokens: Tokens, adapters: str) -> Recalling:
-        tokens = np.ascontiguousarray(tokens, np.int32)
-        heads = list(heads_of(self._identity(adapters), self._label, tokens[: _most(tokens)]))
-        return Recalling(self.folder, self.kind, heads, tokens, self._io_engine, self._warn)
+        tokens, identity = np.ascontiguousarray(tokens, np.int32), self._identity(adapters)
+        heads = list(heads_of(identity, self._label, tokens[: len(tokens) - 1]))
+
+        def rests(n: int) -> Iterator[Head]:
+            upto = tokens[: min(len(tokens) - 1, (n + 1) * BLOCK - 1)]
+            longest = rest_of(identity, self._label, upto, heads[n - 1] if n else None)
+            if longest is not None and self.kind.has_rests:
+                yield longest
+                yield from beginnings_of(longest)
+
+        return Recalling(self.folder, self.kind, heads, rests, tokens, self._io_engine, self._warn)
+
+    def _most(self, tokens: Tokens) -> int:
+        """Tokens of a prompt that can be read. The last one is computed, for its logits."""
+        return len(tokens) - 1 if self.kind.has_rests else (len(tokens) - 1) // BLOCK * BLOCK
 
     def _identity(self, adapters: str) -> bytes:
         if adapters not in self._identities:
@@ -175,8 +194,3 @@ class PromptStore:
         if line not in self._said:
             self._said.add(line)
             logger.warning("%s", line)
-
-
-def _most(tokens: Tokens) -> int:
-    """Tokens of a prompt that can be read: of whole blocks, and the last one is computed, for its logits."""
-    return (len(tokens) - 1) // BLOCK * BLOCK
