@@ -45,7 +45,7 @@ _COMMANDS = (
     ),
     Later(
         "bench",
-        "Measure how fast a model decodes with flash offload, at several budgets.",
+        "Measure how fast a model decodes with flash offload, at several budgets, and over workers if any are named.",
         _RUN,
         own("bench"),
         killed_cleanly=True,
