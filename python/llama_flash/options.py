@@ -42,8 +42,9 @@ class FlashOffload:
             decoding; neurons always.
         draft: guesses at the next tokens, which one pass checks together; no byte of an answer changes. "ngram": what
             followed when the text was like this before. "mtp": by the head of multi-token prediction in the model's
-            file. A path: by a smaller model with the same vocabulary. "auto": "mtp" where the file has such a head,
-            else "ngram". In each step as many tokens are drafted as pay, or none.
+            file. A path: by a smaller model with the same vocabulary. "auto": "mtp" where the file has such a head
+            and the budget is sure to have room for it, else "ngram". In each step as many tokens are drafted as pay, or
+            none.
         follow: give memory back and take it again while the model runs, as limits and neighbours move.
         warm_start: remember which weights were hot, in a small file of the user's cache folder, and
             read them in the background after the next load (needs `follow`); and how they were used, for plans.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from mtp_models import write_mtp
 
 import llama_flash
-from llama_flash import FlashError, FlashOffload
+from llama_flash import FlashBudgetError, FlashError, FlashOffload
 from llama_flash.model.gguf import read_gguf
 from llama_flash.model.mtp import mtp_head
 from llama_flash.planning.cost import Cost
@@ -116,3 +117,36 @@ def test_a_plan_for_clients_at_the_same_time_has_no_head(tmp_path: Path) -> None
         llama_flash.plan(path, "2GiB", parallel=2, flash_offload={"draft": "mtp"})
     made = llama_flash.plan(path, "2GiB", parallel=2, flash_offload={"draft": "auto"})
     assert made.drafts is not None and made.drafts.source == "ngram" and made.memory.draft == 0
+
+
+@pytest.mark.parametrize("what", ["all", "auto"])
+def test_auto_is_the_text_alone_where_the_budget_has_no_room_for_the_head(what: str, tmp_path: Path) -> None:
+    path = write_mtp("glm4moe", tmp_path / "model.gguf", own_head=True)
+    options = {"what": what, "reserve": "32MiB", "follow": False, "warm_start": False}
+    shape = {"n_ctx": 512, "n_batch": 512, "n_ubatch": 512}
+
+    def planned(draft: str, total: int | str) -> llama_flash.LoadPlan:
+        return llama_flash.plan(path, total, flash_offload={**options, "draft": draft}, **shape)  # type: ignore[arg-type]
+
+    least = planned("ngram", budget()).smallest
+    assert least < planned("mtp", budget()).smallest and planned("auto", budget()).smallest >= least
+    total = planned("auto", budget()).smallest
+    with pytest.raises(FlashBudgetError):
+        planned("mtp", total)
+    made = planned("auto", total)
+    assert made.drafts is not None and made.drafts.source == "ngram" and made.memory.draft == 0
+    assert "head takes" in made.drafts.reason
+    assert "too small" not in {option.mode for option in made.others}
+    ample = planned("auto", budget()).drafts
+    assert ample is not None and (ample.source, ample.reason) == ("mtp", "")
+    with Model(
+        str(path),
+        n_threads=1,
+        verbose=False,
+        flash_offload={**options, "draft": "auto", "dram_budget": total},
+        **shape,
+    ) as llm:
+        assert llm.flash is not None and llm.flash.memory.draft == 0 and llm.flash._load.head is None
+        drafts = llm.flash.stats().drafts
+        assert drafts.source == "ngram" and drafts.reason == made.drafts.reason and drafts.reason in llm.flash.summary
+        assert len(list(islice(llm.generate([5, 6, 7], temp=0.0), 8))) == 8

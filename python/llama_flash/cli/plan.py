@@ -92,7 +92,7 @@ def plan(
 
 
 def _plan_workers(params: Mapping[str, Any], path: Path, meta: GgufMeta) -> None:
-    from ..planning.planner import context_shape
+    from ..model.shape import context_shape
     from ..workers.planned import plan_workers
     from .loading import context_tokens, flash_options, kv_type
     from .plan_view import print_divided

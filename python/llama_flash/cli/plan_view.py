@@ -156,7 +156,8 @@ def _drafts(drafts: DraftPlan) -> Table:
     size = format_size(drafts.bytes)
     sources = {"ngram": "the text itself", "mtp": f"the file's head, of {size}", "model": f"a model of {size}"}
     source = sources[drafts.source]
-    table = Table(title=f"drafts from {source}, expected", title_justify="left", min_width=60)
+    reason = f": {drafts.reason}" if drafts.reason else ""
+    table = Table(title=f"drafts from {source}, expected{reason}", title_justify="left", min_width=60)
     table.add_column("accepted")
     for name in ("drafted for a pass", "tokens/s"):
         table.add_column(name, justify="right")

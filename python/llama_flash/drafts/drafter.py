@@ -70,6 +70,7 @@ class Drafter:
         n_vocab: behind a text with other tokens than these, such as pictures, nothing is drafted.
         assumed: see Passes.
         most: drafted tokens of a pass.
+        reason: as in DraftStats.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Drafter:
         assumed: Callable[[int], float],
         most: int = MOST,
         clock: Callable[[], float] = time.perf_counter,
+        reason: str = "",
     ) -> None:
         self.passes = Passes(assumed)
         self.last: deque[tuple[int, int, float, float]] = deque(maxlen=_LAST)  # drafted, taken, seconds: pass, drafting
@@ -89,7 +91,7 @@ class Drafter:
         self._costs = first.name != "ngram"  # guesses take time
         self._length = Length(self.passes, min(most, MOST))
         self._acceptance = Acceptance(first.assumed)
-        self._stats = DraftStats(source=first.name)
+        self._stats = DraftStats(source=first.name, reason=reason)
         self._asked: list[_Text] = []  # texts that go on in the pass under way
         self._others = 0  # ... and were not asked for
         self._spent = 0.0  # seconds of drafting for it

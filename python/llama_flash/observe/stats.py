@@ -116,7 +116,7 @@ class DraftStats:
     """What drafts have brought. Times in seconds."""
 
     source: str = "off"  # where guesses come from: "ngram", "mtp", "model"; "off": nowhere
-    reason: str = ""  # why it is off, where that was not asked for
+    reason: str = ""  # why it is off, where that was not asked for; or why not "mtp", where "auto" has found a head
     passes: int = 0  # that have continued texts, with a draft or without
     tokens: int = 0  # that they gave
     drafts: int = 0  # passes that checked a draft
@@ -161,10 +161,11 @@ class DraftStats:
     def __str__(self) -> str:
         if self.source == "off":
             return f"drafts: off{f' ({self.reason})' if self.reason else ''}"
+        source = f"{self.source}: {self.reason}" if self.reason else self.source
         if self.acceptance is None or self.tokens_per_pass is None:
-            return f"drafts ({self.source}): none made in {self.passes} passes"
+            return f"drafts ({source}): none made in {self.passes} passes"
         return (
-            f"drafts ({self.source}): {self.accepted} of {self.drafted} accepted ({self.acceptance:.0%}), "
+            f"drafts ({source}): {self.accepted} of {self.drafted} accepted ({self.acceptance:.0%}), "
             f"{self.tokens_per_pass:.2f} tokens per pass"
         )
 

@@ -61,6 +61,7 @@ class DraftPlan:
     without: float  # tokens per second without drafts, and with that memory for the model
     expected: tuple[Drafted, ...]  # for some acceptances
     seen: Drafted | None  # for the one that was seen in the last run
+    reason: str = ""  # why not by the file's head, where "auto" has found one
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

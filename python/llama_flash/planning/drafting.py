@@ -8,8 +8,9 @@ from ..errors import FlashError
 from ..model.gguf import GgufMeta
 from ..model.mtp import drafting_head, mtp_head, without_mtp
 from ..options import FlashOffload
+from ..sizes import format_size
 
-__all__ = ["chosen", "for_many", "rounds_otherwise"]
+__all__ = ["chosen", "for_many", "no_room", "rounds_otherwise"]
 
 _ROUNDED_TYPES = (0, 1)  # enum ggml_type, F32 and F16: of KV caches for which the flash kernel has several ways
 
@@ -57,3 +58,8 @@ def for_many(options: FlashOffload) -> FlashOffload:
             "them"
         )
     return replace(options, draft="ngram") if options.draft == "auto" else options
+
+
+def no_room(n_bytes: int) -> str:
+    """Why drafts come from the text where the file has a head of so many bytes, and "auto" was asked for."""
+    return f"the file's head takes {format_size(n_bytes)}, for which the budget is not sure to have room"

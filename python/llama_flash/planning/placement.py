@@ -207,13 +207,20 @@ def _may_leave(uses: Mapping[str, Use], meta: GgufMeta, options: FlashOffload) -
     return {name: use for name, use in uses.items() if head is None or name not in head.shared}
 
 
+def is_sure(meta: GgufMeta, plan: Plan, options: FlashOffload, budget: Budget) -> bool:
+    """Whether the budget is sure to be enough for a plan of make_plan, which refuses what is sure to fail only."""
+    if plan.mode != "flash":
+        return True
+    room = int(_LAYER_SHARE * plan.neuron_bytes / len(plan.bundles.layers)) if plan.bundles else 0
+    return plan.expected.total + _beside(meta, plan, options) + room <= budget.total
+
+
 def _first_with_room(
     candidates: Sequence[Plan], meta: GgufMeta, options: FlashOffload, budget: Budget, shape: ContextShape
 ) -> Plan:
     """The first for which the budget is sure to be enough, else the last. Raises FlashBudgetError."""
     for plan in candidates:
-        room = int(_LAYER_SHARE * plan.neuron_bytes / len(plan.bundles.layers)) if plan.bundles else 0
-        if plan.expected.total + _beside(meta, plan, options) + room <= budget.total:
+        if is_sure(meta, plan, options, budget):
             return plan
     _check(meta, candidates[-1], options, budget, shape)
     return candidates[-1]

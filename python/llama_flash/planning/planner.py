@@ -22,7 +22,7 @@ from ..errors import FlashBudgetError, FlashError, FlashFormatError
 from ..model.bundles import Bundles, read_bundles
 from ..model.gguf import GgufMeta, check_vocabulary, read_gguf
 from ..model.mtp import without_mtp
-from ..model.shape import KV_TYPES, ContextShape, whole_cells
+from ..model.shape import ContextShape, context_shape
 from ..native import server
 from ..native.library import settled
 from ..native.params import Mode, Requirements
@@ -31,16 +31,16 @@ from ..prompts.store import store_memory
 from .advice import advice_for
 from .cost import Cost, expect
 from .drafted import ACCEPTANCES, MOST_DRAFTED, DraftPlan, DraftSizes, draft_sizes, drafted, mtp_sizes, pass_shape
-from .drafting import chosen, for_many, rounds_otherwise
+from .drafting import chosen, for_many, no_room, rounds_otherwise
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
 from .lent import FEW_TOKENS, lent_of
 from .placed import Plan
-from .placement import choose_predictor, make_plan, work_bytes
+from .placement import choose_predictor, is_sure, make_plan, work_bytes
 from .reads import experts_ahead, io_choice
 from .together import Together, advised, counts
 from .usage import usage_of
 
-__all__ = ["LoadPlan", "Option", "context_shape", "plan", "smallest_budget_of", "speeds_together"]
+__all__ = ["LoadPlan", "Option", "plan", "smallest_budget_of", "speeds_together"]
 
 logger = logging.getLogger("llama_flash")
 
@@ -176,27 +176,37 @@ def plan(
     check_vocabulary(meta, text=False)
     n_drafted = MOST_DRAFTED if options.draft != "off" else 0
     shape = context_shape(meta, n_ctx, n_batch, n_ubatch, type_k, type_v, logits_all, flash_attn, parallel, n_drafted)
-    options, meta = chosen(options, meta, possible=True, rounded=rounds_otherwise(shape.flash_attn, shape.type_k))
     import llama_cpp  # noqa: F401  # so that its size is counted
 
     if parallel > 1:
         options = _of_a_server(options, shape)
-    planner = _Planner(meta, options, shape, held_by_all)
+    asked = _planner_of(meta, options, shape)
     try:
         budget = kept_budget(options.dram_budget, options.reserve, meta.file_bytes)
         profile = profile or profile_for(meta.files[0], options.io_engine)
+        planner = asked.within(budget)
         try:
             found = planner.outcome(budget)
         except FlashBudgetError as error:
             raise planner.too_small(budget, error) from None
         cost = planner.cost(found, profile)
         together = planner.together(found, budget, profile)
-        smallest = 0 if found.plan.mode == "nothing" else planner.smallest()
-        others = planner.others(smallest, profile)
+        smallest = 0 if found.plan.mode == "nothing" else asked.smallest()
+        others = asked.others(smallest, profile)
         drafts = planner.drafts(found, budget, profile)
         return _load_plan(model, options, budget, smallest, found, cost, profile, others, parallel, together, drafts)
     finally:
-        planner.close()
+        asked.close()
+
+
+def _planner_of(meta: GgufMeta, options: FlashOffload, shape: ContextShape) -> _Planner:
+    """Of a load with these options, with what it takes where there is no room for the head that "auto" has found."""
+    rounded = rounds_otherwise(shape.flash_attn, shape.type_k)
+    taken, loaded = chosen(options, meta, possible=True, rounded=rounded)
+    if options.draft != "auto" or taken.draft != "mtp":
+        return _Planner(loaded, taken, shape, held_by_all)
+    plain = _Planner(without_mtp(meta), replace(taken, draft="ngram"), shape, held_by_all)
+    return _Planner(loaded, taken, shape, held_by_all, plain)
 
 
 def _asked(
@@ -261,51 +271,6 @@ def _load_plan(
     )
 
 
-def context_shape(
-    meta: GgufMeta,
-    n_ctx: int,
-    n_batch: int,
-    n_ubatch: int,
-    type_k: int | None,
-    type_v: int | None,
-    logits_all: bool,
-    flash_attn: bool,
-    parallel: int,
-    n_drafted: int,
-) -> ContextShape:
-    """The context that `Llama` makes of its arguments, or a server of many sequences. n_drafted: of each, at most."""
-    for name, value, least in (
-        ("n_ctx", n_ctx, 0),
-        ("n_batch", n_batch, 1),
-        ("n_ubatch", n_ubatch, 1),
-        ("parallel", parallel, 1),
-    ):
-        of = "" if name == "parallel" else " of tokens"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected a whole number{of}, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}: {value} is not a whole number{of} from {least} on")
-    for name, kind in (("type_k", type_k), ("type_v", type_v)):
-        if kind is not None and kind not in KV_TYPES.values():
-            known = ", ".join(f"{number} ({text})" for text, number in KV_TYPES.items())
-            raise ValueError(f"{name}: {kind!r} is no type of KV caches; expected one of {known}")
-    n_ctx = n_ctx or meta.number("context_length", 4096)
-    if parallel > 1:
-        n_ctx = parallel * whole_cells(n_ctx)
-    n_batch = min(n_ctx, n_batch)
-    return ContextShape(
-        n_ctx=n_ctx,
-        n_batch=n_batch,
-        n_ubatch=min(n_batch, n_ubatch),
-        n_outputs=n_batch if logits_all else min(n_batch, parallel * (1 + n_drafted)),
-        n_scores=n_ctx if logits_all else 0,
-        type_k=KV_TYPES["f16"] if type_k is None else type_k,
-        type_v=KV_TYPES["f16"] if type_v is None else type_v,
-        flash_attn=flash_attn,
-        n_sequences=parallel,
-    )
-
-
 @dataclass(frozen=True)
 class _Outcome:
     """What a load within some budget comes to."""
@@ -326,8 +291,20 @@ def _sizes_of_drafts(meta: GgufMeta, options: FlashOffload, shape: ContextShape)
 class _Planner:
     """Answers for one model and context; what the engine and the plugin said is remembered."""
 
-    def __init__(self, meta: GgufMeta, options: FlashOffload, shape: ContextShape, held: Callable[[], int]) -> None:
-        """held: tells the bytes that the process holds; asking engine and plugin adds to them, once."""
+    def __init__(
+        self,
+        meta: GgufMeta,
+        options: FlashOffload,
+        shape: ContextShape,
+        held: Callable[[], int],
+        plain: _Planner | None = None,
+    ) -> None:
+        """
+        Args:
+            held: tells the bytes that the process holds; asking engine and plugin adds to them, once.
+            plain: takes this one's place where a budget is not sure to have room for the head.
+        """
+        self._plain, self._reason = plain, ""
         self._draft = _sizes_of_drafts(meta, options, shape)
         self._apart = self._draft.weights if options.drafts_by_model else 0  # not among the model's own
         self._aside = shape.aside
@@ -346,6 +323,22 @@ class _Planner:
     def close(self) -> None:
         for needs in self._asked.values():
             needs.close()
+        if self._plain is not None:
+            self._plain.close()
+
+    def within(self, budget: Budget) -> _Planner:
+        """The one that answers for this budget."""
+        if self._plain is None:
+            return self
+        bare = self._bare + self._apart + self._draft.heap
+        try:
+            placed = make_plan(self._meta, self._options, budget, self._shape, bare)
+        except FlashBudgetError:
+            placed = None
+        if placed is not None and is_sure(self._meta, placed, self._options, budget):
+            return self
+        self._plain._reason = no_room(self._draft.bytes)
+        return self._plain
 
     def outcome(self, budget: Budget, bare: int | None = None) -> _Outcome:
         """As a load within `budget` goes. Raises FlashBudgetError where that would.
@@ -423,6 +416,8 @@ class _Planner:
 
         It works in a process that has asked nothing yet, and in this one, which holds more now.
         """
+        if self._plain is not None:
+            return self._plain.smallest()
         self._search(self._bare)  # after which everything has been asked that will be
         return self._search(self._held() - settled() + GROWTH) * _MIB + KERNEL
 
@@ -515,6 +510,7 @@ class _Planner:
             without=without.tokens_per_second,
             expected=tuple(drafted(cost, shape, acceptance, per_guess) for acceptance in ACCEPTANCES),
             seen=None if seen is None else drafted(cost, shape, seen, per_guess),
+            reason=self._reason,
         )
 
     def _without_head(self, budget: Budget, profile: DeviceProfile) -> Cost:
@@ -536,11 +532,13 @@ class _Planner:
         )
 
     def option(self, total: int, label: str, profile: DeviceProfile) -> Option:
+        budget = self._budget(total)
+        planner = self.within(budget)
         try:
-            found = self.outcome(self._budget(total))
+            found = planner.outcome(budget)
         except FlashBudgetError:
             return Option(total, label, "too small", "none", None, None)
-        return Option(total, label, found.plan.mode, found.predictor, found.memory, self.cost(found, profile))
+        return Option(total, label, found.plan.mode, found.predictor, found.memory, planner.cost(found, profile))
 
 
 def speeds_together(

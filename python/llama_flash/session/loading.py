@@ -33,6 +33,7 @@ from ..errors import FlashBudgetError, FlashError
 from ..model.adapters import predictor_with
 from ..model.gguf import GgufMeta, check_is_model, check_vocabulary, claims_wide_heads, read_gguf
 from ..model.graphs import graphs_of
+from ..model.mtp import without_mtp
 from ..model.shape import ContextShape
 from ..native.calls import abort_callback, context_memory, cpu_buffer_type, flash_buffer_type, override
 from ..native.handle import Session
@@ -42,10 +43,10 @@ from ..observe.stats import DraftStats
 from ..options import FlashOffload
 from ..planning.advice import advice_for
 from ..planning.drafted import DraftSizes, mtp_sizes, pass_shape
-from ..planning.drafting import chosen, rounds_otherwise
+from ..planning.drafting import chosen, no_room, rounds_otherwise
 from ..planning.lent import few_tokens
 from ..planning.placed import Plan
-from ..planning.placement import choose_predictor, make_plan, work_bytes
+from ..planning.placement import choose_predictor, is_sure, make_plan, work_bytes
 from ..planning.reads import experts_ahead, io_choice
 from ..prompts.store import PromptStore, open_store, store_memory
 from ..sizes import format_size, parse_size
@@ -95,6 +96,7 @@ class Load:
         self._logits_all, self._lora_path, self._aside, self._verbose = logits_all, lora_path, aside, verbose
         self._draft: ModelDraft | MtpDraft | None = None
         self._mtp = DraftSizes()  # as it is planned, until there is a context
+        self._no_head = ""  # why the head that "auto" has found makes no drafts
         self.workers: Workers | None = None
 
         Controller.of_process().begin_load(self)
@@ -156,7 +158,7 @@ class Load:
         if options.workers and not model_params.vocab_only:
             check_divisible(self.meta, self._lora_path)
             self.workers = Workers(options, self.meta)
-        self._account.plan = self._make_plan()
+        self._account.plan = self._plan_with_head(model_params) or self._make_plan()
         share.memory = self._plan.expected
         if self._plan.bundles:
             how = predictor_with(self._lora_path, self._plan.bundles, options.predictor)
@@ -198,6 +200,22 @@ class Load:
             check_is_model(self.meta)
             model_params.load_mtp = True
             self._mtp = mtp_sizes(self.meta, self._shape())
+
+    def _plan_with_head(self, model_params: Any) -> Plan | None:
+        """The plan with the head that "auto" has found. None: there is none, or it is left out, for want of room."""
+        if self._asked != "auto" or self.options.draft != "mtp":
+            return None
+        budget = self._share.budget
+        try:
+            plan = make_plan(self.meta, self.options, budget, self._shape(), self._base - settled())
+        except FlashBudgetError:
+            plan = None
+        if plan is not None and is_sure(self.meta, plan, self.options, budget):
+            return plan
+        self._no_head = no_room(self._mtp.bytes)
+        self._mtp, model_params.load_mtp = DraftSizes(), False
+        self.options, self.meta = replace(self.options, draft="ngram"), without_mtp(self.meta)
+        return None
 
     def _make_plan(self) -> Plan:
         budget, shape, base = self._share.budget, self._shape(), self._base - settled()
@@ -406,7 +424,9 @@ class Load:
             return TextDraft() if draft is None else MixedText(draft.source(text))
 
         n_vocab = int(engine.llama_vocab_n_tokens(engine.llama_model_get_vocab(model)))
-        return Drafter(source, self.n_ctx // n_texts, n_vocab, shape, most) if most > 0 else None
+        if most < 1:
+            return None
+        return Drafter(source, self.n_ctx // n_texts, n_vocab, shape, most, reason=self._no_head)
 
     def close_draft(self) -> None:
         """Frees the draft model, or the head's context, if there is one. May be called twice."""
@@ -476,6 +496,8 @@ class Load:
         said = line_about(*model, self._account.predictor, share.neuron_slots)
         if self.workers is not None:
             said += workers_text(self.workers.parts)
+        if self._no_head:
+            said += f"; drafts from the text alone: {self._no_head}"
         return f"{said}; {describe_threads(int(self._context_params.n_threads))}"
 
     def _say(self, line: str) -> None:
