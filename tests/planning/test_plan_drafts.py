@@ -15,10 +15,15 @@ from mtp_models import write_mtp
 
 import llama_flash
 from llama_flash import FlashBudgetError, FlashError, FlashOffload
+from llama_flash.budget.rooms import resolve_budget
 from llama_flash.model.gguf import read_gguf
 from llama_flash.model.mtp import mtp_head
+from llama_flash.model.no_alloc import context_params, no_alloc_context
+from llama_flash.model.shape import ContextShape
+from llama_flash.native.calls import context_memory
 from llama_flash.planning.cost import Cost
-from llama_flash.planning.drafted import MOST_DRAFTED, drafted
+from llama_flash.planning.drafted import MOST_DRAFTED, draft_sizes, drafted
+from llama_flash.server.parallel import plan_of
 
 MODELS = Path(str(resources.files("llama_flash") / "models"))
 ARCEE, MOE = MODELS / "stdlib-arcee-q8_0.gguf", MODELS / "stdlib-moe-q8_0.gguf"
@@ -150,3 +155,17 @@ def test_auto_is_the_text_alone_where_the_budget_has_no_room_for_the_head(what: 
         drafts = llm.flash.stats().drafts
         assert drafts.source == "ngram" and drafts.reason == made.drafts.reason and drafts.reason in llm.flash.summary
         assert len(list(islice(llm.generate([5, 6, 7], temp=0.0), 8))) == 8
+
+
+def test_many_sequences_and_a_draft_model_have_none_of_a_head_s_weights(tmp_path: Path) -> None:
+    path = write_mtp("glm4moe", tmp_path / "model.gguf")
+    meta = read_gguf(path)
+    head = mtp_head(meta)
+    assert head is not None
+    loaded = sum(tensor.size for tensor in meta.tensors.values()) - head.bytes
+    options, shape = FlashOffload(dram_budget="8GiB"), ContextShape(n_ctx=256)
+    one = plan_of(1, meta, options, resolve_budget("8GiB"), shape)
+    assert one is not None and one.resident_bytes == loaded
+    small = draft_sizes(path, 512)
+    with no_alloc_context(str(path), None, context_params(shape)) as (_, context):
+        assert small.weights == small.read == context_memory(context).model >= loaded

@@ -14,7 +14,7 @@ from typing import Any
 from ..budget.rooms import Breakdown
 from ..model.bundles import read_bundles
 from ..model.gguf import GgufMeta, read_gguf
-from ..model.mtp import drafting_head
+from ..model.mtp import drafting_head, without_mtp
 from ..model.shape import ContextShape
 from ..native.params import Requirements
 from .cost import Cost
@@ -91,7 +91,7 @@ def draft_sizes(path: str | os.PathLike[str], n_ctx: int) -> DraftSizes:
     """
     from .dry_run import engine_sizes  # for plans: not in memory otherwise
 
-    meta = read_gguf(path)
+    meta = without_mtp(read_gguf(path))  # its own head makes no drafts
     n_batch = min(DRAFT_BATCH, n_ctx)
     sizes = engine_sizes(meta, None, ContextShape(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch))
     weights = sum(tensor.size for tensor in meta.tensors.values()) + sizes.doubled

@@ -552,7 +552,7 @@ def speeds_together(
         FlashBudgetError: there is no room for one.
         FlashFormatError, OSError: the file cannot be read.
     """
-    planner = _Planner(meta, options, one, held_by_all)
+    planner = _Planner(without_mtp(meta), options, one, held_by_all)
     try:
         found = planner.outcome(budget)
         profile = profile_for(meta.files[0], options.io_engine)

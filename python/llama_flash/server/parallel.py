@@ -11,6 +11,7 @@ from ..budget.held import held_by_all
 from ..budget.rooms import Budget, resolve_budget
 from ..errors import FlashBudgetError
 from ..model.gguf import GgufMeta
+from ..model.mtp import without_mtp
 from ..model.shape import ContextShape
 from ..native.library import settled
 from ..options import FlashOffload
@@ -63,6 +64,6 @@ def plan_of(n: int, meta: GgufMeta, options: FlashOffload, budget: Budget, one: 
     """For n sequences, each with a context as `one`. None: the budget is too small for so many."""
     shape = replace(one, n_ctx=n * one.n_ctx, n_outputs=max(n, one.n_outputs), n_sequences=n)
     try:
-        return make_plan(meta, options, budget, shape, held_by_all() - settled())
+        return make_plan(without_mtp(meta), options, budget, shape, held_by_all() - settled())
     except FlashBudgetError:
         return None
