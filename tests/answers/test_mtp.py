@@ -231,3 +231,16 @@ def test_without_drafts_a_head_takes_no_memory(head_file: HeadFile) -> None:
         list(islice(llm.flash._load.head.guesses(0), 5))
         read = llm.flash.native.stats().bytes_read - before
         assert read < 6 * 512 * 40, "rows of the embedding"
+
+
+@pytest.mark.parametrize("what", ["all", "none"])
+def test_a_session_that_is_closed_while_tokens_are_drafted_drafts_no_more(head_file: HeadFile, what: str) -> None:
+    path = head_file(MIXTURE)
+    with opened(path, "off", what) as plain, opened(path, "mtp", what) as llm:
+        always_drafting(llm, 4)
+        tokens = llm.generate(PROMPT, temp=0.0)
+        said = list(islice(tokens, 20))
+        llm.flash.close()
+        drafted = llm.flash.stats().drafts.drafted
+        assert drafted > 0 and said + list(islice(tokens, 20)) == tokens_of(plain, 40, temp=0.0)
+        assert llm.flash.drafter(np.array(PROMPT, np.intc)).size == 0

@@ -89,6 +89,8 @@ class ModelDraft:
 
     def follow(self, text: int, now: Tokens) -> int:
         """Computes what is new, so that the last token's logits are there. Returns how many tokens that were."""
+        if not self._context:
+            return 0
         tokens = now.tolist()
         held = self._held.setdefault(text, [])
         common = next(
@@ -104,10 +106,11 @@ class ModelDraft:
 
     def guesses(self, text: int) -> Iterator[tuple[int, int]]:
         """The most likely token, then the one behind it, ... Its kind says how likely it was."""
-        while True:
+        while self._context:
             token, kind = guessed(self._context, self._n_vocab)
             yield token, kind
-            self._decode(text, [token])
+            if self._context:
+                self._decode(text, [token])
 
     def _decode(self, text: int, tokens: list[int]) -> None:
         batch, held = self._batch, self._held[text]
@@ -128,7 +131,7 @@ class ModelDraft:
         held += tokens
 
     def close(self) -> None:
-        """Frees the model. May be called twice."""
+        """Frees the model, which then has no guesses. May be called twice."""
         model, self._model = self._model, 0
         context, self._context = self._context, 0
         if context:

@@ -160,6 +160,9 @@ class MtpDraft:
             FlashReadError, FlashError: see computed.
         """
         text = self._texts.setdefault(number, _Text())
+        if not self._context:
+            text.ready = False
+            return 0
         last = len(now) - 1
         rest = now[text.begin :].tolist() if text.begin <= last else []
         end = text.begin + _common(text.tokens, rest)
@@ -184,6 +187,8 @@ class MtpDraft:
         while True:
             token, kind = guessed(self._context, self._n_vocab)
             yield token, kind
+            if not self._context:
+                return
             state = np.ctypeslib.as_array(
                 self._ext.llama_get_embeddings_nextn_ith(self._context, -1), (self._n_embd,)
             ).copy()
@@ -218,7 +223,7 @@ class MtpDraft:
             )
 
     def close(self) -> None:
-        """Frees its context; before the model is freed. May be called twice."""
+        """Frees its context, before the model is freed; it has no guesses then. May be called twice."""
         context, self._context = self._context, 0
         if context:
             self._batch.embd = None  # numpy's
