@@ -17,6 +17,7 @@ from llama_cpp import llama_cpp_ext as ext
 from mtp_models import write_mtp
 from test_drafts import always_drafting
 
+import llama_flash
 from llama_flash import FlashError, FlashOffload
 from llama_flash.model.gguf import read_gguf
 from llama_flash.model.load import new_context
@@ -244,3 +245,14 @@ def test_a_session_that_is_closed_while_tokens_are_drafted_drafts_no_more(head_f
         drafted = llm.flash.stats().drafts.drafted
         assert drafted > 0 and said + list(islice(tokens, 20)) == tokens_of(plain, 40, temp=0.0)
         assert llm.flash.drafter(np.array(PROMPT, np.intc)).size == 0
+
+
+@pytest.mark.parametrize("draft", ["mtp", "auto", "ngram"])
+def test_where_passes_have_one_token_no_head_is_loaded(head_file: HeadFile, draft: str) -> None:
+    path = head_file(MIXTURE)
+    with opened(path, draft, n_ubatch=1) as llm:
+        assert llm.flash.drafter is None and llm.flash._load.head is None and llm.flash.memory.draft == 0
+        assert "one token" in llm.flash.stats().drafts.reason
+        assert len(tokens_of(llm, 5, temp=0.0)) == 5
+    made = llama_flash.plan(path, "8GiB", n_ctx=512, n_ubatch=1, flash_offload={"draft": draft})
+    assert made.drafts is None and made.memory.draft == 0

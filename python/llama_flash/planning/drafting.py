@@ -25,7 +25,7 @@ def chosen(options: FlashOffload, meta: GgufMeta, *, possible: bool, rounded: bo
     what of the file is loaded then.
 
     Args:
-        possible: text is generated.
+        possible: text is generated, with several tokens in a pass.
         rounded: several tokens in a pass are rounded otherwise than one.
 
     Raises:

@@ -202,7 +202,7 @@ def plan(
 def _planner_of(meta: GgufMeta, options: FlashOffload, shape: ContextShape) -> _Planner:
     """Of a load with these options, with what it takes where there is no room for the head that "auto" has found."""
     rounded = rounds_otherwise(shape.flash_attn, shape.type_k)
-    taken, loaded = chosen(options, meta, possible=True, rounded=rounded)
+    taken, loaded = chosen(options, meta, possible=shape.n_ubatch > 1, rounded=rounded)
     if options.draft != "auto" or taken.draft != "mtp":
         return _Planner(loaded, taken, shape, held_by_all)
     plain = _Planner(without_mtp(meta), replace(taken, draft="ngram"), shape, held_by_all)

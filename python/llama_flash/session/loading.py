@@ -130,6 +130,11 @@ class Load:
         return self._shape().n_ctx
 
     @property
+    def _widest(self) -> int:
+        """Tokens that are computed together, at most."""
+        return min(int(self._context_params.n_batch), int(self._context_params.n_ubatch))
+
+    @property
     def ubatches(self) -> int:
         """That a call is computed in, at most."""
         params = self._context_params
@@ -188,7 +193,7 @@ class Load:
         """A draft model is loaded, the model's own head will be, or is none of its weights."""
         params = self._context_params
         self._asked = self.options.draft
-        possible = not (self._vocab_only or params.embeddings)
+        possible = not (self._vocab_only or params.embeddings) and self._widest > 1
         rounded = rounds_otherwise(params.flash_attn_type == 1, params.type_k)
         self.options, self.meta = chosen(self.options, self.meta, possible=possible, rounded=rounded)
         options = self.options
@@ -403,6 +408,8 @@ class Load:
 
         options, model = self.options, engine.llama_get_model(context)
         name, reason = source_of(options, self._context_params, self._account.predictor, model)
+        if self._widest < 2 and self._asked != "off":
+            reason = "passes have one token (n_batch or n_ubatch is 1)"
         if reason and self._asked != "auto":
             logger.warning("no drafts: %s", reason)
         if reason:
@@ -416,7 +423,7 @@ class Load:
         needs = native.requirements() if native is not None else None
         shape = pass_shape(self.meta, self._plan, self._share.memory, needs)
         # a pass in two halves would read everything twice
-        most = min(MOST, int(self._context_params.n_batch) - 1, int(self._context_params.n_ubatch) - 1)
+        most = min(MOST, self._widest - 1)
         n_texts = max(1, int(self._context_params.n_seq_max))
         draft = self._draft
 
@@ -424,8 +431,6 @@ class Load:
             return TextDraft() if draft is None else MixedText(draft.source(text))
 
         n_vocab = int(engine.llama_vocab_n_tokens(engine.llama_model_get_vocab(model)))
-        if most < 1:
-            return None
         return Drafter(source, self.n_ctx // n_texts, n_vocab, shape, most, reason=self._no_head)
 
     def close_draft(self) -> None:
