@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,15 @@ def test_where_drafts_would_change_the_answer_none_are_made(model_file: ModelFil
         llm(PROMPT, max_tokens=20, temperature=0.0)
         drafts = llm.flash.stats().drafts
         assert drafts.source == "off" and "flash_attn" in drafts.reason and drafts.passes == 0
+
+
+def test_a_session_that_is_closed_while_a_model_drafts_for_it_goes_on_without(plain: Model) -> None:
+    with opened(ARCEE, ARCEE) as llm:
+        always_drafting(llm, 4)
+        prompt = llm.tokenize(PROMPT.encode())
+        tokens = llm.generate(prompt, temp=0.0)
+        said = list(islice(tokens, 12))
+        llm.flash.close()
+        assert llm.flash.stats().drafts.drafted > 0
+        assert said + list(islice(tokens, 12)) == list(islice(plain.generate(prompt, temp=0.0), 24))
+        assert llm.flash.drafter(np.array(prompt, np.intc)).size == 0
