@@ -142,6 +142,20 @@ def test_a_worker_that_dies_while_nobody_asks_is_noticed(
         assert text_of(server) == alone[PROMPTS[0]][1]
 
 
+def test_a_client_that_sends_slowly_does_not_end_a_server_that_has_lost_a_worker(
+    two: list[WorkerProcess], tmp_path: Path, alone: dict[str, Any]
+) -> None:
+    with over(two, tmp_path, "--timeout", "14") as server:  # longer than an end may take after a signal
+        host, _, port = server.url.removeprefix("http://").rpartition(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"POST /v1/completions HTTP/1.1\r\nAuthorization: Bearer {KEY}\r\n".encode())
+            slow.sendall(b"Content-Length: 1000\r\n\r\n{")
+            os.kill(two[1].guest(), signal.SIGKILL)
+            assert eventually(lambda: server.text.count("serving http") == 2)
+        assert answers_again(server, alone[PROMPTS[0]][1])
+        assert server.stop() == 128 + signal.SIGTERM
+
+
 def test_while_a_worker_is_away_clients_are_told_and_signals_end_the_server(
     tmp_path: Path, little: str, alone: dict[str, Any]
 ) -> None:

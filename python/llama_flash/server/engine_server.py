@@ -70,7 +70,8 @@ def serve_engine(settings: EngineSettings, say: Callable[[str], None]) -> None:
         return EngineThread(arguments_of(settings, many, host, port), driver, pages, limits, host, port, prompts)
 
     flash = FlashOffload.coerce(settings.flash_offload)
-    recovery = Recovery(make, pages, host, port, settings.api_key, flash.workers if flash else (), say)
+    workers, slowest = flash.workers if flash else (), float(settings.limits.timeout)
+    recovery = Recovery(make, pages, host, port, settings.api_key, workers, slowest, say)
     with Signals() as signals:
         recovery.run(signals)
 

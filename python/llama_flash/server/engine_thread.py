@@ -140,10 +140,19 @@ class EngineThread:
             self._thread.join(_TELLING)
         return loss
 
-    def end(self, signals: Signals) -> None:
-        """Tells it to end and waits for that. If it takes too long, the process is ended."""
-        if not self.stop():
-            signals.end_process(signals.last or signal.SIGTERM)
+    def end(self, signals: Signals, slowest: float = 0.0) -> None:
+        """Tells it to end and waits for that. If it takes too long, the process is ended.
+
+        Args:
+            slowest: seconds for which clients may hold it up beside; not after a signal.
+        """
+        end = time.monotonic() + slowest
+        while not self.stop():
+            if signals.last:
+                signals.end_process(signals.last)
+            if time.monotonic() > end:
+                print("the server does not end: its clients hold it up", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def stop(self, patience: float = PATIENCE) -> bool:
         """Tells it to end, as soon as it answers, and waits for that. False if it took longer than `patience`."""

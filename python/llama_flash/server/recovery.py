@@ -31,6 +31,7 @@ class Recovery:
         host, port: where it listens.
         key: of clients; None: nobody is asked for one.
         workers: of its model.
+        slowest: seconds that it gives its clients, for which they can hold up its end.
         say: is told what the user should know, a line at a time.
     """
 
@@ -40,6 +41,7 @@ class Recovery:
     port: int
     key: str | None
     workers: Sequence[str]
+    slowest: float
     say: Callable[[str], None]
 
     def run(self, signals: Signals) -> None:
@@ -66,12 +68,12 @@ class Recovery:
                 return
             with contextlib.closing(StandIn(self.host, self.port, str(failure), self.key, self.pages.metrics)):
                 self.pages.unloaded()
-                server.end(signals)
+                server.end(signals, self.slowest)
                 self.say(f"{failure}; until then, requests are answered with status 503")
                 signals.may_wait = True
                 self._wait(signals, time.monotonic() + wait)
+            signals.may_wait = False  # first: a signal in between would wait for the load
             signals.raise_last()
-            signals.may_wait = False
             wait = min(2 * wait, _LONGEST)
 
     @property
