@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import http.client
+import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,9 +23,11 @@ __all__ = ["StandIn"]
 
 _TRY_AGAIN = 0.02  # seconds: the port is the server's until that has ended
 _LOOK = 0.1  # seconds between two looks at whether it is to end
-_SLOWEST = 5.0  # seconds that a client may take
+_SLOWEST = 5.0  # seconds that a client may take, in all
 _MOST = 64  # clients at the same time
-_LONGEST = 8 << 20  # bytes of a request that are taken, so that its client reads the answer
+_HEAD = 64 << 10  # bytes of a request before its body
+_LONGEST = 8 << 20  # bytes of a body that are taken, so that its client reads the answer
+_PIECE = 64 << 10  # bytes of it that are held
 
 
 class StandIn:
@@ -57,11 +62,13 @@ class StandIn:
                 server.timeout = _LOOK
                 while not self._closing.is_set():
                     server.handle_request()
+                    server.end_slow()
             return
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 2 * _MOST
     block_on_close = False  # nobody waits for a slow client
 
     def __init__(self, listener: socket.socket, why: str, key: str | None, metrics: Callable[[], str]) -> None:
@@ -70,31 +77,72 @@ class _Server(ThreadingHTTPServer):
         self.socket = listener
         self.why, self.key, self.metrics = why, key, metrics
         self._free = threading.Semaphore(_MOST)
+        self._ends: dict[socket.socket, float] = {}  # by connection: when its time is over
         self.server_activate()
 
+    def end_slow(self) -> None:
+        """Clients whose time is over are left."""
+        now = time.monotonic()
+        for connection in [connection for connection, end in list(self._ends.items()) if end < now]:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def server_close(self) -> None:
+        super().server_close()
+        for connection in list(self._ends):  # they are answered without what they had to say
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        self._ends[request] = time.monotonic() + _SLOWEST
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there are no more threads
+            self._leave(request)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self._leave(request)
+
+    def _leave(self, request: Any) -> None:
+        self._ends.pop(request, None)
+        self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients leave."""
+
+
+class _Head(io.BufferedReader):
+    """A connection whose lines, all together, are of bounded length."""
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection)
+        self._left = _HEAD
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(self._left + 1)
+        self._left -= len(line)
+        if self._left < 0:
+            raise http.client.LineTooLong("head")
+        return line
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = _SLOWEST
 
+    def setup(self) -> None:
+        super().setup()
+        self.rfile: _Head = _Head(self.rfile.detach())
+
     def answer(self) -> None:
-        with contextlib.suppress(ValueError):
-            self.rfile.read(min(_LONGEST, max(0, int(self.headers.get("Content-Length", 0)))))
+        self._take_body()
         path, said = self.path.partition("?")[0], self.server.why
         if path == "/health":  # told to everybody
             self._send(503, _error(503, "the model cannot be loaded: a worker is away"))
@@ -107,9 +155,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = answer
 
+    def _take_body(self) -> None:
+        with contextlib.suppress(ValueError):
+            left = min(_LONGEST, int(self.headers.get("Content-Length", 0)))
+            while left > 0 and (piece := self.rfile.read1(min(left, _PIECE))):
+                left -= len(piece)
+
     def _knows_the_key(self) -> bool:
-        key, said = self.server.key, self.headers.get("Authorization", "")
-        return key is None or hmac.compare_digest(said.removeprefix("Bearer ").encode(), key.encode())
+        """Said where llama-server lets clients say it."""
+        said = self.headers.get("Authorization") or self.headers.get("X-Api-Key") or ""
+        given = said.removeprefix("Bearer ").encode("latin-1", "replace")  # the bytes that were sent
+        return self.server.key is None or hmac.compare_digest(given, self.server.key.encode())
 
     def _send(self, status: int, text: str, kind: str = "application/json; charset=utf-8") -> None:
         data = text.encode()
