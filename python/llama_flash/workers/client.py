@@ -236,7 +236,7 @@ class Workers:
         with self._asking:
             for asker in self._askers:
                 asker.ask()
-            told = [_whether_well(self.remotes[0]), *(asker.answer() for asker in self._askers)]
+            told = [_whether_well(self.remotes[0]), *[asker.answer() for asker in self._askers]]
         for error in told:
             if error is not None:
                 raise error
@@ -329,29 +329,33 @@ class _Asker:
 
     def __init__(self, worker: Remote) -> None:
         self._worker = worker
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._told: queue.SimpleQueue[FlashError | None] = queue.SimpleQueue()
+        self._n = 0  # questions so far
+        self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # their numbers; 0: no more
+        self._told: queue.SimpleQueue[tuple[int, FlashError | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="llama-flash worker", daemon=True)
         self._thread.start()
 
     def ask(self) -> None:
-        self._asked.put(True)
+        self._n += 1
+        self._asked.put(self._n)
 
     def answer(self) -> FlashError | None:
-        """To what was asked last."""
+        """To what was asked last. Where Ctrl-C came between, answers to what was asked before are there, too."""
         while True:
             try:
-                return self._told.get(timeout=_PULSE)
+                number, error = self._told.get(timeout=_PULSE)
+                if number == self._n:
+                    return error
             except queue.Empty:
                 if not self._thread.is_alive():
                     return _whether_well(self._worker)
 
     def end(self) -> None:
-        self._asked.put(False)
+        self._asked.put(0)
 
     def _run(self) -> None:
-        while self._asked.get():
-            self._told.put(_whether_well(self._worker))
+        while number := self._asked.get():
+            self._told.put((number, _whether_well(self._worker)))
 
 
 def _whether_well(worker: Remote) -> FlashError | None:
