@@ -102,8 +102,8 @@ def test_a_faster_host_gets_more(skewed: bool, faster: float, room: int, first: 
 
 
 def test_what_must_be_in_memory_finds_room_at_the_slower_host() -> None:
-    layers = [Layer(100, 50, 90.0, 40.0)] * 10
-    fast, slow = Host(160, 1e9, 1e9), Host(400, 1e3, 1e3)
+    layers = [Layer(100 << 20, 50 << 20, 90e6, 40e6)] * 10
+    fast, slow = Host(170 << 20, 1e9, 1e9), Host(400 << 20, 1e3, 1e3)
     assert divide_by_time(layers, [fast, slow]) == [range(3), range(3, 10)]
     assert divide_by_time(layers, [fast, fast]) == []
 
@@ -132,3 +132,11 @@ def test_a_plan_shows_the_rates_that_were_measured_on_each_host(
     remember(profile)
     expected = profile.rate(1 << 20, profile.depth_for(1 << 20))
     assert _rates_at(tmp_path, measured=True) == [expected, expected]
+
+
+def test_no_host_gets_layers_that_leave_no_room_for_slots() -> None:
+    layer = Layer(64 << 20, 24 << 20, 1e6, 1e6)
+    quick, slow = Host(60 << 20, 1e12, 1e12), Host(1 << 30, 1e8, 1e9)
+    (first, _) = divide_by_time([layer] * 4, [quick, slow])
+    assert len(first) == 1  # what two need in memory would fit, slots beside them would not
+    assert math.isinf(seconds_of(added(layer, layer), quick))

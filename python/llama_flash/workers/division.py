@@ -12,12 +12,11 @@ from ..model.gguf import GgufMeta, TensorInfo
 from ..model.graphs import Use
 from ..planning.placement import kinds_of, select
 from ..sizes import format_size
-from .times import NONE, Host, Layer, added, divide_by_time, seconds_of
+from .times import LEAST_FLASH, NONE, Host, Layer, added, divide_by_time, seconds_of
 
 __all__ = ["FLASH", "MATRIX", "PLAIN", "Offer", "Part", "divide_layers", "divide_model"]
 
 PLAIN, MATRIX, FLASH = 0, 1, 2  # enum llama_flash_home
-_LEAST_FLASH = 16 << 20  # bytes for slots and a ring, about: the plugin says exactly, when it is loaded
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,9 @@ def _part(
         homes = {t.name: FLASH if t.name in chosen else _in_memory(uses.get(t.name, Use(0))) for t in weights}
         on_flash = sum(t.size for t in weights if homes[t.name] == FLASH)
         part = Part(offer, mine, homes, sum(t.size for t in weights) - on_flash, on_flash, kv, compute)
-        if part.left >= (_LEAST_FLASH if on_flash else 0):
+        if part.left >= (LEAST_FLASH if on_flash else 0):
             return part
-    need = offer.budget - part.left + (_LEAST_FLASH if part.on_flash else 0)
+    need = offer.budget - part.left + (LEAST_FLASH if part.on_flash else 0)
     raise FlashWorkerError(
         f"worker {offer.endpoint} has too little memory for layers {mine.start} to {mine.stop - 1}: its budget is "
         f"{format_size(offer.budget)}, about {format_size(need)} would do; give it more, or name more workers",

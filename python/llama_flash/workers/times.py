@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-__all__ = ["NONE", "Host", "Layer", "added", "divide_by_time", "seconds_of"]
+__all__ = ["LEAST_FLASH", "NONE", "Host", "Layer", "added", "divide_by_time", "seconds_of"]
 
+LEAST_FLASH = 16 << 20  # bytes for slots and a ring, about: the plugin says exactly, when it is loaded
 _TIE = 0.01  # of the time of all: where it is the same, layers follow the room
 
 
@@ -51,8 +52,8 @@ def added(one: Layer, other: Layer, sign: int = 1) -> Layer:
 
 
 def seconds_of(layers: Layer, host: Host) -> float:
-    """Of a token; infinite where what has to be in memory has no room."""
-    if layers.least > host.room:
+    """Of a token; infinite where what has to be in memory has no room, slots included if not all fits."""
+    if layers.least + (LEAST_FLASH if layers.size > host.room else 0) > host.room:
         return math.inf
     movable = layers.size - layers.least
     miss = max(0.0, 1.0 - (host.room - layers.least) / movable) if movable else 0.0
