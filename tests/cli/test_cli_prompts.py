@@ -45,13 +45,13 @@ def said(*arguments: object) -> dict[str, object]:
 
 def test_prompts_are_listed_shown_and_dropped(folder: Path, model: Path) -> None:
     found = said("list", "--dir", folder)["prompts"]
-    assert isinstance(found, list) and sorted(prompt["tokens"] for prompt in found) == [512, 768]
+    assert isinstance(found, list) and sorted(prompt["tokens"] for prompt in found) == [601, 861]
     assert all(0 < prompt["shared"] < prompt["size"] for prompt in found)
     longest = max(found, key=lambda prompt: int(prompt["tokens"]))
     shown = said("show", longest["key"][:12], "--dir", folder, "--model", model)
-    assert shown["token_ids"] == PROMPTS[1][:768] and shown["text"]
+    assert shown["token_ids"][:-1] == PROMPTS[1] and shown["text"]  # type: ignore[index]
     said("drop", longest["key"], "--dir", folder)
-    assert [prompt["tokens"] for prompt in said("list", "--dir", folder)["prompts"]] == [512]  # type: ignore[attr-defined]
+    assert [prompt["tokens"] for prompt in said("list", "--dir", folder)["prompts"]] == [601]  # type: ignore[attr-defined]
     said("drop", "--all", "--dir", folder)
     assert list(folder.iterdir()) == []
 
@@ -67,7 +67,7 @@ def test_a_chat_keeps_its_prompts_where_it_is_told_to(model: Path, tmp_path: Pat
 
 
 def test_damage_is_told(folder: Path) -> None:
-    assert said("verify", "--dir", folder) == {"files": 4, "damaged": []}
+    assert said("verify", "--dir", folder) == {"files": 6, "damaged": []}
     file = sorted(folder.iterdir())[0]
     content = bytearray(file.read_bytes())
     content[5000] ^= 1
