@@ -25,7 +25,7 @@ from typing import Any
 from rich.table import Table
 
 PROMPTS = 1000
-_LAYERS = 4  # of the model: all take 25 minutes a run on two cores
+_LAYERS = 8  # of the model: all take 25 minutes a run on two cores
 _CAP = 0.5  # of the file
 _LEAST = 0.85  # of the speed in memory
 _TOKENS = 16  # of an answer
@@ -64,12 +64,14 @@ def measure(
         OSError: the disk has no room for the model.
         BuildError: a run did not end well.
     """
+    import llama_flash
     from benchlib import machine
     from benchlib.models import DENSE_GQA
 
     files = DENSE_GQA.ensure(folder, 2 if quick else _LAYERS)
     found.prompts = 32 if quick else PROMPTS
-    found.cap = int(files.stock.stat().st_size * _CAP)
+    smallest = llama_flash.plan(files.stock, n_ctx=_N_CTX, parallel=8).smallest  # more than half of a short model
+    found.cap = max(int(files.stock.stat().st_size * _CAP), smallest + (128 << 20))
     try:
         answers: list[list[str]] = []
         for number in range(repeats):
@@ -97,12 +99,15 @@ def _run(model: Path, found: Result, cap: int | None) -> dict[str, Any]:
         spec.write_text(json.dumps({"model": str(model), "prompts": found.prompts, "out": str(out)}))
         command = [sys.executable, __file__, str(spec)]
         if cap is None:
-            code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+            free = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            code, errors = free.returncode, free.stderr
         else:
             capped = run_capped(cap, command, capture_output=True)
-            code, found.peak = capped.returncode, max(found.peak, capped.peak_bytes or 0)
+            code, errors = capped.returncode, capped.stderr or ""
+            found.peak = max(found.peak, capped.peak_bytes or 0)
         if code:
-            raise BuildError(f"{model.name}, {'no cap' if cap is None else f'a cap of {cap} bytes'}: ended with {code}")
+            way = "no cap" if cap is None else f"a cap of {cap} bytes"
+            raise BuildError(f"{model.name}, {way}: ended with {code}: {errors.strip()[-500:]}")
         told: dict[str, Any] = json.loads(out.read_text())
         return told
 
