@@ -25,7 +25,7 @@ from typing import Any
 from rich.table import Table
 
 PROMPTS = 1000
-_LAYERS = 8  # of the model: all take 25 minutes a run on two cores
+_LAYERS = 8  # of the model's 16
 _CAP = 0.5  # of the file
 _LEAST = 0.85  # of the speed in memory
 _TOKENS = 16  # of an answer
@@ -44,6 +44,7 @@ class Result:
     parallel: dict[str, int] = field(default_factory=dict)
     peak: int = 0  # bytes, of the group under the cap
     cap: int = 0
+    size: int = 0  # of the file
     same: bool = True
 
     @property
@@ -71,7 +72,8 @@ def measure(
     files = DENSE_GQA.ensure(folder, 2 if quick else _LAYERS)
     found.prompts = 32 if quick else PROMPTS
     smallest = llama_flash.plan(files.stock, n_ctx=_N_CTX, parallel=8).smallest  # more than half of a short model
-    found.cap = max(int(files.stock.stat().st_size * _CAP), smallest + (128 << 20))
+    found.size = files.stock.stat().st_size
+    found.cap = max(int(found.size * _CAP), smallest + (128 << 20))
     try:
         answers: list[list[str]] = []
         for number in range(repeats):
@@ -113,7 +115,9 @@ def _run(model: Path, found: Result, cap: int | None) -> dict[str, Any]:
 
 
 def table(found: Result) -> Table:
-    shown = Table(title=f"{found.prompts} prompts on a dense model at half of its memory", title_justify="left")
+    shown = Table(
+        title=f"{found.prompts} prompts, a cap of {found.cap / found.size:.0%} of the file", title_justify="left"
+    )
     for column in ("way", "at once", "seconds", "answered tok/s", "prompt tok/s"):
         shown.add_column(column, justify="right")
     for way in ("flash", "resident"):

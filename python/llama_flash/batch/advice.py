@@ -45,13 +45,13 @@ def parallel_for(model: Path, flash_offload: Mapping[str, Any], n_ctx: int, n_re
     """
     options = FlashOffload(**flash_offload)
     meta = read_gguf(model)
-    import llama_cpp  # noqa: F401  # so that its size is counted
-
-    budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
     one = ContextShape(n_ctx=n_ctx)
     if options.workers:
         choices = [n for n in (32, 16, 8, 4, 2) if n_requests is None or n // 2 < n_requests]
         return sequences_at_workers(meta, options, one, choices)[0]
+    import llama_cpp  # noqa: F401  # so that its size is counted
+
+    budget = resolve_budget(options.dram_budget, options.reserve, model_bytes=meta.file_bytes)
     room = [1]
     mode = ""
     n = 1

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from ..native.prompts import Tokens
 from .model import ModelText
-from .mtp import MtpText
 from .ngram import TextDraft
 
 __all__ = ["MixedText"]
@@ -17,10 +16,11 @@ _LONG = 5  # kind of a match from which on the text is more often right than a s
 class MixedText:
     """Of one text: a drafter.Source. Kinds are those of the text, then those of the model."""
 
-    def __init__(self, model: ModelText | MtpText) -> None:
+    assumed: Sequence[float] = (*TextDraft.assumed, *ModelText.assumed)
+
+    def __init__(self, model: ModelText) -> None:
         self._text, self._model = TextDraft(), model
         self.name = model.name
-        self.assumed: Sequence[float] = (*TextDraft.assumed, *model.assumed)
 
     def follow(self, text: Tokens) -> int:
         self._text.follow(text)

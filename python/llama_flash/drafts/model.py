@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,10 +18,10 @@ from ..native.calls import context_memory
 from ..native.prompts import Tokens
 from ..planning.drafted import DRAFT_BATCH
 
-__all__ = ["ASSUMED", "ModelDraft", "ModelText", "check_vocabularies", "guessed"]
+__all__ = ["ModelDraft", "ModelText", "check_vocabularies", "guessed", "in_common"]
 
 _KINDS = 10  # by how likely the token is to the draft model
-ASSUMED = tuple((i + 0.5) / _KINDS for i in range(_KINDS))
+_ASSUMED = tuple((i + 0.5) / _KINDS for i in range(_KINDS))
 _MORE = 128  # tokens by which two vocabularies may differ in length, as llama.cpp allows
 
 
@@ -85,7 +85,7 @@ class ModelDraft:
 
     def source(self, text: int) -> ModelText:
         """Of the text with this number."""
-        return ModelText(self, text)
+        return ModelText("model", self, text)
 
     def follow(self, text: int, now: Tokens) -> int:
         """Computes what is new, so that the last token's logits are there. Returns how many tokens that were."""
@@ -93,10 +93,7 @@ class ModelDraft:
             return 0
         tokens = now.tolist()
         held = self._held.setdefault(text, [])
-        common = next(
-            (i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), min(len(held), len(tokens))
-        )
-        common = min(common, len(tokens) - 1)  # whose logits are wanted
+        common = min(in_common(held, tokens), len(tokens) - 1)  # whose logits are wanted
         if common < len(held):
             self._engine.llama_memory_seq_rm(self._memory, text, common, -1)
             del held[common:]
@@ -141,23 +138,38 @@ class ModelDraft:
             self._engine.llama_model_free(model)
 
 
+class Guesser(Protocol):
+    """What guesses at several texts: a draft model, or a head."""
+
+    def follow(self, text: int, now: Tokens) -> int: ...
+
+    def guesses(self, text: int) -> Iterator[tuple[int, int]]: ...
+
+    def close(self) -> None: ...
+
+
 class ModelText:
-    """One text of a draft model's: a drafter.Source."""
+    """One text of a guesser's: a drafter.Source."""
 
-    name = "model"
-    assumed: Sequence[float] = ASSUMED
+    assumed: Sequence[float] = _ASSUMED
 
-    def __init__(self, model: ModelDraft, text: int) -> None:
-        self._model, self._text = model, text
+    def __init__(self, name: str, guesser: Guesser, text: int) -> None:
+        self.name = name
+        self._guesser, self._text = guesser, text
 
     def follow(self, text: Tokens) -> int:
-        return self._model.follow(self._text, text)
+        return self._guesser.follow(self._text, text)
 
     def guesses(self) -> Iterator[tuple[int, int]]:
-        return self._model.guesses(self._text)
+        return self._guesser.guesses(self._text)
 
     def close(self) -> None:
-        self._model.close()
+        self._guesser.close()
+
+
+def in_common(one: list[int], other: list[int]) -> int:
+    """Tokens that both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def guessed(context: Any, n_vocab: int) -> tuple[int, int]:

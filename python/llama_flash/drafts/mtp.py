@@ -19,7 +19,7 @@ from ..model.load import new_context
 from ..native.calls import context_memory
 from ..native.prompts import Tokens
 from ..planning.drafted import beside_mtp, mtp_params
-from .model import ASSUMED, guessed
+from .model import ModelText, guessed, in_common
 
 __all__ = ["MtpDraft"]
 
@@ -102,9 +102,9 @@ class MtpDraft:
         """That it takes, in all."""
         return self.weights + self.beside
 
-    def source(self, text: int) -> MtpText:
+    def source(self, text: int) -> ModelText:
         """Of the text with this number, which is that of its sequence in the model's context."""
-        return MtpText(self, text)
+        return ModelText("mtp", self, text)
 
     def computed(self, tokens: Tokens, positions: Tokens, sequences: Tokens) -> None:
         """The model has computed these tokens; those of a sequence follow each other.
@@ -128,7 +128,7 @@ class MtpDraft:
         if not text.begin <= position <= text.begin + len(known):  # what is between was computed elsewhere
             self._cut(number, text, text.begin)
             text.begin, known = position, []
-        same = _common(known[position - text.begin :], tokens)
+        same = in_common(known[position - text.begin :], tokens)
         self._cut(number, text, position + same)
         before = text.state(position - 1)
         for i in range(same, len(tokens)):
@@ -165,7 +165,7 @@ class MtpDraft:
             return 0
         last = len(now) - 1
         rest = now[text.begin :].tolist() if text.begin <= last else []
-        end = text.begin + _common(text.tokens, rest)
+        end = text.begin + in_common(text.tokens, rest)
         state = text.state(last - 1)
         self._cut(number, text, min(end, last))
         if end < last or state is None:
@@ -229,27 +229,3 @@ class MtpDraft:
             self._batch.embd = None  # numpy's
             self._engine.llama_batch_free(self._batch)
             self._engine.llama_free(context)
-
-
-class MtpText:
-    """One text of a head's: a drafter.Source."""
-
-    name = "mtp"
-    assumed: Sequence[float] = ASSUMED
-
-    def __init__(self, head: MtpDraft, text: int) -> None:
-        self._head, self._text = head, text
-
-    def follow(self, text: Tokens) -> int:
-        return self._head.follow(self._text, text)
-
-    def guesses(self) -> Iterator[tuple[int, int]]:
-        return self._head.guesses(self._text)
-
-    def close(self) -> None:
-        self._head.close()
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Tokens at the begin of both."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

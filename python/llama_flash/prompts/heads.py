@@ -54,6 +54,11 @@ class Head:
     n_bytes: int = 0  # of the body
     body_sum: int = 0
 
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return self.key.hex() + SUFFIXES[self.part]
+
     def packed(self) -> bytes:
         """As the file begins, with zeros where the size of the body and checksums are."""
         label = self.label.encode()[:255]

@@ -14,7 +14,7 @@ from ..errors import FlashError
 from ..native import prompts as native
 from ..native.prompts import HEAD_BYTES, PromptKind, Tokens
 from .folder import Folder
-from .heads import BLOCK, SHORTEST, SUFFIXES, Head, parse_head, seal
+from .heads import BLOCK, SHORTEST, Head, parse_head, seal
 
 __all__ = ["Recalling"]
 
@@ -45,9 +45,7 @@ class Recalling:
 
     def find(self, n_past: int) -> int:
         """Tokens that the folder seems to hold, more than the first n_past that are in memory; else 0."""
-        reach = self._reach(n_past // BLOCK)
-        end = self._end(reach, n_past)
-        rest = self._rest_behind(reach, max(end, n_past))
+        end, rest = self._there(n_past)
         return rest.first + len(rest.tokens) if rest else end
 
     def run(self, context: Any, seq: int, n_past: int) -> int:
@@ -55,9 +53,8 @@ class Recalling:
 
         n_past: tokens of the prompt that it has already. Where it has them no more, 0 is returned and it has none.
         """
-        first, reach = n_past // BLOCK, self._reach(n_past // BLOCK)
-        end = self._end(reach, n_past)
-        rest = self._rest_behind(reach, max(end, n_past))
+        first = n_past // BLOCK
+        end, rest = self._there(n_past)
         if end <= n_past and rest is None:
             return n_past
         if rest is not None:
@@ -120,19 +117,25 @@ class Recalling:
             self._damaged(self._name(first + good, part))
         return good
 
+    def _there(self, n_past: int) -> tuple[int, Head | None]:
+        """Tokens of whole blocks, as _end says, and what is to be read behind all blocks that are there."""
+        reach = self._reach(n_past // BLOCK)
+        end = self._end(reach, n_past)
+        return end, self._rest_behind(reach, max(end, n_past))
+
     def _rest_behind(self, n: int, most: int) -> Head | None:
         """The longest rest that is there behind `n` blocks, if it goes beyond `most` tokens by enough to be read."""
         for rest in self._rests(n):
             if rest.first + len(rest.tokens) < most + SHORTEST:
                 return None
-            if self._folder.holds(rest.key.hex() + SUFFIXES["cells"]):
+            if self._folder.holds(rest.name):
                 return rest
         return None
 
     def _read_rest(self, context: Any, seq: int, rest: Head) -> int:
         """How many tokens that were; 0: it was no good."""
-        name, n = rest.key.hex() + SUFFIXES["cells"], len(rest.tokens)
-        fd = self._folder.open(name)
+        n = len(rest.tokens)
+        fd = self._folder.open(rest.name)
         if fd is None:
             return 0
         try:
@@ -142,9 +145,9 @@ class Recalling:
             os.close(fd)
         if not good:
             _cut(context, seq, rest.first)
-            self._damaged(name)
+            self._damaged(rest.name)
             return 0
-        self._folder.touch(name, time.time())
+        self._folder.touch(rest.name, time.time())
         return n
 
     @contextlib.contextmanager
@@ -185,7 +188,7 @@ class Recalling:
         return max(0, end - self._kind.window) // BLOCK
 
     def _name(self, block: int, part: str) -> str:
-        return self._heads[block].key.hex() + SUFFIXES[part]
+        return replace(self._heads[block], part=part).name
 
     def _damaged(self, name: str) -> None:
         """It would be in the way of a right one."""

@@ -16,7 +16,7 @@ from typing import Any
 from ..native import prompts as native
 from ..native.prompts import HEAD_BYTES, NotThere, PromptKind, Tokens
 from .folder import Folder
-from .heads import BLOCK, SUFFIXES, Head, beginnings_of, seal
+from .heads import BLOCK, Head, beginnings_of, seal
 
 __all__ = ["PIECE", "Saving"]
 
@@ -106,11 +106,11 @@ class Saving:
         with memoryview(self._buffer) as buffer:
             _write(self._fd, buffer[:HEAD_BYTES], 0)
         os.fdatasync(self._fd)
-        self._folder.finish(self._partial, head.key.hex() + SUFFIXES[head.part])
+        self._folder.finish(self._partial, head.name)
         if self._kind.has_rests:  # of this text when it was shorter
             for shorter in beginnings_of(head):
-                if self._folder.holds(name := shorter.key.hex() + SUFFIXES["cells"]):
-                    self._folder.remove(name)
+                if self._folder.holds(shorter.name):
+                    self._folder.remove(shorter.name)
         self.written += HEAD_BYTES + self._offset
         os.close(self._fd)
         self._head, self._fd, self._partial = None, -1, ""
@@ -135,10 +135,11 @@ class Saving:
             for part, is_wanted in wanted.items():
                 if not is_wanted:
                     continue
-                if self._folder.holds(name := head.key.hex() + SUFFIXES[part]):
-                    self._folder.touch(name, now - 1e-3 * i)  # what others need goes last
+                file = replace(head, part=part)
+                if self._folder.holds(file.name):
+                    self._folder.touch(file.name, now - 1e-3 * i)  # what others need goes last
                 else:
-                    yield replace(head, part=part)
+                    yield file
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:
