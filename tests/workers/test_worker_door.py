@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -115,3 +116,29 @@ def test_rpc_servers_says_how_it_is_done() -> None:
     with pytest.raises(TypeError, match="FlashOffload\\(workers="):
         llama_cpp.Llama(str(MOE), rpc_servers="127.0.0.1:50052", verbose=False)
     llama_cpp.Llama(str(MOE), rpc_servers=None, verbose=False, vocab_only=True).close()
+
+
+_WAITS = """
+import signal, sys
+from pathlib import Path
+from llama_flash.workers.listen import Listener, Settings
+
+listener = Listener(Settings(Path("any.gguf"), "127.0.0.1:0"), print)
+signal.signal(signal.SIGTERM, lambda *_: listener.stop())
+signal.siginterrupt(signal.SIGTERM, False)
+print(listener.address, flush=True)
+listener.run()
+print("ended", flush=True)
+"""
+
+
+def test_a_signal_that_does_not_end_the_wait_for_clients_is_noticed() -> None:
+    """As one that comes just before it begins: the system goes on waiting."""
+    process = subprocess.Popen([sys.executable, "-c", _WAITS], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[0] == "ended\n"
+    finally:
+        process.kill()
+        process.wait()

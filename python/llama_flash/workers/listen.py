@@ -31,6 +31,7 @@ _FIRST_SECONDS = 5.0  # in which a connection must say what it is for
 _WAITING = 16  # connections that have not said it yet
 _LEAVING = 2.0  # seconds in which the process of a client that has left ends by itself
 _ENDING = 10.0  # seconds that a client's process may take to end
+_LOOK = 1.0  # seconds from one look at signals to the next: one that comes just before accept() does not end its wait
 
 Say = Callable[[str], None]
 
@@ -109,6 +110,7 @@ class Listener:
                 "and let clients come through an SSH tunnel, or say --listen-anywhere on a private network"
             )
         self._socket = socket.create_server((host, port), backlog=_WAITING, reuse_port=False)
+        self._socket.settimeout(_LOOK)
         self.address = "{}:{}".format(*self._socket.getsockname()[:2])
         self._lock = threading.Lock()
         self._free = threading.Semaphore(_WAITING)
@@ -120,6 +122,8 @@ class Listener:
         while True:
             try:
                 connection, peer = self._socket.accept()
+            except TimeoutError:
+                continue
             except OSError:
                 if self._stopping:
                     break
