@@ -104,8 +104,10 @@ uint64_t least_of(const memory_needs & n, const standing_parts & standing) {
 
 // division
 
+// least: two of the largest record
 static uint64_t ring_bytes(uint64_t least, uint64_t left, uint64_t records) {
-    return least + flash_sector_floor(std::min({ RING_MOST, left / RING_PART, records }));
+    const uint64_t most = std::max(RING_MOST, std::min(RING_RECORDS * (least / 2), RING_MOST_OF_LARGE));
+    return least + flash_sector_floor(std::min({ most, left / RING_PART, records }));
 }
 
 // Bundles' records in `room` bytes where the mode has no slots: whole runs, the same share of each layer. Returns what they use.

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <functional>
 
-// a prompt's wave is at least so many experts (each wave quantises the activations again)
+// a prompt's wave is at least so many experts (each wave quantises the activations again), or as many as half of the ring holds
 constexpr size_t PROMPT_WAVE = 8;
 
 void expert_op::reserve(const llama_flash_params & params) {
@@ -77,17 +77,19 @@ expert_op::there_count expert_op::count_there(bool decode) const {
         n.slots += r.is_there() && r.place != record_place::ring;
         n.reading += r.state == record_state::reading;
     }
-    n.wish = decode ? 1 : std::min(PROMPT_WAVE, waiting.size());
+    n.wish = decode || waiting.empty() ? 1 : std::min({ PROMPT_WAVE, waiting.size(), std::max<size_t>(1, half_ring() / table.records[waiting.front()].bytes) });
     return n;
 }
 
 // Sets the next wave: records that have arrived. When decoding, all of them. Of a prompt those in the ring, if they are worth a
-// wave (half of the ring at most, so that reads go on into the other half), else those in slots.
+// wave (half of the ring at most, so that reads go on into the other half), else those in slots: a wave of them at a time while
+// others are still read, for the ring is full meanwhile.
 void expert_op::set_wave(const flash_tensor & t, bool decode) {
     const there_count n          = count_there(decode);
     const bool        from_ring  = decode || n.ring >= n.wish || n.slots == 0;
     const bool        from_slots = decode || !from_ring;
-    uint64_t          room       = decode ? UINT64_MAX : experts.stream().bytes() / 2;
+    uint64_t          room       = decode ? UINT64_MAX : half_ring();
+    size_t            from_slot  = decode || n.ring + n.slots == waiting.size() ? SIZE_MAX : PROMPT_WAVE;
 
     std::fill(addresses.begin(), addresses.end(), nullptr);
     wave.any    = false;
@@ -95,10 +97,11 @@ void expert_op::set_wave(const flash_tensor & t, bool decode) {
     for (uint32_t index : waiting) {
         const flash_record & r     = table.records[index];
         const bool           ring  = r.place == record_place::ring;
-        const bool           taken = r.is_there() && (ring ? from_ring && room > 0 : from_slots);
+        const bool           taken = r.is_there() && (ring ? from_ring && room > 0 : from_slots && from_slot > 0);
         if (taken) {
             add_to_wave(t, index);
             room -= ring ? std::min<uint64_t>(room, r.bytes) : 0;
+            from_slot -= ring ? 0 : 1;
         } else {
             waiting[left++] = index;
         }

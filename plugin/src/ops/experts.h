@@ -48,6 +48,7 @@ class expert_op {
     bool        pump();
     void        add_to_wave(const flash_tensor & t, uint32_t index);
     there_count count_there(bool decode) const;
+    uint64_t    half_ring() const { return experts.stream().bytes() / 2; } // is computed, while the other half is read to
     void        set_wave(const flash_tensor & t, bool decode);
     bool        set_early_wave();
     void        fetch_expected();
