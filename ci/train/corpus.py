@@ -123,5 +123,10 @@ def train_tokenizer(files: dict[str, str]) -> Tokenizer:
 
 def encode_documents(tokenizer: Tokenizer, files: dict[str, str]) -> list[TokenArray]:
     """One array per file, in path order: BOS, the text, EOS."""
-    encodings = tokenizer.encode_batch([files[path] for path in sorted(files)], add_special_tokens=False)
+    return encode_texts(tokenizer, [files[path] for path in sorted(files)])
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[TokenArray]:
+    """One array per text: BOS, the text, EOS."""
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return [np.array([BOS_ID, *encoding.ids, EOS_ID], dtype=np.uint16) for encoding in encodings]

@@ -54,7 +54,7 @@ FORMS: dict[Form, ModelConfig] = {
         form="arcee", architecture="arcee", rope_pairs="neighbours", n_embd=256, n_layer=6, n_head=4, n_ff=3072
     ),
     "draft": ModelConfig(
-        form="draft", architecture="arcee", rope_pairs="neighbours", n_embd=256, n_layer=1, n_head=4, n_ff=1024
+        form="draft", architecture="arcee", rope_pairs="neighbours", n_embd=256, n_layer=2, n_head=4, n_ff=352
     ),
     "moe": ModelConfig(
         form="moe",

@@ -1,7 +1,8 @@
 """Train one of the small models on Python's standard library.
 
     python ci/train/train.py --form arcee --out DIR --seed 0 --steps 1000
-    python ci/train/train.py --form draft --out DIR --seed 0 --steps 1000 --teacher stdlib-arcee-q8_0.gguf
+    python ci/train/train.py --form draft --out DIR --seed 0 --steps 1000 --teacher stdlib-arcee-q8_0.gguf \
+        --own-text own.jsonl
 
 The number of steps, the seed, the text and the library versions decide the result; the clock does not. With --minutes
 the number is chosen from the speed of the first steps, and printed, so that the run can be repeated with --steps.
@@ -12,6 +13,7 @@ twice as long. Until that fall begins, a run can be resumed with another --steps
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corpus import Corpus, TokenArray, encode_documents, load_corpus, train_tokenizer
+from corpus import Corpus, TokenArray, encode_documents, encode_texts, load_corpus, train_tokenizer
 from model import FORMS, Form, LanguageModel, ModelConfig
 from muon import Muon
 from teacher import Teacher
@@ -127,7 +129,14 @@ def has_bfloat16() -> bool:
 
 class Trainer:
     def __init__(
-        self, config: ModelConfig, recipe: Recipe, corpus: Corpus, out: Path, seed: int, teacher: Path | None = None
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        corpus: Corpus,
+        out: Path,
+        seed: int,
+        teacher: Path | None = None,
+        own_text: Path | None = None,
     ) -> None:
         self.config, self.recipe, self.seed, self.out = config, recipe, seed, out
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,7 +145,11 @@ class Trainer:
         torch.manual_seed(seed)
         tokenizer = train_tokenizer(corpus.train)
         tokenizer.save(str(out / "tokenizer.json"))
-        self.train_documents = encode_documents(tokenizer, corpus.train)
+        self.train_documents = (
+            encode_documents(tokenizer, corpus.train)
+            if own_text is None
+            else encode_texts(tokenizer, [json.loads(line) for line in own_text.read_text().splitlines()])
+        )
         held_out = encode_documents(tokenizer, corpus.held_out)
         self.train_tokens = sum(len(d) for d in self.train_documents)
         self.bytes_per_token = Corpus.n_bytes(corpus.held_out) / sum(len(d) - 1 for d in held_out)
@@ -266,6 +279,9 @@ def main() -> None:
     length.add_argument("--minutes", type=float)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--teacher", type=Path, help="a GGUF file of the form arcee to begin with and to learn from")
+    parser.add_argument(
+        "--own-text", type=Path, help="what own_text.py wrote: learn from it, not from the library's text"
+    )
     parser.add_argument("--until", type=int, help="stop at this step, to go on with --resume")
     parser.add_argument("--resume", action="store_true", help="go on from DIR/checkpoint.pt")
     args = parser.parse_args()
@@ -281,7 +297,7 @@ def main() -> None:
         f"{len(corpus.held_out)} held out ({Corpus.n_bytes(corpus.held_out)} bytes), "
         f"{len(corpus.near_duplicates)} near-duplicates dropped, sha256 {corpus.sha256}"
     )
-    trainer = Trainer(FORMS[args.form], RECIPES[args.form], corpus, args.out, args.seed, args.teacher)
+    trainer = Trainer(FORMS[args.form], RECIPES[args.form], corpus, args.out, args.seed, args.teacher, args.own_text)
     print(f"{trainer.model.n_parameters()} parameters, {trainer.train_tokens} tokens in an epoch", flush=True)
     if args.resume:
         trainer.resume(args.steps)
@@ -300,6 +316,7 @@ def main() -> None:
         "tokens": steps * trainer.recipe.batch,
         "tokens_per_epoch": trainer.train_tokens,
         "parameters": trainer.model.n_parameters(),
+        "own_text_sha256": args.own_text and hashlib.sha256(args.own_text.read_bytes()).hexdigest(),
         "recipe": asdict(trainer.recipe),
         "corpus": {
             "python": corpus.python_version,
