@@ -72,11 +72,13 @@ class FlashWorkerError(FlashError):
 
     Attributes:
         host: the worker, "host:port"; "" if it is about all of them.
+        is_away: it was lost, cannot be reached or is busy, which may be over after a while. Else somebody has to mend
+            something: it has another model, say.
     """
 
-    def __init__(self, message: str, *, host: str = "") -> None:
+    def __init__(self, message: str, *, host: str = "", is_away: bool = False) -> None:
         super().__init__(message)
-        self.host = host
+        self.host, self.is_away = host, is_away
 
 
 class FlashFormatError(FlashError, ValueError):

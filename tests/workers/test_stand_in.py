@@ -6,9 +6,11 @@ import contextlib
 import http.client
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from serving import eventually
+from serving import SERVE, eventually, serving
+from workers import MOE
 
 from llama_flash.server.address import bound
 from llama_flash.server.stand_in import StandIn
@@ -37,6 +39,39 @@ def test_the_key_may_be_said_where_the_server_lets_clients_say_it(port: int) -> 
     assert _status(port, {"Authorization": b"Bearer " + KEY.encode()}) == 503
     assert _status(port, {"X-Api-Key": KEY.encode()}) == 503
     assert _status(port, {"X-Api-Key": b"another"}) == 401
+
+
+def _asked(port: int, method: str, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}
+
+
+def test_health_is_told_to_everybody_and_no_method_goes_past_the_key(port: int) -> None:
+    for path in ("/health", "/v1/health"):
+        status, headers = _asked(port, "GET", path, {})
+        assert status == 503 and headers["retry-after"] == "1"
+    for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+        assert _asked(port, method, "/v1/models", {})[0] == 401
+        assert _asked(port, method, "/v1/models", {"X-Api-Key": KEY.encode().decode("latin-1")})[0] == 503
+
+
+def test_pages_of_other_addresses_may_do_what_the_server_lets_them(port: int, tmp_path: Path) -> None:
+    shared = ("access-control-", "content-type")
+    with serving([MOE, "-c", "256", "--api-key", KEY], tmp_path / "log", command=SERVE) as server:
+        real = int(server.url.rpartition(":")[2])
+        for origin in ("http://localhost:3000", "https://127.0.0.1", "http://localhost.example.com", ""):
+            headers = {"Origin": origin} if origin else {}
+            for method, path in (("OPTIONS", "/v1/models"), ("GET", "/v1/models")):  # without the key
+                wanted = _asked(real, method, path, headers)
+                found = _asked(port, method, path, headers)
+                assert found[0] == wanted[0]
+                for name in {*found[1], *wanted[1]}:
+                    if name.startswith(shared):
+                        assert found[1].get(name) == wanted[1].get(name), (origin, method, name)
 
 
 def test_clients_that_go_on_sending_are_left(port: int) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ import llama_cpp
 import numpy as np
 import pytest
 from workers import MOE, WorkerProcess, logits_of, open_model, workers_of
+
+from llama_flash import FlashWorkerError
+from llama_flash.model.gguf import read_gguf
+from llama_flash.workers.identity import identity_of
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +87,42 @@ def test_connections_that_say_nothing_do_not_keep_others_out(worker: WorkerProce
     finally:
         for one in silent:
             one.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"flash_rate": "fast"},
+        {"dram_rate": [1]},
+        {"flash_rate": -1},
+        {"dram_rate": float("nan")},
+        {"budget": None},
+        {"budget": True},
+        {"held": "much"},
+        {"reserve": float("inf")},
+    ],
+)
+def test_a_worker_whose_greeting_makes_no_sense_is_named(wrong: dict[str, object]) -> None:
+    sound = {"ok": True, "key": "k", "identity": identity_of(read_gguf(MOE)), "budget": 1, "held": 0, "reserve": 0}
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def greet() -> None:
+            client, _ = door.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(json.dumps({**sound, **wrong}).encode() + b"\n")
+                client.recv(1)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        endpoint = f"127.0.0.1:{door.getsockname()[1]}"
+        with pytest.raises(
+            FlashWorkerError, match=f"worker {endpoint} says .* where its {next(iter(wrong))}"
+        ) as caught:
+            open_model(MOE, [endpoint])
+        assert not caught.value.is_away
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def run_worker(*arguments: str) -> subprocess.CompletedProcess[str]:

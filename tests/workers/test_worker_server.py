@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -169,6 +170,51 @@ def test_while_a_worker_is_away_clients_are_told_and_signals_end_the_server(
         assert eventually(lambda: server.text.count("status 503") == 2)
         assert server.stop() == 128 + signal.SIGTERM
         assert "Traceback" not in server.text
+
+
+# waits that are short: a load after the other
+_IMPATIENT = """
+import runpy, sys
+from llama_flash.server import recovery
+
+recovery._FIRST = recovery._LONGEST = 0.05
+sys.argv[0] = "llama-flash"
+runpy.run_module("llama_flash", run_name="__main__")
+"""
+
+
+def test_a_worker_that_comes_back_with_another_model_ends_the_server_after_a_while(
+    tmp_path: Path, little: str, alone: dict[str, Any]
+) -> None:
+    other = tmp_path / "other.gguf"
+    with workers_of(MOE, tmp_path, 1, budget=little) as workers:
+        arguments = [MOE, *CONTEXT, "--what", "all", "--workers", _named(workers)]
+        command = [sys.executable, "-c", _IMPATIENT, "serve"]
+        with serving(arguments, tmp_path / "server.log", command=command) as server:
+            port = workers[0].port
+            _kill(workers[0])
+            assert eventually(lambda: "status 503" in server.text)
+            workers[0] = WorkerProcess(_with_another_head(MOE, other), tmp_path, budget=little, port=port)
+            assert eventually(lambda: "the server ends after 8 more loads that fail" in server.text)
+            workers[0].end()
+            workers[0] = WorkerProcess(MOE, tmp_path, budget=little, port=port)
+            assert answers_again(server, alone[PROMPTS[0]][1])
+            _kill(workers[0])
+            workers[0] = WorkerProcess(other, tmp_path, budget=little, port=port)
+            assert eventually(lambda: server.process.poll() is not None)
+            assert server.process.returncode == 1
+            last = server.text.splitlines()[-1]
+            assert f"worker {workers[0].endpoint} has" in last, server.text
+            assert "the server ends after 1 more loads that fail" in server.text
+            assert "Traceback" not in server.text
+
+
+def _with_another_head(model: Path, path: Path) -> Path:
+    """A copy of the same size with another name of the model."""
+    data = model.read_bytes()
+    at = data.index(b"general.name") + len(b"general.name") + 12  # its type, and its length
+    path.write_bytes(data[:at] + b"X" + data[at + 1 :])
+    return path
 
 
 def _kill(worker: WorkerProcess) -> None:

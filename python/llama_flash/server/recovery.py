@@ -1,6 +1,7 @@
 """llama-server until a signal comes. Where a worker of its model is lost, it ends, and is started again with it.
 
-Meanwhile a stand-in answers at its address. Without workers, whatever ends a server ends this.
+Meanwhile a stand-in answers at its address. What does not pass by itself, like a worker that came back with another
+model, ends the server after a minute. Without workers, whatever ends a server ends this.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..errors import FlashError
+from ..errors import FlashError, FlashWorkerError
 from ..workers.wire import connect
 from .engine_thread import LOOK, EngineThread, Signals
 from .pages import FlashPages
@@ -19,6 +20,7 @@ from .stand_in import StandIn
 __all__ = ["Recovery"]
 
 _FIRST, _LONGEST = 0.5, 10.0  # seconds from a failure to the next load; twice as many after each
+_TRIES = 10  # loads that may fail in a row for what somebody has to mend: about a minute
 _KNOCKING = 1.0  # seconds that a connection may take
 
 
@@ -48,15 +50,15 @@ class Recovery:
         """Until SIGTERM (then SystemExit is raised) or SIGINT (KeyboardInterrupt).
 
         Raises:
-            FlashError: what ended the first load, or a server without workers.
+            FlashError: what ended the first load, or a server without workers; what nobody has mended for a minute.
         """
-        served, wait = False, _FIRST
+        served, wait, tries = False, _FIRST, 0
         while True:
             server = self.make()
             failure: FlashError | None = None
             server.start()
             if server.wait_until_it_answers():
-                served, wait = True, _FIRST
+                served, wait, tries = True, _FIRST, 0
                 signals.may_wait = True
                 self.say(f"serving http://{self._address}/v1 (Ctrl-C ends it)")
                 failure = server.watch(signals)
@@ -66,10 +68,15 @@ class Recovery:
             if failure is None:
                 signals.raise_last()
                 return
+            passes = isinstance(failure, FlashWorkerError) and failure.is_away
+            tries = 0 if passes else tries + 1
+            if tries == _TRIES:
+                raise failure
+            ends = "" if passes else f", and the server ends after {_TRIES - tries} more loads that fail"
             with contextlib.closing(StandIn(self.host, self.port, str(failure), self.key, self.pages.metrics)):
                 self.pages.unloaded()
                 server.end(signals, self.slowest)
-                self.say(f"{failure}; until then, requests are answered with status 503")
+                self.say(f"{failure}; until then, requests are answered with status 503{ends}")
                 signals.may_wait = True
                 self._wait(signals, time.monotonic() + wait)
             signals.may_wait = False  # first: a signal in between would wait for the load

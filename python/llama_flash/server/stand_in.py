@@ -10,11 +10,13 @@ import hmac
 import http.client
 import io
 import json
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 from .address import bound
@@ -28,6 +30,16 @@ _MOST = 64  # clients at the same time
 _HEAD = 64 << 10  # bytes of a request before its body
 _LONGEST = 8 << 20  # bytes of a body that are taken, so that its client reads the answer
 _PIECE = 64 << 10  # bytes of it that are held
+
+# what pages of other addresses may do, as llama-server is told by engine_server.py: --cors-origins localhost
+_LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?")
+_BEFORE = MappingProxyType(
+    {
+        "Access-Control-Allow-Credentials": "true",
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Allow-Headers": "*",
+    }
+)
 
 
 class StandIn:
@@ -144,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         self._take_body()
         path, said = self.path.partition("?")[0], self.server.why
-        if path == "/health":  # told to everybody
+        if path in ("/health", "/v1/health"):  # told to everybody
             self._send(503, _error(503, "the model cannot be loaded: a worker is away"))
         elif not self._knows_the_key():
             self._send(401, _error(401, "Invalid API Key", "authentication_error"))
@@ -153,7 +165,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(503, _error(503, said))
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_OPTIONS = answer
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer
+
+    def do_OPTIONS(self) -> None:
+        """What browsers ask before a request, without the key."""
+        self._take_body()
+        self._send(200, "", "text/html", _BEFORE)
 
     def _take_body(self) -> None:
         with contextlib.suppress(ValueError):
@@ -167,7 +184,13 @@ class _Handler(BaseHTTPRequestHandler):
         given = said.removeprefix("Bearer ").encode("latin-1", "replace")  # the bytes that were sent
         return self.server.key is None or hmac.compare_digest(given, self.server.key.encode())
 
-    def _send(self, status: int, text: str, kind: str = "application/json; charset=utf-8") -> None:
+    def _send(
+        self,
+        status: int,
+        text: str,
+        kind: str = "application/json; charset=utf-8",
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         data = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -175,6 +198,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         if status == 503:
             self.send_header("Retry-After", "1")
+        origin = self.headers.get("Origin", "")
+        if _LOCAL.fullmatch(origin):
+            self.send_header("Access-Control-Allow-Origin", origin)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)

@@ -30,6 +30,7 @@ __all__ = ["Remote", "Workers"]
 
 _PULSE = 1.0  # seconds from one sign of life to the next
 _STARTING = 60.0  # seconds that a worker's process for this client may take to begin
+_TOO_MUCH = 1 << 63  # bytes
 _AGAIN = "the model has to be loaded again, once the worker is there"
 
 
@@ -56,6 +57,7 @@ class Remote:
                 f"worker {endpoint} cannot be reached: {_said(error)}; start it there (llama-flash worker), or name "
                 "another",
                 host=endpoint,
+                is_away=True,
             ) from None
         self._wire = Wire(connection)
         connection.settimeout(_STARTING)
@@ -63,12 +65,11 @@ class Remote:
         connection.settimeout(self._timeout)
         try:
             compare(identity, hello.get("identity"), endpoint)
+            self.offer = _offer_of(endpoint, hello)
         except FlashWorkerError:
             self.close()
             raise
         self._key = str(hello.get("key"))
-        rates = (float(hello.get("flash_rate", 0)), float(hello.get("dram_rate", 0)))
-        self.offer = Offer(endpoint, int(hello["budget"]), int(hello["held"]), int(hello["reserve"]), *rates)
 
     def open_data(self, homes: dict[str, int], few_tokens: int) -> int:
         """The connection for data, of these weights; returns the worker's ggml_backend_dev_t."""
@@ -133,7 +134,8 @@ class Remote:
         self._wire.close()
 
     def _error(self) -> FlashWorkerError:
-        return FlashWorkerError(f"worker {self.endpoint} is lost: {self.lost}; {_AGAIN}", host=self.endpoint)
+        said = f"worker {self.endpoint} is lost: {self.lost}; {_AGAIN}"
+        return FlashWorkerError(said, host=self.endpoint, is_away=True)
 
     def _told(self, error: dict[str, Any]) -> FlashError:
         kind, said = error.get("kind"), f"worker {self.endpoint}: {error.get('message')}"
@@ -144,7 +146,20 @@ class Remote:
             return FlashBudgetError(said, breakdown=error.get("breakdown", {}), smallest=int(error.get("smallest", 0)))
         if kind == "format":
             return FlashFormatError(said)
-        return FlashWorkerError(said, host=self.endpoint)
+        return FlashWorkerError(said, host=self.endpoint, is_away=kind == "busy")
+
+
+def _offer_of(endpoint: str, hello: Line) -> Offer:
+    """What the greeting says that there is. Raises FlashWorkerError where that makes no sense."""
+
+    def number(name: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _TOO_MUCH:  # NaN neither
+            raise FlashWorkerError(f"worker {endpoint} says {value!r} where its {name} should be", host=endpoint)
+        return value
+
+    sizes = (int(number(name, hello.get(name))) for name in ("budget", "held", "reserve"))
+    rates = (float(number(name, hello.get(name, 0))) for name in ("flash_rate", "dram_rate"))
+    return Offer(endpoint, *sizes, *rates)
 
 
 class Workers:
