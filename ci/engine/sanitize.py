@@ -1,7 +1,8 @@
 """`make sanitize`: engine and plugin built for ASan (with UBSan in the plugin) and for TSan, and the tests under them.
 
 What runs: plugin/tests through ctest, then `pytest -m sanitize` with the sanitized libraries in place of .venv's. With
-`--kind server` alone: llama-server is instrumented, too, and is sent hostile requests.
+`--kind server` alone: llama-server is instrumented, too, and is sent hostile requests. With `--kind worker` alone: a
+worker with the libraries of the address build is sent hostile messages.
 """
 
 from __future__ import annotations
@@ -24,16 +25,14 @@ class Kind:
     runtimes: tuple[str, ...]  # loaded before Python, which is not instrumented; gcc's names
     options: dict[str, str]
     python_options: dict[str, str]  # in place of `options` where Python runs
-    server: bool = False  # instrumented, too; not a part of a run without --kind
+    pytest: tuple[str, ...] = ("-m", "sanitize and not weighs")  # what is run, and how it is chosen
+    target: str = "plugin_tests"  # that is built beside the plugin
+    folder: str = ""  # of another kind, whose build is used
 
     @property
-    def pytest(self) -> list[str]:
-        """What is run, and how it is chosen."""
-        return ["-m", "", "tests/server/test_hostile_requests.py"] if self.server else ["-m", "sanitize and not weighs"]
-
-    @property
-    def targets(self) -> list[str]:
-        return ["llama_flash", "llama-server-impl" if self.server else "plugin_tests"]
+    def alone(self) -> bool:
+        """Whether only one test of it runs, and only where --kind names it."""
+        return self.target != "plugin_tests" or self.folder != ""
 
 
 _ADDRESS = Kind(
@@ -49,7 +48,13 @@ _ADDRESS = Kind(
 )
 KINDS = (
     _ADDRESS,
-    replace(_ADDRESS, name="server", server=True),
+    replace(
+        _ADDRESS,
+        name="server",
+        pytest=("-m", "", "tests/server/test_hostile_requests.py"),
+        target="llama-server-impl",
+    ),
+    replace(_ADDRESS, name="worker", pytest=("-m", "", "tests/workers/test_rpc_fuzz.py"), folder="address"),
     Kind(
         "thread",
         "thread",
@@ -85,7 +90,7 @@ def build(kind: Kind, folder: Path) -> None:
         [
             *("cmake", "-S", ENGINE, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"),
             *(f"-DPython_EXECUTABLE={VENV / 'bin/python'}", f"-DLLAMA_FLASH_SANITIZE={kind.sanitizer}"),
-            f"-DLLAMA_FLASH_SANITIZE_SERVER={'ON' if kind.server else 'OFF'}",
+            f"-DLLAMA_FLASH_SANITIZE_SERVER={'ON' if kind.name == 'server' else 'OFF'}",
             # line numbers are enough, and -O1 compiles in half the time
             *("-DCMAKE_C_FLAGS_RELWITHDEBINFO=-O1 -g1", "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1"),
             "-DLLAMA_FLASH_TESTS=ON",
@@ -96,7 +101,7 @@ def build(kind: Kind, folder: Path) -> None:
     )
     run_logged(
         f"compiling the {kind.name} build",
-        ["cmake", "--build", folder, "--target", *kind.targets],
+        ["cmake", "--build", folder, "--target", "llama_flash", kind.target],
         BUILD / f"logs/sanitize-{kind.name}.log",
         explain=explain,
         progress_pattern=r"\[\d+/\d+\]",
@@ -108,7 +113,7 @@ def run(kind: Kind, folder: Path, pytest_arguments: list[str]) -> bool:
     options = {**os.environ, **kind.options}
     prefix = without_aslr() if kind.sanitizer == "thread" else []
     ok = True
-    if not kind.server:
+    if not kind.alone:
         say(f"plugin/tests under the {kind.name} sanitizer")
         ctest = [str(VENV / "bin/ctest"), "--test-dir", str(folder / "plugin"), "--output-on-failure"]
         ok = subprocess.run([*prefix, *ctest], env=options).returncode == 0
@@ -144,8 +149,8 @@ def main() -> None:
     args, pytest_arguments = parser.parse_known_args()
     failed = []
     for kind in KINDS:
-        if args.kind == kind.name or (args.kind is None and not kind.server):
-            folder = BUILD / f"sanitize-{kind.name}"
+        if args.kind == kind.name or (args.kind is None and not kind.alone):
+            folder = BUILD / f"sanitize-{kind.folder or kind.name}"
             build(kind, folder)
             if not run(kind, folder, pytest_arguments):
                 failed.append(kind.name)
