@@ -28,6 +28,7 @@ from rich.table import Table
 
 from benchlib.many import Served
 from benchlib.models import DENSE_GQA, MOE_SKEWED, BenchModel
+from benchlib.stock import Outcome, run_stock
 from benchlib.turns import BuildError
 
 _CAP = 0.28  # of the file: 1.2 GB of 4.3
@@ -204,6 +205,7 @@ class Result:
     crossed: dict[str, dict[int, float]] = field(default_factory=dict)  # bytes on the network per token
     same: dict[str, bool] = field(default_factory=dict)  # whether answers are those of one machine, to the bit
     peaks: dict[str, list[str]] = field(default_factory=dict)  # of the workers
+    stock: Outcome | None = None  # two workers of the engine's own below the same caps
 
     def ratio(self, way: str, n: int, other: str, m: int) -> float:
         return statistics.median(self.speeds[way][n]) / statistics.median(self.speeds[other][m])
@@ -239,6 +241,8 @@ def _measure(
     result = Result(model.name, max(_LEAST_CAP, int(path.stat().st_size * _CAP)))
     runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as logs, contextlib.ExitStack() as running:
+        report(f"{model.name}: two stock workers")
+        result.stock = run_stock(path, result.cap, logs)
         for way in ways:
             report(f"{model.name}: loading, {way.name}")
             runs[way.name] = running.enter_context(contextlib.closing(Run(way, path, result.cap, logs)))
@@ -288,6 +292,9 @@ def table(result: Result) -> Table:
     gain = result.ratio(_TWO.name, 4, _TWO.name, 1)
     verdict = "yes" if gain >= _TARGET else "no"
     lines = [f"two workers, 4 clients over 1: {gain:.2f} (at least {_TARGET:g}: {verdict})"]
+    if result.stock is not None:
+        lines += [f"two stock workers: the client ended with {result.stock.client}"]
+        lines += [f"two stock workers: {said}" for said in result.stock.workers]
     lines += [f"{name}: {peak}" for name, peaks in result.peaks.items() for peak in peaks]
     shown.caption, shown.caption_justify = "\n".join(lines), "left"
     return shown
