@@ -40,7 +40,7 @@
 #    define LLAMA_FLASH_API
 #endif
 
-#define LLAMA_FLASH_API_VERSION 9
+#define LLAMA_FLASH_API_VERSION 10
 
 // how far llama_flash_session_reuse looks back, in tokens
 #define LLAMA_FLASH_REUSE_TOKENS 256
@@ -244,7 +244,8 @@ enum llama_flash_place {
     LLAMA_FLASH_PINNED  = 4,
 };
 
-// buffers that llama.cpp has allocated in this process for a context and its model, flash tensors excluded
+// buffers that llama.cpp has allocated in the host's memory for a context and its model, flash tensors excluded. What lies in a device's
+// own memory is not among them; what a device has allocated in the host's (pinned) is.
 struct llama_flash_context_memory {
     uint64_t model;   // resident weights
     uint64_t context; // KV cache and recurrent state
@@ -364,6 +365,10 @@ LLAMA_FLASH_API int32_t llama_flash_session_stats(const struct llama_flash_sessi
 
 LLAMA_FLASH_API int32_t llama_flash_get_context_memory(const struct llama_context * ctx, struct llama_flash_context_memory * out);
 
+// Bytes of the host's memory through which the engine's loader may send weights to this process' devices, until the load is over; 0: there
+// is no device that takes them in this way.
+LLAMA_FLASH_API uint64_t llama_flash_load_staging(void);
+
 // Gives the memory of the context's graph buffers back to the system, until the next graph needs it: what a prompt has touched, a token
 // has no use for. Between two llama_decode or llama_encode, in the thread that calls them.
 LLAMA_FLASH_API int32_t llama_flash_discard_compute(struct llama_context * ctx);
@@ -395,6 +400,7 @@ enum llama_flash_use {
     LLAMA_FLASH_USE_GET_ROWS   = 4,  // a table whose rows are picked by number
     LLAMA_FLASH_USE_OTHER      = 8,  // anything else; views of it, too
     LLAMA_FLASH_USE_ROUTES     = 16, // what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
+    LLAMA_FLASH_USE_DEVICE     = 32, // no use: it lies in the memory of a device that is not the host's
 };
 
 // which of a model's graphs
@@ -407,6 +413,8 @@ enum llama_flash_graph {
 struct llama_flash_weight_use {
     char     name[128];
     uint32_t uses;
+    uint32_t router; // of experts: place in the array, from 1 on, of the weight that chooses them (ROUTES); 0: none is known
+    uint32_t norm;   // the same of the norm that its input has passed
     uint32_t reserved;
 };
 
@@ -419,6 +427,11 @@ LLAMA_FLASH_API int32_t llama_flash_graph_uses(struct llama_context * ctx, uint3
 // Before the model is loaded: rows of the tensor of this name are picked by number (GET_ROWS), and read one by one. only: nothing
 // else is done with it, so that it has no panels.
 LLAMA_FLASH_API int32_t llama_flash_session_add_rows(struct llama_flash_session * session, const char * name, bool only, struct llama_flash_error * err);
+
+// Before the model is loaded: the router that chooses the experts of the tensor of this name, where ops cannot read it because it lies
+// on a device. weight: [n_expert] rows of n_embd; norm: [n_embd], weights of the norm that its input has passed, or NULL. Copied.
+LLAMA_FLASH_API int32_t llama_flash_session_add_router(struct llama_flash_session * session, const char * experts, const float * weight, const float * norm,
+                                                       uint32_t n_embd, uint32_t n_expert, struct llama_flash_error * err);
 
 // Binds a weight to the bytes at `offset` of a file without a model: between session_new (add_bundle) and bind_end, so that
 // requirements can be asked before anything is loaded. Such a session cannot compute. type: enum ggml_type; ne: as ggml's.

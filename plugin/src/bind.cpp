@@ -155,6 +155,14 @@ int32_t llama_flash_session::add_rows(const char * name, bool only, llama_flash_
     return LLAMA_FLASH_OK;
 }
 
+int32_t llama_flash_session::add_router(const char * experts, router_values values, llama_flash_error * err) {
+    if (bound) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_router: %s, after the model was loaded", experts);
+    }
+    expert_ops.add_router(experts, std::move(values));
+    return LLAMA_FLASH_OK;
+}
+
 int32_t llama_flash_session::add_bundle(const llama_flash_bundle & d, llama_flash_error * err) {
     if (bound || (!bundles.empty() && bundles.back().layer >= d.layer)) {
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_bundle: layers come in order, before the model is loaded");

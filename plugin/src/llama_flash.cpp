@@ -3,6 +3,7 @@
 
 #include "base/status.h"
 #include "buffer_type.h"
+#include "device_memory.h"
 #include "observe/residency.h"
 #include "session.h"
 #include "store/warm.h"
@@ -62,6 +63,14 @@ int32_t llama_flash_session_add_rows(llama_flash_session * session, const char *
         return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_rows: no name");
     }
     return with_session(session, "add_rows", err, [&] { return session->add_rows(name, only, err); });
+}
+
+int32_t llama_flash_session_add_router(llama_flash_session * session, const char * experts, const float * weight, const float * norm, uint32_t n_embd,
+                                       uint32_t n_expert, llama_flash_error * err) {
+    if (!experts || !weight || n_embd == 0 || n_expert == 0) {
+        return flash_fail(err, LLAMA_FLASH_E_INVALID, "add_router: no name or no weights");
+    }
+    return with_session(session, "add_router", err, [&] { return session->add_router(experts, router_values(weight, norm, n_embd, n_expert), err); });
 }
 
 int32_t llama_flash_session_set_neurons(llama_flash_session * session, const llama_flash_neuron_params * params, llama_flash_error * err) {
@@ -230,9 +239,8 @@ int32_t llama_flash_get_context_memory(const llama_context * ctx, llama_flash_co
     *out = {};
     return guarded(nullptr, [&] {
         for (const auto & entry : llama_get_memory_breakdown(ctx)) {
-            const bool         flash  = entry.first == ggml_backend_flash_buffer_type();
-            ggml_backend_dev_t device = ggml_backend_buft_get_device(entry.first);
-            if (device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_GPU) {
+            const bool flash = entry.first == ggml_backend_flash_buffer_type();
+            if (is_device_memory(entry.first)) {
                 continue; // a worker's, or a card's
             }
             out->model += flash ? 0 : entry.second.model;
@@ -241,6 +249,15 @@ int32_t llama_flash_get_context_memory(const llama_context * ctx, llama_flash_co
         }
         return LLAMA_FLASH_OK;
     });
+}
+
+uint64_t llama_flash_load_staging(void) {
+    uint64_t bytes = 0;
+    guarded(nullptr, [&] {
+        bytes = load_staging();
+        return LLAMA_FLASH_OK;
+    });
+    return bytes;
 }
 
 int32_t llama_flash_discard_compute(llama_context * ctx) {

@@ -71,6 +71,7 @@ struct llama_flash_session final : op_gate {
     bool    load(ggml_tensor * tensor, int fd, uint64_t offset); // one that stays in DRAM; false: the engine has to
     int32_t end_binding(llama_flash_error * err);
     int32_t add_rows(const char * name, bool only, llama_flash_error * err);
+    int32_t add_router(const char * experts, router_values values, llama_flash_error * err);
     int32_t add_bundle(const llama_flash_bundle & description, llama_flash_error * err);
 
     flash_tensor * find(const void * tensor_data) {

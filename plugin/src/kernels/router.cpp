@@ -8,10 +8,13 @@
 static constexpr int   LONGEST_PATH = 24;    // nodes between ids and router
 static constexpr float LEAST_WEIGHT = 1e-3f; // of a norm, to be divided by
 
+static bool is_plain(const ggml_tensor * t) {
+    return t && t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && t->op == GGML_OP_NONE && !t->extra;
+}
+
 // a weight, which lives as long as the model, and whose values we can read
 static bool readable(const ggml_tensor * t) {
-    return t && t->data && t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && t->op == GGML_OP_NONE && !t->extra &&
-           t->buffer && ggml_backend_buffer_is_host(t->buffer) && ggml_backend_buffer_get_usage(t->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
+    return t && t->data && t->buffer && ggml_backend_buffer_is_host(t->buffer) && ggml_backend_buffer_get_usage(t->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
 }
 
 // the tensor whose values, in the same order, `t` shows
@@ -32,20 +35,27 @@ const ggml_tensor * router::product(const ggml_tensor * op) {
     return nullptr;
 }
 
-router router::of(const ggml_tensor * op) {
-    router              r;
+router::tensors router::named(const ggml_tensor * op) {
     const ggml_tensor * input = source(op->src[1]);
     const ggml_tensor * t     = product(op);
     const ggml_tensor * w     = t ? t->src[0] : nullptr;
-    if (!readable(w) || w->ne[1] != op->src[0]->ne[2] || w->ne[0] != op->src[1]->ne[0] || source(t->src[1]) != input) {
-        return r; // there is none, or it looks at something else than the experts do
+    if (!is_plain(w) || w->ne[1] != op->src[0]->ne[2] || w->ne[0] != op->src[1]->ne[0] || source(t->src[1]) != input) {
+        return {}; // there is none, or it looks at something else than the experts do
     }
-    r.weight   = (const float *) w->data;
-    r.n_embd   = (uint32_t) w->ne[0];
-    r.n_expert = (uint32_t) w->ne[1];
-    if (input->op == GGML_OP_MUL && readable(input->src[1]) && ggml_nelements(input->src[1]) == w->ne[0]) {
-        r.norm = (const float *) input->src[1]->data;
+    const ggml_tensor * norm = input->op == GGML_OP_MUL ? input->src[1] : nullptr;
+    return { w, is_plain(norm) && ggml_nelements(norm) == w->ne[0] ? norm : nullptr };
+}
+
+router router::of(const ggml_tensor * op) {
+    router        r;
+    const tensors found = named(op);
+    if (!readable(found.weight)) {
+        return r;
     }
+    r.weight   = (const float *) found.weight->data;
+    r.n_embd   = (uint32_t) found.weight->ne[0];
+    r.n_expert = (uint32_t) found.weight->ne[1];
+    r.norm     = readable(found.norm) ? (const float *) found.norm->data : nullptr;
     return r;
 }
 

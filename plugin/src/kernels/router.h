@@ -4,8 +4,19 @@
 
 #include "ggml.h"
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
+
+// One whose values somebody else has read.
+struct router_values {
+    router_values(const float * weight, const float * norm, uint32_t n_embd, uint32_t n_expert) : weight(weight, weight + (size_t) n_expert * n_embd), norm(norm, norm ? norm + n_embd : norm), n_embd(n_embd), n_expert(n_expert) {}
+
+    std::vector<float> weight; // [n_expert] rows of n_embd
+    std::vector<float> norm;   // [n_embd], or empty
+    uint32_t           n_embd;
+    uint32_t           n_expert;
+};
 
 // The router that made the ids of a MUL_MAT_ID, found by following the graph from them.
 struct router {
@@ -14,7 +25,17 @@ struct router {
     uint32_t      n_embd   = 0;
     uint32_t      n_expert = 0;
 
+    router() = default;
+    explicit router(const router_values & v) : weight(v.weight.data()), norm(v.norm.empty() ? nullptr : v.norm.data()), n_embd(v.n_embd), n_expert(v.n_expert) {}
+
     static router of(const ggml_tensor * op);
+
+    // the tensors of which `of` takes the values, wherever they lie
+    struct tensors {
+        const ggml_tensor * weight = nullptr;
+        const ggml_tensor * norm   = nullptr;
+    };
+    static tensors named(const ggml_tensor * op);
 
     // the product that the ids of a MUL_MAT_ID come from; nullptr: none was found
     static const ggml_tensor * product(const ggml_tensor * op);

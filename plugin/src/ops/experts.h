@@ -9,6 +9,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 class expert_op {
@@ -20,6 +22,7 @@ class expert_op {
     // Room for what an op shares, so that nothing is allocated while decoding.
     void reserve(const llama_flash_params & params);
     void forget();
+    void add_router(const std::string & tensor, router_values values) { look.give(tensor, std::move(values)); }
 
     // Entered by all threads of the pool. op->src[0] is the tensor. On failure the session has an error, op's data is undefined.
     void run(flash_tensor & t, const ggml_compute_params * params, ggml_tensor * op);

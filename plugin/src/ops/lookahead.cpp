@@ -26,6 +26,16 @@ void lookahead::forget() {
     scored = false;
 }
 
+// by the name of any tensor of the layer
+router lookahead::given_to(uint32_t group) const {
+    for (uint32_t tensor : table.groups[group]) {
+        if (const auto found = given.find(table.tensors[tensor].name); found != given.end()) {
+            return router(found->second);
+        }
+    }
+    return {};
+}
+
 // Notes the router of t's layer, and that this layer comes after the one before.
 void lookahead::find_next(const flash_tensor & t, const ggml_tensor * op) {
     if (routers.size() != table.groups.size()) {
@@ -35,6 +45,9 @@ void lookahead::find_next(const flash_tensor & t, const ggml_tensor * op) {
     }
     if (!routers[t.group].weight) {
         routers[t.group] = router::of(op);
+        if (!routers[t.group].weight && !given.empty()) {
+            routers[t.group] = given_to(t.group);
+        }
     }
     // layers come in ascending order; after the last one comes the first, but with the next token: nothing to read ahead
     if (last >= 0 && (uint32_t) last < t.group && next[(size_t) last] < 0) {

@@ -6,6 +6,9 @@
 #include "store/experts.h"
 
 #include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 struct ggml_compute_params;
@@ -19,6 +22,9 @@ class lookahead {
     void reserve(uint32_t most_experts, bool tries);
     void forget(); // what was learnt of the graph, and whether it pays
 
+    // The router of these experts, for a graph in which it cannot be found or read.
+    void give(const std::string & tensor, router_values values) { given.insert_or_assign(tensor, std::move(values)); }
+
     // Thread 0, an op on t begins: if it is the first of its layer and has a single token, the next layer's experts can be scored.
     // spent_ns: in all ops before it.
     void begin(const flash_tensor & t, const ggml_tensor * op, uint64_t spent_ns);
@@ -30,11 +36,14 @@ class lookahead {
     void fetch();
 
   private:
-    void find_next(const flash_tensor & t, const ggml_tensor * op);
-    void note_token(const flash_tensor & t, bool one, uint64_t spent_ns);
-    void rank(uint32_t n);
-    void hold(const std::vector<uint32_t> & tensors, uint32_t n);
-    bool uses_them(const flash_tensor & t) const { return t.n_records == scores.size() && t.order != 0; }
+    void   find_next(const flash_tensor & t, const ggml_tensor * op);
+    router given_to(uint32_t group) const;
+    void   note_token(const flash_tensor & t, bool one, uint64_t spent_ns);
+    void   rank(uint32_t n);
+    void   hold(const std::vector<uint32_t> & tensors, uint32_t n);
+    bool   uses_them(const flash_tensor & t) const { return t.n_records == scores.size() && t.order != 0; }
+
+    std::unordered_map<std::string, router_values> given; // by tensor
 
     record_table & table;
     read_queue &   reads;

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import FlashError
@@ -67,6 +67,9 @@ class Use(enum.IntFlag):
     ROUTES = 16
 
 
+_ON_DEVICE = 32  # LLAMA_FLASH_USE_DEVICE, which is no use
+
+
 @dataclass(frozen=True)
 class Graphs:
     """Of a model and a context."""
@@ -74,6 +77,8 @@ class Graphs:
     uses: Mapping[str, Use]  # by name, the weights that all graphs use, together
     kv: int  # bytes of the KV cache and of recurrent state
     compute: int  # bytes of graph buffers; the work buffer is not among them
+    on_device: frozenset[str] = frozenset()  # weights in the memory of a device; what is told of others is not
+    routers: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # by experts: router and norm ("": none known)
 
 
 def graphs_of(meta: GgufMeta, shape: ContextShape) -> Graphs:
@@ -110,7 +115,9 @@ def _ask_engine(path: str, meta: GgufMeta, shape: ContextShape) -> Graphs:
     from llama_cpp._utils import suppress_stdout_stderr
 
     uses: dict[str, Use] = {}
-    with no_alloc_context(path, read_bundles(meta), context_params(shape)) as (model, context):
+    on_device: set[str] = set()
+    routers: dict[str, tuple[str, str]] = {}
+    with no_alloc_context(path, read_bundles(meta), context_params(shape), devices=shape.devices) as (model, context):
         buffers = context_memory(context)
         many = min(_TOKENS, shape.n_ubatch)
         graphs = [(1, _Graph.LLAMA_FLASH_GRAPH_TOKENS), (many, _Graph.LLAMA_FLASH_GRAPH_TOKENS)]
@@ -120,10 +127,15 @@ def _ask_engine(path: str, meta: GgufMeta, shape: ContextShape) -> Graphs:
         for n_tokens, graph in graphs:
             with suppress_stdout_stderr(disable=False):  # the engine tells of each input
                 found = list(graph_uses(context, n_tokens, graph))
-            for name, use in found:
-                if name in meta.tensors:
-                    uses[name] = uses.get(name, Use(0)) | Use(use)
-    return Graphs(uses, buffers.context, buffers.compute)
+            for weight in found:
+                if weight.name not in meta.tensors:
+                    continue
+                uses[weight.name] = uses.get(weight.name, Use(0)) | Use(weight.uses & ~_ON_DEVICE)
+                if weight.uses & _ON_DEVICE:
+                    on_device.add(weight.name)
+                if weight.router in meta.tensors:
+                    routers[weight.name] = (weight.router, weight.norm if weight.norm in meta.tensors else "")
+    return Graphs(uses, buffers.context, buffers.compute, frozenset(on_device), routers)
 
 
 @contextmanager

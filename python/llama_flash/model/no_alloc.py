@@ -11,6 +11,7 @@ from ..budget.rooms import held_by_process
 from ..native.calls import cpu_buffer_type, override
 from ..native.library import note_settled, trim_heap
 from .bundles import Bundles
+from .devices import Devices
 from .load import load_model, new_context
 from .shape import ContextShape
 
@@ -19,11 +20,13 @@ __all__ = ["context_params", "no_alloc_context"]
 
 @contextmanager
 def no_alloc_context(
-    path: str, bundles: Bundles | None, context_params: Any, *, mtp: bool = False
+    path: str, bundles: Bundles | None, context_params: Any, *, devices: Devices | None = None, mtp: bool = False
 ) -> Iterator[tuple[Any, Any]]:
     """The engine's model and context of a file, laid out and not allocated: nothing can be computed.
 
-    mtp: with its head of multi-token prediction.
+    Args:
+        devices: what of it lies on devices; None: nothing.
+        mtp: with its head of multi-token prediction.
 
     Raises:
         FlashFormatError: the engine refuses the model.
@@ -38,9 +41,14 @@ def no_alloc_context(
     params.no_alloc, params.load_mtp = True, mtp
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     parts = [f"^{re.escape(name)}$" for name in (bundles.part_names() if bundles else ())]
+    params.n_gpu_layers = 0  # the engine's default is all of them
+    kept = [devices.enter(params)] if devices else []  # until the model is there
+    groups = devices.overrides() if devices else []
     if parts:
         # the loader refuses parts of bundles in buffers that would be filled; nothing is filled here
-        kept = override(params, (parts, cpu_buffer_type()))  # noqa: F841  # until the model is there
+        groups.append((parts, cpu_buffer_type()))
+    if groups:
+        kept.append(override(params, *groups))
     with suppress_stdout_stderr(disable=False):
         model = load_model(path, params)
     context = None
@@ -68,6 +76,8 @@ def context_params(shape: ContextShape) -> Any:
     params.flash_attn_type = (
         llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if shape.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )
+    if shape.devices is not None:
+        params.offload_kqv, params.op_offload = shape.devices.kqv, shape.devices.op_offload
     if shape.n_outputs < shape.n_batch:
         params.n_outputs_max = shape.n_outputs
     return params

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .devices import Devices
 from .gguf import GgufMeta
 
 __all__ = ["KV_TYPES", "ContextShape", "context_shape", "whole_cells"]
@@ -30,6 +31,7 @@ class ContextShape:
     prompts: int = 0  # bytes that reading and writing the state of prompts takes
     aside: int = 0  # bytes that the caller keeps beside it, sooner or later: prompts that have left the KV cache
     n_sequences: int = 1  # at most; each has cells of its own, n_ctx / n_sequences of them
+    devices: Devices | None = None  # that have memory of their own, and layers of the model
 
 
 def whole_cells(n_ctx: int) -> int:

@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-LLAMA_FLASH_API_VERSION = 9
+LLAMA_FLASH_API_VERSION = 10
 LLAMA_FLASH_REUSE_TOKENS = 256
 LLAMA_FLASH_PROMPT_HEAD = 4096
 
@@ -66,6 +66,7 @@ class llama_flash_use(IntEnum):
     LLAMA_FLASH_USE_GET_ROWS = 4  # a table whose rows are picked by number
     LLAMA_FLASH_USE_OTHER = 8  # anything else; views of it, too
     LLAMA_FLASH_USE_ROUTES = 16  # what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
+    LLAMA_FLASH_USE_DEVICE = 32  # no use: it lies in the memory of a device that is not the host's
 
 
 class llama_flash_graph(IntEnum):
@@ -365,7 +366,7 @@ class llama_flash_tensor(ctypes.Structure):
 
 
 class llama_flash_context_memory(ctypes.Structure):
-    """Buffers that llama.cpp has allocated in this process for a context and its model, flash tensors excluded."""
+    """Own memory is not among them; what a device has allocated in the host's (pinned) is.."""
 
     _fields_: ClassVar = [
         ("model", ctypes.c_uint64),
@@ -450,11 +451,15 @@ class llama_flash_weight_use(ctypes.Structure):
     _fields_: ClassVar = [
         ("name", ctypes.c_char * 128),
         ("uses", ctypes.c_uint32),
+        ("router", ctypes.c_uint32),
+        ("norm", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
     ]
 
     name: bytes
     uses: int
+    router: int  # of experts: place in the array, from 1 on, of the weight that chooses them (ROUTES); 0: none is known
+    norm: int  # the same of the norm that its input has passed
     reserved: int
 
 
@@ -673,6 +678,7 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "llama_flash_session_take_error": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
     "llama_flash_session_stats": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_stats)]),
     "llama_flash_get_context_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_context_memory)]),
+    "llama_flash_load_staging": (ctypes.c_uint64, []),
     "llama_flash_discard_compute": (ctypes.c_int32, [ctypes.c_void_p]),
     "llama_flash_probe_reads": (
         ctypes.c_int32,
@@ -703,6 +709,18 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.c_void_p,
             ctypes.c_char_p,
             ctypes.c_bool,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_session_add_router": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.POINTER(ctypes.c_float),
+            ctypes.POINTER(ctypes.c_float),
+            ctypes.c_uint32,
+            ctypes.c_uint32,
             ctypes.POINTER(llama_flash_error),
         ],
     ),

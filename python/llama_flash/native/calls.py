@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FlashError
@@ -12,6 +13,7 @@ from . import bindings
 from .library import IO_ENGINES, library, raise_error
 
 __all__ = [
+    "WeightUse",
     "abort_callback",
     "context_memory",
     "cpu_buffer_type",
@@ -19,10 +21,13 @@ __all__ = [
     "flash_buffer_type",
     "graph_uses",
     "guarded",
+    "has_devices",
+    "load_staging",
     "override",
     "probe_reads",
 ]
 
+_GPU = 1  # GGML_BACKEND_DEVICE_TYPE_GPU
 _MOST_TEXT = 16 << 10  # bytes of the engine's log
 _STOCK = {"llama_flash_load_model": "llama_model_load_from_file", "llama_flash_new_context": "llama_init_from_model"}
 
@@ -82,8 +87,32 @@ def discard_compute(context: Any) -> None:
     library().llama_flash_discard_compute(context)
 
 
-def graph_uses(context: Any, n_tokens: int, graph: int) -> Iterator[tuple[str, int]]:
-    """Names of the weights that a graph uses, and how (enum llama_flash_use). graph: enum llama_flash_graph."""
+@dataclass(frozen=True)
+class WeightUse:
+    """Of a weight, in one graph; see struct llama_flash_weight_use."""
+
+    name: str
+    uses: int  # enum llama_flash_use
+    router: str  # of experts; "": none is known
+    norm: str
+
+
+def has_devices() -> bool:
+    """Whether the engine knows a device with memory of its own."""
+    lib = library()
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.restype = ctypes.c_void_p
+    devices = (lib.ggml_backend_dev_get(ctypes.c_size_t(i)) for i in range(lib.ggml_backend_dev_count()))
+    return any(lib.ggml_backend_dev_type(ctypes.c_void_p(device)) == _GPU for device in devices)
+
+
+def load_staging() -> int:
+    """Bytes of main memory through which the engine's loader may send weights to a device of this process."""
+    return int(library().llama_flash_load_staging())
+
+
+def graph_uses(context: Any, n_tokens: int, graph: int) -> Iterator[WeightUse]:
+    """The weights that a graph uses. graph: enum llama_flash_graph."""
     error, n = bindings.llama_flash_error(), ctypes.c_uint64()
     found = (bindings.llama_flash_weight_use * 0)()
     while True:
@@ -95,8 +124,9 @@ def graph_uses(context: Any, n_tokens: int, graph: int) -> Iterator[tuple[str, i
         if n.value <= len(found):
             break
         found = (bindings.llama_flash_weight_use * n.value)()
-    for entry in found[: n.value]:
-        yield entry.name.decode("utf-8", errors="replace"), entry.uses
+    names = ["", *(entry.name.decode("utf-8", errors="replace") for entry in found[: n.value])]
+    for name, entry in zip(names[1:], found, strict=False):
+        yield WeightUse(name, entry.uses, names[entry.router], names[entry.norm])
 
 
 def guarded(function: str, of: Any, params: Any) -> tuple[int, str]:

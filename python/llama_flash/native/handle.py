@@ -19,9 +19,10 @@ from . import bindings
 from .library import IO_ENGINES, library, raise_error
 from .params import Memory, NeuronBundle, Requirements
 
-__all__ = ["TRACE_ENTRY", "Ids", "Session"]
+__all__ = ["TRACE_ENTRY", "Floats", "Ids", "Session"]
 
 Ids = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float32]
 
 # struct llama_flash_trace_entry
 TRACE_ENTRY = np.dtype([("token", "u8"), ("tensor", "u4"), ("record", "u4"), ("n_tokens", "u4"), ("uses", "u4")])
@@ -109,6 +110,14 @@ class Session:
     def add_rows(self, name: str, only: bool) -> None:
         """A table whose rows are picked by number. only: it has no other use."""
         self._call("llama_flash_session_add_rows", name.encode(), only)
+
+    def add_router(self, experts: str, weight: Floats, norm: Floats | None) -> None:
+        """The router of these experts, which lies on a device. weight: [n_expert, n_embd]; norm: [n_embd]."""
+        n_expert, n_embd = weight.shape
+        floats = ctypes.POINTER(ctypes.c_float)
+        of_norm = None if norm is None else norm.ctypes.data_as(floats)
+        name = experts.encode()
+        self._call("llama_flash_session_add_router", name, weight.ctypes.data_as(floats), of_norm, n_embd, n_expert)
 
     def add_bundle(self, bundle: NeuronBundle) -> None:
         self._call("llama_flash_session_add_bundle", ctypes.byref(bundle.as_struct()))

@@ -35,7 +35,7 @@ def _staying(meta: GgufMeta, plan: Plan) -> str:
     on_flash.update(layer.tensor.name for layer in plan.bundles.layers) if plan.bundles else None
     kinds: dict[str, int] = defaultdict(int)
     for tensor in meta.tensors.values():
-        if tensor.name not in on_flash:
+        if tensor.name not in on_flash | plan.on_device:
             kinds[re.sub(r"\bblk\.\d+\.", "blk.*.", tensor.name)] += tensor.size
     largest = sorted(kinds.items(), key=lambda item: -item[1])[:_NAMED]
     if not largest:

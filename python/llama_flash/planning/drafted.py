@@ -111,7 +111,7 @@ def mtp_sizes(meta: GgufMeta, shape: ContextShape) -> DraftSizes:
     assert head is not None
     params = context_params(shape)
     own = mtp_params(params)
-    with no_alloc_context(str(meta.files[0]), read_bundles(meta), own, mtp=True) as (_, context):
+    with no_alloc_context(str(meta.files[0]), read_bundles(meta), own, devices=shape.devices, mtp=True) as (_, context):
         buffers = context_memory(context)
     beside = beside_mtp(params, meta.n_vocab, meta.number("embedding_length"), own.n_outputs_max)
     return DraftSizes(head.bytes, 0, int(buffers.context + buffers.compute) + beside, head.read_bytes(meta))

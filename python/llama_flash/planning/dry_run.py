@@ -64,7 +64,7 @@ def engine_sizes(meta: GgufMeta, bundles: Bundles | None, shape: ContextShape) -
     path = str(meta.files[0])
     trim_heap()
     before = held_by_process()
-    with no_alloc_context(path, bundles, context_params(shape)) as (_, context):
+    with no_alloc_context(path, bundles, context_params(shape), devices=shape.devices) as (_, context):
         buffers = context_memory(context)
         heap = held_by_process() - before
     predictors = bundles.predictor_bytes if bundles else 0

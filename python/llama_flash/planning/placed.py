@@ -30,6 +30,10 @@ class Plan:
     bundles: Bundles | None = None  # neuron bundles, always on flash
     tables: Mapping[str, bool] = field(default_factory=dict)  # flash tensors of which rows are read; True: only rows
     row_bytes: int = 0  # of those of which only rows are read, on flash
+    on_device: frozenset[str] = frozenset()  # weights in the memory of devices
+    staging: int = 0  # bytes through which they get there
+    routers: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # on devices, by experts on flash; and norms
+    heap_bytes: int = 0  # that copies of these take, to read ahead by, and the way to devices leaves in use
 
     @property
     def neuron_bytes(self) -> int:

@@ -22,6 +22,7 @@ from ..native.params import Mode, Requirements
 from ..options import FlashOffload, Predictor
 from ..sizes import parse_size
 from .advice import advice_for
+from .on_devices import at_devices
 from .placed import Plan
 
 __all__ = [
@@ -159,21 +160,25 @@ def make_plan(
     """
     bundles = read_bundles(meta)
     weights = sum(tensor.size for tensor in meta.tensors.values()) - (bundles.neuron_bytes if bundles else 0)
-    context = estimate(meta, shape)
+    estimated = estimate(meta, shape)
 
-    def plan_for(kinds: tuple[Kind, ...], uses: Mapping[str, Use]) -> Plan:
+    def plan_for(kinds: tuple[Kind, ...], uses: Mapping[str, Use], graphs: Graphs | None = None) -> Plan:
         tensors = select(meta, kinds, uses)
         tables = {t.name: uses[t.name] == Use.GET_ROWS for t in tensors if uses[t.name] & Use.GET_ROWS}
         rows = sum(tensor.size for tensor in tensors if tables.get(tensor.name))
         experts = sum(tensor.size for tensor in tensors if uses[tensor.name] == Use.MUL_MAT_ID)
         on_flash = sum(tensor.size for tensor in tensors)
-        resident = weights - on_flash
-        expected = replace(
-            context, interpreter=interpreter + context.interpreter, weights=resident, reserve=budget.reserve
-        )
         mode: Literal["flash", "nothing"] = "flash" if tensors or bundles else "nothing"
         panels = on_flash - rows - experts
-        return Plan(mode, tensors, resident, experts, panels, expected, bundles, tables, rows)
+        plan = Plan(mode, tensors, weights - on_flash, experts, panels, estimated, bundles, tables, rows)
+        context = estimated
+        if graphs is not None:
+            graphs, plan = at_devices(meta, plan, options, shape, graphs, ask)
+            context = replace(context, kv=graphs.kv, compute=graphs.compute + work_bytes(meta, shape))
+        held = interpreter + context.interpreter + plan.heap_bytes
+        weights_here = plan.resident_bytes
+        expected = replace(context, interpreter=held, weights=weights_here, reserve=budget.reserve)
+        return replace(plan, expected=expected)
 
     def fits(plan: Plan) -> bool:
         return max(plan.expected.total, _load_peak(meta, plan)) <= budget.total
@@ -185,19 +190,19 @@ def make_plan(
     if auto and fits(whole):
         return replace(whole, mode="resident")
     graphs = ask(meta, shape)
-    context = replace(context, kv=graphs.kv, compute=graphs.compute + work_bytes(meta, shape))
     uses = _may_leave(graphs.uses, meta, options)
     if not select(meta, _TIERS[-1], uses) and not bundles:
-        return plan_for((), {})
+        return plan_for((), {}, graphs)
     if options.what != "auto":
-        chosen = plan_for(_ASKED[options.what], uses)
+        chosen = plan_for(_ASKED[options.what], uses, graphs)
         if chosen.mode != "nothing":
             _check(meta, chosen, options, budget, shape)
         return chosen
-    whole = plan_for((), {})
+    whole = plan_for((), {}, graphs)
     if auto and fits(whole):
         return replace(whole, mode="resident")
-    candidates = [plan_for(kinds, uses) for kinds in ((), *_TIERS)]
+    uses = {name: use for name, use in uses.items() if name not in graphs.on_device}  # there is room for them
+    candidates = [plan_for(kinds, uses, graphs) for kinds in ((), *_TIERS)]
     return _first_with_room([plan for plan in candidates if plan.mode == "flash"], meta, options, budget, shape)
 
 
@@ -290,14 +295,16 @@ def _load_peak(meta: GgufMeta, plan: Plan) -> int:
     """Most bytes that the process takes while the weights are read, before there are a KV cache and buffers.
 
     A weight that is repacked is there twice for a moment; the engine loads the largest of these first. The others are
-    read in pieces, straight to where they stay. The embedding is not repacked, nor is what is not quantised.
+    read in pieces, straight to where they stay; what goes to a device passes through memory. The embedding is not
+    repacked, nor is what is not quantised.
     """
     on_flash = {tensor.name for tensor in plan.tensors}
     if plan.bundles:
         on_flash.update(layer.tensor.name for layer in plan.bundles.layers)
-    resident = [tensor for tensor in meta.tensors.values() if tensor.name not in on_flash]
+    elsewhere = on_flash | plan.on_device
+    resident = [tensor for tensor in meta.tensors.values() if tensor.name not in elsewhere]
     repacked = sorted((tensor.size for tensor in resident if _may_be_repacked(tensor)), reverse=True)
-    peak = plan.resident_bytes
+    peak = plan.resident_bytes + plan.staging
     read = 0
     for size in repacked:
         read += size

@@ -349,13 +349,13 @@ class _Planner:
         placed = make_plan(self._meta, self._options, budget, self._shape, bare)
         n_vocab, n_embd = self._meta.n_vocab, self._meta.number("embedding_length")
         memory = Breakdown(
-            interpreter=self._base + self._sizes.heap + _SLACK,
+            interpreter=self._base + self._sizes.heap + placed.heap_bytes + _SLACK,
             weights=placed.resident_bytes
             - (self._draft.weights - self._apart)
             - (self._bundles.predictor_bytes if self._bundles else 0)
             + (0 if False in placed.tables.values() else self._sizes.doubled),  # an embedding that is the output, too
-            kv=self._sizes.kv,
-            compute=self._sizes.compute + work_bytes(self._meta, self._shape),
+            kv=self._sizes.kv if self._shape.devices is None else placed.expected.kv,
+            compute=self._compute(placed),
             outputs=4 * (self._shape.n_outputs * (n_vocab + n_embd) + self._shape.n_scores * n_vocab)
             + self._aside
             + self._shape.prompts,
@@ -369,6 +369,12 @@ class _Planner:
                 raise refuse(budget, memory, 0, self._options.reserve, advice=self._advice(placed))
             return _Outcome(placed, "none", None, memory)
         return self._divide(placed, memory, budget)
+
+    def _compute(self, placed: Plan) -> int:
+        """Bytes of buffers of graphs, in main memory."""
+        if self._shape.devices is not None:  # what is computed here depends on what is on flash
+            return placed.expected.compute
+        return self._sizes.compute + work_bytes(self._meta, self._shape)
 
     def _divide(self, placed: Plan, memory: Breakdown, budget: Budget) -> _Outcome:
         asked = self._needs(placed)

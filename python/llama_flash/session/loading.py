@@ -31,10 +31,12 @@ from ..drafts.mtp import MtpDraft
 from ..drafts.ngram import TextDraft
 from ..errors import FlashBudgetError, FlashError
 from ..model.adapters import predictor_with
+from ..model.devices import devices_of
 from ..model.gguf import GgufMeta, check_is_model, check_vocabulary, claims_wide_heads, read_gguf
 from ..model.graphs import graphs_of
 from ..model.mtp import without_mtp
 from ..model.shape import ContextShape
+from ..model.values import read_floats
 from ..native.calls import abort_callback, context_memory, cpu_buffer_type, flash_buffer_type, override
 from ..native.handle import Session
 from ..native.library import settled, trim_heap
@@ -143,6 +145,7 @@ class Load:
     def _prepare(self, model_params: Any) -> None:
         share, context_params = self._share, self._context_params
         self._vocab_only = bool(model_params.vocab_only)
+        self._devices = None if self.options.workers else devices_of(model_params, context_params)
         self.meta: GgufMeta = read_gguf(self._path)
         self._prepare_drafts(model_params)
         options = self.options
@@ -265,6 +268,8 @@ class Load:
         self._share.memento = Memento(self.meta, self.options, self._plan)
         for name, only in self._plan.tables.items():
             native.add_rows(name, only)
+        for experts, (router, norm) in self._plan.routers.items():
+            native.add_router(experts, read_floats(self.meta, router), read_floats(self.meta, norm) if norm else None)
         for bundle in self._plan.bundles.descriptions() if self._plan.bundles else ():
             native.add_bundle(bundle)
         return native
@@ -489,6 +494,7 @@ class Load:
             prompts=0 if self.options.prompt_cache is False else store_memory(self.meta),
             aside=self._aside + (self._mtp.beside if self._draft is None else self._draft.beside),
             n_sequences=max(1, int(context.n_seq_max)),
+            devices=self._devices,
         )
 
     def _n_threads(self) -> int:
