@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -331,13 +331,14 @@ def memory_groups(
     return result
 
 
-def is_alone(group: Path, pid: int) -> bool:
-    """Whether nobody but process `pid` is in the memory group, and there are no groups below it."""
+def is_alone(group: Path, pid: int, companions: Collection[int] = ()) -> bool:
+    """Whether nobody but process `pid`, and its companions, is in the memory group, and no groups are below it."""
     try:
         with os.scandir(group) as entries:
             if any(entry.is_dir() for entry in entries):
                 return False
-        return _read(group / "cgroup.procs").split() == [str(pid)]
+        found = set(map(int, _read(group / "cgroup.procs").split()))
+        return pid in found and found <= {pid, *companions}
     except OSError:  # the group is gone
         return False
 

@@ -85,6 +85,7 @@ class Controller:
         self._gauges: list[Gauge] = []
         self._pressure: PressureWatch | None = None
         self._last_failure = _NEVER
+        self.companions: set[int] = set()  # processes below the same limit that take no more than they have
         self.seconds = 0.0  # CPU time of the thread
         self._forget()
 
@@ -411,13 +412,13 @@ class Controller:
             return False
         if reason == "dram_budget" and room + default_reserve(tightest.bytes) < tightest.bytes:
             return True  # no limit of the kernel's is near
-        if tightest.group is None or not is_alone(tightest.group, os.getpid()):
+        if tightest.group is None or not is_alone(tightest.group, os.getpid(), self.companions):
             return False
         self._own_group = tightest.group
         return True
 
     def _joined_by_others(self) -> bool:
-        return self._own_group is not None and not is_alone(self._own_group, os.getpid())
+        return self._own_group is not None and not is_alone(self._own_group, os.getpid(), self.companions)
 
     def _find_groups(self, now: float) -> None:
         if now - self._groups_known <= _REDISCOVER:

@@ -37,7 +37,7 @@ from ..model.graphs import graphs_of
 from ..model.mtp import without_mtp
 from ..model.shape import ContextShape
 from ..model.values import read_floats
-from ..native.calls import abort_callback, context_memory, cpu_buffer_type, flash_buffer_type, override
+from ..native.calls import abort_callback, context_memory, cpu_buffer_type, discard_compute, flash_buffer_type, override
 from ..native.handle import Session
 from ..native.library import settled, trim_heap
 from ..native.params import Mode, Requirements, neuron_params
@@ -325,7 +325,7 @@ class Load:
         try:
             self._attach(context, scores_bytes)
             if self.workers is not None:
-                self.workers.attach()
+                self.workers.attach(context, self._shape())
         except BaseException:
             self.close_workers()
             raise
@@ -374,6 +374,8 @@ class Load:
 
     def _measured(self, context: Any, scores_bytes: int) -> Breakdown:
         """The memory in use before flash tensors get any."""
+        if self._devices is not None:  # buffers may lie where weights have passed through
+            discard_compute(context)
         trim_heap()
         buffers = context_memory(context)
         # weights have been written, KV cache and graph buffers not yet

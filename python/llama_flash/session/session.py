@@ -173,7 +173,7 @@ class FlashSession:
         """
         self.check_process()
         if self._load.workers is not None:
-            self._load.workers.before_call()
+            self._load.workers.before_call(n_tokens)
         self.share.before_call(n_tokens)
         self.history.begin()
         self._began = time.perf_counter()
@@ -186,7 +186,7 @@ class FlashSession:
         """
         self.check_process()
         if self._load.workers is not None:
-            self._load.workers.before_call()
+            self._load.workers.before_call(self._load.n_ctx)
         self.share.before_call(self._load.n_ctx)
 
     def after_call(self, n_tokens: int, n_sequences: int = 1) -> None:
@@ -206,7 +206,7 @@ class FlashSession:
             if native is not None:
                 native.raise_pending()
         finally:
-            self._ask_workers()
+            self._ask_workers(n_tokens)
         if self.recorder is not None:
             self.recorder.drain()
         for callback in self._after_calls:
@@ -249,13 +249,13 @@ class FlashSession:
             self._load.workers.before_call()
             self._ask_workers()
 
-    def _ask_workers(self) -> None:
+    def _ask_workers(self, n_tokens: int = 0) -> None:
         """Whether what they have computed holds, once all of it has been."""
         if self._load.workers is not None:
             import llama_cpp
 
             llama_cpp.llama_synchronize(self._context)
-            self._load.workers.after_call()
+            self._load.workers.after_call(n_tokens)
 
     def worker_stats(self) -> list[dict[str, Any]]:
         """What each worker has read and where its budget goes, in the order of the layers; empty without workers.

@@ -19,8 +19,11 @@ from typing import Any
 
 from ..errors import FlashBudgetError, FlashError, FlashFormatError, FlashReadError, FlashWorkerError
 from ..model.gguf import GgufMeta
+from ..model.shape import ContextShape
 from ..native import remote
+from ..native.calls import discard_compute
 from ..options import FlashOffload
+from ..planning.lent import few_tokens
 from .division import Offer, Part
 from .identity import compare, identity_of
 from .listen import read_token
@@ -179,6 +182,9 @@ class Workers:
         self._kept: list[object] = []  # what the engine has addresses of
         self._ended = threading.Event()
         self._is_attached = False
+        self._context: Any = None  # llama_context pointer
+        self._most_few = 0  # tokens of a call that generates, at most
+        self._few = False  # whether workers were told that calls are of few tokens
         self._asking = threading.Lock()
         self._askers: list[_Asker] = []  # of all but the first
         try:
@@ -217,19 +223,23 @@ class Workers:
         for worker in self.remotes:
             worker.ask({"op": "bound"})
 
-    def attach(self) -> None:
+    def attach(self, context: Any, shape: ContextShape) -> None:
         """The context exists: each worker gives flash what its budget has left.
+
+        Args:
+            context: llama_context pointer; shape: of it.
 
         Raises:
             FlashBudgetError, FlashReadError, FlashWorkerError: from a worker, with its name.
         """
-        for worker in self.remotes:
+        about = {name: getattr(shape, name) for name in ("n_ctx", "n_ubatch", "n_sequences", "flash_attn")}
+        for worker, part in zip(self.remotes, self.parts, strict=True):
             worker.settle()
-            worker.ask({"op": "attach"})
-        self._is_attached = True
+            worker.ask({"op": "attach", "context": {**about, "kv": part.kv}})
+        self._context, self._most_few, self._is_attached = context, few_tokens(shape.n_sequences), True
 
-    def before_call(self) -> None:
-        """Before each call of the engine.
+    def before_call(self, n_tokens: int = 0) -> None:
+        """Before each call of the engine. n_tokens: of it; 0: nothing is computed.
 
         Raises:
             FlashWorkerError: a worker is lost.
@@ -240,9 +250,21 @@ class Workers:
                 "this process is a child (fork) of the one that has loaded the model: load it in the child"
             )
         self.raise_lost()
+        if n_tokens:
+            self._tell_whether_few(n_tokens <= self._most_few)
 
-    def after_call(self) -> None:
-        """After each call of the engine, before its results are used.
+    def _tell_whether_few(self, few: bool) -> None:
+        """While calls are of few tokens, workers lend what only prompts need; before a prompt they take it back."""
+        if few == self._few or not self._is_attached:
+            return
+        if few:
+            discard_compute(self._context)  # at the workers, too
+        for worker in self.remotes:
+            worker.ask({"op": "few", "few": few})
+        self._few = few
+
+    def after_call(self, n_tokens: int = 0) -> None:
+        """After each call of the engine, before its results are used. n_tokens: of it.
 
         Raises:
             FlashReadError: a read failed at a worker. The results are void; the model can be used again.
@@ -250,8 +272,8 @@ class Workers:
         """
         with self._asking:
             for asker in self._askers:
-                asker.ask()
-            told = [_whether_well(self.remotes[0]), *[asker.answer() for asker in self._askers]]
+                asker.ask(n_tokens)
+            told = [_whether_well(self.remotes[0], n_tokens), *[asker.answer() for asker in self._askers]]
         for error in told:
             if error is not None:
                 raise error
@@ -344,15 +366,15 @@ class _Asker:
 
     def __init__(self, worker: Remote) -> None:
         self._worker = worker
-        self._n = 0  # questions so far
-        self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # their numbers; 0: no more
+        self._n = self._n_tokens = 0  # questions so far; tokens of the last call
+        self._asked: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # their numbers, 0: no more; tokens
         self._told: queue.SimpleQueue[tuple[int, FlashError | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="llama-flash worker", daemon=True)
         self._thread.start()
 
-    def ask(self) -> None:
-        self._n += 1
-        self._asked.put(self._n)
+    def ask(self, n_tokens: int) -> None:
+        self._n, self._n_tokens = self._n + 1, n_tokens
+        self._asked.put((self._n, n_tokens))
 
     def answer(self) -> FlashError | None:
         """To what was asked last. Where Ctrl-C came between, answers to what was asked before are there, too."""
@@ -363,21 +385,23 @@ class _Asker:
                     return error
             except queue.Empty:
                 if not self._thread.is_alive():
-                    return _whether_well(self._worker)
+                    return _whether_well(self._worker, self._n_tokens)
 
     def end(self) -> None:
-        self._asked.put(0)
+        self._asked.put((0, 0))
 
     def _run(self) -> None:
-        while number := self._asked.get():
-            self._told.put((number, _whether_well(self._worker)))
+        number, n_tokens = self._asked.get()
+        while number:
+            self._told.put((number, _whether_well(self._worker, n_tokens)))
+            number, n_tokens = self._asked.get()
 
 
-def _whether_well(worker: Remote) -> FlashError | None:
-    """Once it has done all that it was sent."""
+def _whether_well(worker: Remote, n_tokens: int) -> FlashError | None:
+    """Once it has done all that it was sent for so many tokens."""
     try:
         worker.settle()
-        worker.ask({"op": "check"})
+        worker.ask({"op": "check", "tokens": n_tokens})
     except FlashError as error:
         return error
     return None

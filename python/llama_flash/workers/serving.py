@@ -15,12 +15,14 @@ import sys
 import threading
 from typing import Any
 
+from ..budget.controller import Controller
 from ..budget.cores import default_threads
 from ..budget.held import held_by_all
 from ..budget.rooms import held_by_process, kept_budget
 from ..device.kept import recall
 from ..errors import FlashBudgetError, FlashError, FlashFormatError, FlashReadError
 from ..model.gguf import GgufMeta, read_gguf
+from ..model.shape import ContextShape
 from ..native.handle import Session
 from ..native.library import trim_heap
 from ..native.remote import Worker
@@ -35,6 +37,7 @@ from .wire import Line, Wire
 __all__ = ["Serving", "main"]
 
 _READ = 1 << 20  # bytes: reads of which a drive's rate is told
+_TOO_MUCH = 1 << 62
 _IDLE = 120.0  # seconds without a word from the client, which says every second that it is alive
 
 
@@ -67,6 +70,7 @@ class Serving:
             "plan": self._plan,
             "bound": self._bound,
             "attach": self._attach,
+            "few": self._few,
             "check": self._check,
             "stats": self._stats,
             "budget": self._set_budget,
@@ -145,7 +149,7 @@ class Serving:
         needs = native.requirements()
         return {"least": needs.min_memory, "most": needs.max_memory, "resident": worker.memory().resident}
 
-    def _attach(self, _: Line) -> Line:
+    def _attach(self, line: Line) -> Line:
         """The client's context exists: what the budget has left is for flash."""
         native, worker = self._session()
         needs, memory = native.requirements(), worker.memory()
@@ -166,13 +170,22 @@ class Serving:
         if on_flash and self._share is None:
             path = self._meta.files[0]
             share = WorkerShare(path, self._options, native, memory, self._budget, self._door, beside - self._door)
+            share.expect(*_context_of(line["context"]))
             share.give(left)
             self._share = share
         return self._memory()
 
-    def _check(self, _: Line) -> Line:
-        """What has failed since it was asked last."""
+    def _few(self, line: Line) -> Line:
+        """Whether calls are of few tokens from now on. No call is under way."""
+        if self._share is not None:
+            self._share.compute_few(line["few"] is True)
+        return {}
+
+    def _check(self, line: Line) -> Line:
+        """What has failed since it was asked last; tokens: of the call that has ended."""
         native, worker = self._session()
+        if self._share is not None:
+            self._share.computed(_whole({"tokens": 0, **line}, "tokens", least=0))
         native.raise_pending()
         worker.raise_refusal()
         return {}
@@ -214,6 +227,22 @@ class Serving:
                 worker.serve(socket.socket(fileno=fds[0]))
 
 
+def _whole(line: Line, name: str, *, least: int) -> int:
+    """Raises ValueError where that is no whole number from `least` on, KeyError where there is none."""
+    value = line[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _TOO_MUCH:
+        raise ValueError(f"{name}: {value!r} is not a whole number from {least} on")
+    return value
+
+
+def _context_of(line: Line) -> tuple[int, ContextShape]:
+    """Bytes of the KV cache, and the context. Raises ValueError, KeyError or TypeError where it makes no sense."""
+    n_ctx, n_ubatch, n_sequences = (_whole(line, name, least=1) for name in ("n_ctx", "n_ubatch", "n_sequences"))
+    flash_attn = line["flash_attn"] is True
+    shape = ContextShape(n_ctx=n_ctx, n_ubatch=n_ubatch, n_sequences=n_sequences, flash_attn=flash_attn)
+    return _whole(line, "kv", least=0), shape
+
+
 def _error(kind: str, message: str, **about: object) -> Line:
     return {"error": {"kind": kind, "message": message, **about}}
 
@@ -221,6 +250,7 @@ def _error(kind: str, message: str, **about: object) -> Line:
 def main() -> None:
     """Serves the client whose connections stdin names."""
     about = json.load(sys.stdin)
+    Controller.of_process().companions.add(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; who listens ends this process
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     control = socket.socket(fileno=int(about["control"]))

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 
 from ..budget.controller import Controller, FlashEvent
 from ..budget.rooms import Breakdown, Budget, refuse, reserve_of, resolve_budget
+from ..model.shape import ContextShape
 from ..native import bindings
 from ..native.handle import Session
 from ..native.library import IO_ENGINES
 from ..observe.stats import Counters, FlashStats
 from ..options import FlashOffload
+from ..planning.lent import Growth
 
 __all__ = ["WorkerShare"]
 
 logger = logging.getLogger("llama_flash")
 
+_STEP = 0.0005  # seconds until reads that are in the way may have ended
+_LONGEST = 1.0  # seconds; a prompt that finds a shorter ring is slower, not wrong
 _IO_NAMES = {int(number): name for name, number in IO_ENGINES.items()}
 
 
@@ -47,6 +52,34 @@ class WorkerShare:
         )
         self.granted = self.least = self.most = 0
         self._moving = False
+        self._growth: Growth | None = None
+        self.decoding = False  # calls are of few tokens, as the client says
+
+    def expect(self, kv: int, shape: ContextShape) -> None:
+        """The client's context, of whose buffers so many bytes are KV cache: what of it may be lent."""
+        kv = min(kv, self.memory.compute)
+        self.memory = replace(self.memory, kv=kv, compute=self.memory.compute - kv)
+        self._growth = Growth(self.memory, shape)
+
+    def compute_few(self, few: bool) -> None:
+        """Whether calls are of few tokens from now on. If not, what was lent has been given back when this returns."""
+        if not self._options.follow or self._growth is None or few == self.decoding:
+            return
+        self._native.few_tokens(few)
+        self.decoding = few
+        if few:
+            Controller.of_process().look_soon()
+            return
+        end = time.monotonic() + _LONGEST
+        while not self._native.resize(self.granted).done and time.monotonic() < end:  # its ring is there again
+            time.sleep(_STEP)
+        Controller.of_process().recall()
+        self._note()
+
+    def computed(self, n_tokens: int) -> None:
+        """So many more were."""
+        if self._growth is not None:
+            self._growth.add(n_tokens)
 
     def give(self, n_bytes: int) -> None:
         """The first memory. From then on it follows the limits.
@@ -95,18 +128,14 @@ class WorkerShare:
 
     @property
     def fixed(self) -> int:
-        return self.memory.weights + self.memory.compute
+        return self.memory.weights + self.memory.kv + self.memory.compute
 
     @property
     def certain(self) -> int:
         return self.memory.weights
 
-    @property
-    def decoding(self) -> bool:
-        return False  # only the client knows what comes next: nothing is lent
-
     def soon(self, now: float) -> int:
-        return self.fixed
+        return self.fixed if self._growth is None else self._growth.soon(now)
 
     @property
     def interpreter(self) -> int:
