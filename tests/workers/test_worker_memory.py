@@ -64,6 +64,30 @@ class CappedWorker:
         return self.log.read_text()
 
 
+def test_what_only_prompts_need_is_lent_to_slots_while_tokens_are_generated(large_model: Path, tmp_path: Path) -> None:
+    with workers_of(large_model, tmp_path, 1, budget="260MiB") as workers:
+        with contextlib.closing(open_model(large_model, flash=False)) as llm:
+            alone = _bits(llm, list(range(5, 405)), [7, 8, 9])
+        with contextlib.closing(open_model(large_model, workers)) as llm:
+
+            def told() -> dict[str, Any]:
+                stats: dict[str, Any] = llm.flash.worker_stats()[0]
+                assert stats["held"] <= stats["budget"]
+                return stats
+
+            llm.eval(list(range(5, 405)))
+            prompt, most = told()["flash"], 0
+            end = time.monotonic() + 120
+            while most <= prompt + (4 << 20) and time.monotonic() < end:
+                llm.reset()
+                llm.eval([7])
+                most = max(most, told()["flash"])
+            assert most > prompt + (4 << 20)
+            assert np.array_equal(_bits(llm, list(range(5, 405)), [7, 8, 9]), alone)
+            llm.eval(list(range(5, 69)))  # a prompt takes it back before it begins
+            assert told()["flash"] <= prompt + (1 << 20)
+
+
 def test_two_workers_in_cgroups_of_their_own_run_what_neither_could_hold(large_model: Path, tmp_path: Path) -> None:
     require_caps()
     capped = [CappedWorker(large_model, tmp_path, CAP) for _ in range(2)]
