@@ -79,6 +79,7 @@ def calls_of(llm: Any) -> dict[str, Callable[[], tuple[int, str]]]:
         "session_bind_end": call("session_bind_end"),
         "session_add_bundle": call("session_add_bundle", bundle),
         "session_add_rows": call("session_add_rows", b"w", True),
+        "session_add_router": call("session_add_router", b"w", (ctypes.c_float * 1)(), None, 1, 1),
         "session_bind_weight": call("session_bind_weight", b"w", path, 0, 0, 32, 1, 1),
         "session_set_neurons": call("session_set_neurons", params),
         "session_requirements": call("session_requirements", bindings.llama_flash_requirements(), error=False),

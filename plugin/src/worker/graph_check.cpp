@@ -11,6 +11,7 @@
 #include "ggml-impl.h"
 
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
@@ -253,8 +254,11 @@ bool node_is_sound(const ggml_tensor & t, std::string & reason) {
 } // namespace
 
 bool tensor_is_sound(const ggml_tensor & tensor, std::string & reason) {
-    if ((uint32_t) tensor.op >= GGML_OP_COUNT || sources_of(tensor.op) < 0) {
-        reason = "the op " + std::to_string((uint32_t) tensor.op) + " of tensor '" + tensor.name + "' is not computed for others";
+    uint32_t op; // as it was sent, which may be no enum ggml_op
+    static_assert(sizeof(op) == sizeof(tensor.op), "an op is sent as 32 bits");
+    memcpy(&op, &tensor.op, sizeof(op));
+    if (op >= GGML_OP_COUNT || sources_of((ggml_op) op) < 0) {
+        reason = "the op " + std::to_string(op) + " of tensor '" + tensor.name + "' is not computed for others";
         return false;
     }
     const auto        blck  = (unsigned __int128) ggml_blck_size(tensor.type);

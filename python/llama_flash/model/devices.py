@@ -6,12 +6,11 @@ Which weights and how much of the context lie there, the engine says itself, ask
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..native.calls import cpu_buffer_type, has_devices
+from ..native.calls import cpu_buffer_type, has_devices, name_devices, named_devices
 
 __all__ = ["Devices", "devices_of"]
 
@@ -31,18 +30,9 @@ class Devices:
 
     def enter(self, model_params: Any) -> object:
         """Into llama_model_params of a model that is not allocated. What it returns must outlive the load."""
-        kept: list[object] = []
         model_params.n_gpu_layers, model_params.split_mode = self.n_layers, self.split_mode
         model_params.main_gpu = self.main_gpu
-        if self.tensor_split:
-            shares = (ctypes.c_float * len(self.tensor_split))(*self.tensor_split)
-            model_params.tensor_split = ctypes.cast(shares, ctypes.POINTER(ctypes.c_float))
-            kept.append(shares)
-        if self.named is not None:
-            named = (ctypes.c_void_p * (len(self.named) + 1))(*self.named, None)
-            model_params.devices = ctypes.addressof(named)
-            kept.append(named)
-        return kept
+        return name_devices(model_params, self.named, self.tensor_split)
 
     def overrides(self) -> list[tuple[Sequence[str], int]]:
         """For native.calls.override."""
@@ -62,18 +52,7 @@ def devices_of(model_params: Any, context_params: Any) -> Devices | None:
         split_mode=int(model_params.split_mode),
         main_gpu=int(model_params.main_gpu),
         tensor_split=shares,
-        named=_named(model_params.devices),
+        named=named_devices(model_params),
         kqv=bool(context_params.offload_kqv),
         op_offload=bool(context_params.op_offload),
     )
-
-
-def _named(address: int | None) -> tuple[int, ...] | None:
-    """The array of ggml_backend_dev_t at an address, which ends with NULL."""
-    if not address:
-        return None
-    array = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))
-    found: list[int] = []
-    while (device := array[len(found)]) is not None:
-        found.append(device)
-    return tuple(found)

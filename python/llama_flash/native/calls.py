@@ -23,6 +23,8 @@ __all__ = [
     "guarded",
     "has_devices",
     "load_staging",
+    "name_devices",
+    "named_devices",
     "override",
     "probe_reads",
 ]
@@ -104,6 +106,34 @@ def has_devices() -> bool:
     lib.ggml_backend_dev_get.restype = ctypes.c_void_p
     devices = (lib.ggml_backend_dev_get(ctypes.c_size_t(i)) for i in range(lib.ggml_backend_dev_count()))
     return any(lib.ggml_backend_dev_type(ctypes.c_void_p(device)) == _GPU for device in devices)
+
+
+def name_devices(model_params: Any, devices: Sequence[int] | None, shares: Sequence[float]) -> object:
+    """Enters ggml_backend_dev_t (None: all that the engine finds) and their shares of layers into llama_model_params.
+
+    What it returns must outlive the load.
+    """
+    kept: list[object] = []
+    if shares:
+        floats = (ctypes.c_float * len(shares))(*shares)
+        model_params.tensor_split = ctypes.cast(floats, ctypes.POINTER(ctypes.c_float))
+        kept.append(floats)
+    if devices is not None:
+        named = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
+        model_params.devices = ctypes.addressof(named)
+        kept.append(named)
+    return kept
+
+
+def named_devices(model_params: Any) -> tuple[int, ...] | None:
+    """The ggml_backend_dev_t of llama_model_params; None: all that the engine finds."""
+    if not model_params.devices:
+        return None
+    array = ctypes.cast(model_params.devices, ctypes.POINTER(ctypes.c_void_p))
+    found: list[int] = []
+    while (device := array[len(found)]) is not None:
+        found.append(device)
+    return tuple(found)
 
 
 def load_staging() -> int:

@@ -169,16 +169,12 @@ def make_plan(
         experts = sum(tensor.size for tensor in tensors if uses[tensor.name] == Use.MUL_MAT_ID)
         on_flash = sum(tensor.size for tensor in tensors)
         mode: Literal["flash", "nothing"] = "flash" if tensors or bundles else "nothing"
-        panels = on_flash - rows - experts
-        plan = Plan(mode, tensors, weights - on_flash, experts, panels, estimated, bundles, tables, rows)
-        context = estimated
+        panels, context = on_flash - rows - experts, estimated
+        plan = Plan(mode, tensors, weights - on_flash, experts, panels, context, bundles, tables, rows)
         if graphs is not None:
             graphs, plan = at_devices(meta, plan, options, shape, graphs, ask)
             context = replace(context, kv=graphs.kv, compute=graphs.compute + work_bytes(meta, shape))
-        held = interpreter + context.interpreter + plan.heap_bytes
-        weights_here = plan.resident_bytes
-        expected = replace(context, interpreter=held, weights=weights_here, reserve=budget.reserve)
-        return replace(plan, expected=expected)
+        return _expecting(plan, context, interpreter, budget.reserve)
 
     def fits(plan: Plan) -> bool:
         return max(plan.expected.total, _load_peak(meta, plan)) <= budget.total
@@ -204,6 +200,11 @@ def make_plan(
     uses = {name: use for name, use in uses.items() if name not in graphs.on_device}  # there is room for them
     candidates = [plan_for(kinds, uses, graphs) for kinds in ((), *_TIERS)]
     return _first_with_room([plan for plan in candidates if plan.mode == "flash"], meta, options, budget, shape)
+
+
+def _expecting(plan: Plan, context: Breakdown, interpreter: int, reserve: int) -> Plan:
+    held = interpreter + context.interpreter + plan.heap_bytes
+    return replace(plan, expected=replace(context, interpreter=held, weights=plan.resident_bytes, reserve=reserve))
 
 
 def _may_leave(uses: Mapping[str, Use], meta: GgufMeta, options: FlashOffload) -> Mapping[str, Use]:
