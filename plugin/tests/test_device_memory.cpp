@@ -47,6 +47,7 @@ int main() {
     static ggml_backend_reg registry = { GGML_BACKEND_API_VERSION, { name_of_reg, one, device_at, nullptr }, nullptr };
     card.reg                         = &registry;
     card.iface.get_name              = name_of;
+    card.iface.get_description       = name_of;
     card.iface.get_type              = type_of;
     card.iface.get_props             = props_of;
     card.iface.get_buffer_type       = own;
