@@ -20,7 +20,7 @@ import patches
 import sdist
 from report import BuildError, run_main, step
 
-LAYOUT = 3  # change it when SHIPPED or the way files are written changes
+LAYOUT = 4  # change it when SHIPPED or the way files are written changes
 STATE = ".llama-flash-tree.json"
 # what the build reads, as beginnings of paths; the rest of the sdist (tests, examples) stays in the archive
 SHIPPED = (
@@ -32,6 +32,7 @@ SHIPPED = (
     "vendor/llama.cpp/common/",
     "vendor/llama.cpp/ggml/",
     "vendor/llama.cpp/include/",
+    "vendor/llama.cpp/licenses/",
     "vendor/llama.cpp/scripts/ui-assets.cmake",
     "vendor/llama.cpp/src/",
     "vendor/llama.cpp/tools/cli/cli",

@@ -1,7 +1,7 @@
 """`make ui`: build/ui/dist, the page for chats of `llama-flash serve`, from its sources in the engine's sdist.
 
-Needs npm, which takes the packages that the engine's lock file pins. `make build` and `make wheel` put into the wheel
-what lies there.
+Needs npm, which takes the packages that the engine's lock file pins, and those of ui_tools, which find out what the
+page is made of. `make build` and `make wheel` put into the wheel what lies there, and build/ui/LICENSES.txt.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import licenses
 import sdist
-from build import BUILD, alone
+from build import BUILD, ENGINE, alone
 from report import BuildError, run_logged, run_main, say
 from tree import content, members
 
 UI = BUILD / "ui"
 DIST = UI / "dist"
+LICENSES = UI / "LICENSES.txt"
 STAMP = UI / "made"  # after which the wheel is made anew
+TOOLS = ENGINE / "ui_tools"
 MOST = 5 << 20  # bytes, packed: more is not worth its place in the wheel
+CONFIG = "vite.licenses.config.ts"
 _SOURCES = "vendor/llama.cpp/tools/ui/"
 
 
 def lay_out(folder: Path) -> str:
-    """The page's sources, anew but for packages that are there; a hash of them."""
+    """The page's sources, anew but for packages that are there; a hash of them, and of what makes the page."""
     digest = hashlib.sha256()
+    for tool in (*sorted(TOOLS.iterdir()), ENGINE / "licenses.py"):
+        digest.update(tool.read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
         if entry.name != "node_modules":
@@ -73,27 +79,35 @@ def packed(folder: Path) -> int:
 def make() -> None:
     sources = UI / "sources"
     key = lay_out(sources)
-    if STAMP.is_file() and STAMP.read_text() == key and (DIST / "index.html").is_file():
+    if STAMP.is_file() and STAMP.read_text() == key and (DIST / "index.html").is_file() and LICENSES.is_file():
         say("ui: up to date")
         return
     if shutil.which("npm") is None:
         raise BuildError("npm is not there: install it, with Node.js 20 or newer, or do without the page")
     npm("taking the page's packages through npm", "ui-packages.log", "ci", folder=sources)
-    fresh = UI / "fresh"
+    tools = UI / "tools"
+    shutil.copytree(TOOLS, tools, dirs_exist_ok=True)
+    npm("taking the tool that lists them", "ui-tools.log", "ci", "--omit=peer", folder=tools)
+    config = shutil.copy(TOOLS / CONFIG, sources)
+    fresh, bundled = UI / "fresh", UI / "bundled.jsonl"
     shutil.rmtree(fresh, ignore_errors=True)
+    bundled.unlink(missing_ok=True)
     npm(
         "making the page",
         "ui.log",
-        *("run", "build"),
+        *("run", "build", "--", "--config", str(config)),
         folder=sources,
         LLAMA_UI_OUT_DIR=str(fresh),
         LLAMA_BUILD_NUMBER="0",
+        LLAMA_FLASH_UI_TOOLS=str(tools),
+        LLAMA_FLASH_UI_BUNDLED=str(bundled),
     )
     if not (fresh / "index.html").is_file():
         raise BuildError(f"npm made no page: see {BUILD / 'logs/ui.log'}")
     if (size := packed(fresh)) > MOST:
         raise BuildError(f"the page has {size >> 20} MiB, more than the {MOST >> 20} MiB that a wheel should carry")
     STAMP.unlink(missing_ok=True)
+    LICENSES.write_text(licenses.joined(licenses.of_page(bundled, sources)), encoding="utf-8")
     shutil.rmtree(DIST, ignore_errors=True)
     fresh.rename(DIST)
     STAMP.write_text(key)
