@@ -180,7 +180,7 @@ def install(wheel: Path) -> None:
 
 def without_page() -> str:
     """What to say of a wheel without the server's page."""
-    if (BUILD / "ui/dist/index.html").is_file():
+    if all((BUILD / "ui" / name).is_file() for name in ("dist/index.html", "LICENSES.txt")):  # as CMakeLists.txt asks
         return ""
     how = "`make ui` makes it" if shutil.which("npm") else "install npm, then `make ui` makes it"
     return f"; the server has no page for chats: {how}"
