@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +17,7 @@ from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from caps import require_caps
 from gguf_mutations import STRING, Value, with_value
@@ -105,6 +108,17 @@ def test_it_is_refused_with_the_reason(case: Hostile, server: Server) -> None:
     assert status == case.status, text
     assert re.search(case.reason, json.loads(text)["error"]["message"]), text
     assert len(text) < 2000
+
+
+@pytest.mark.parametrize("logit", [math.inf, math.nan], ids=str)
+def test_logits_that_overflow_are_sampled_from(logit: float) -> None:
+    """As a temperature near zero makes them: there are no probabilities then."""
+    candidates = (llama_cpp.llama_token_data * 4)(*[llama_cpp.llama_token_data(i, logit, 0.0) for i in range(4)])
+    array = llama_cpp.llama_token_data_array(candidates, len(candidates), -1, False)
+    sampler = llama_cpp.llama_sampler_init_dist(1)
+    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+    llama_cpp.llama_sampler_free(sampler)
+    assert array.selected == 3
 
 
 def test_what_was_refused_changes_no_answer(server: Server) -> None:
