@@ -130,9 +130,20 @@ def visits(server: Server, seed: int, end: float, known: Sequence[tuple[Question
     return seen
 
 
-def beside_flash(values: dict[str, float]) -> float:
-    """Bytes that the process takes beside the weights it has from flash, which get what nobody needs just then."""
-    return values["process_resident_memory_bytes"] - values[f"llama_flash_slots_in_use_bytes model={SHIPPED.stem}"]
+def crowd(
+    server: Server, n_clients: int, seed: int, seconds: float, known: Sequence[tuple[Question, Answer]]
+) -> tuple[Counter[str], float]:
+    """What became of so many clients at the same time, and bytes of the process when they have gone.
+
+    Each time the same is asked before they are counted, so that the same is lent to weights then.
+    """
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(n_clients) as pool:
+        clients = [pool.submit(visits, server, seed + i, end, known) for i in range(n_clients)]
+        seen = sum((client.result() for client in clients), Counter[str]())
+    assert eventually(lambda: server.metrics()["llamacpp:requests_processing"] == 0)
+    assert [Answer.of([question.ask(server.client())]) for question, _ in known[:8]] == [a for _, a in known[:8]]
+    return seen, server.metrics()["process_resident_memory_bytes"]
 
 
 @pytest.mark.full
@@ -147,17 +158,12 @@ def test_every_answer_is_the_one_given_alone(
         known = [(question, Answer.of([question.ask(server.client())])) for question in questions]
         assert all(len(answer.logprobs) == ANSWER for _, answer in known)
         assert len({answer for _, answer in known}) > N_QUESTIONS // 2
-        began = time.monotonic()
-        with ThreadPoolExecutor(n_clients) as pool:
-            clients = [pool.submit(visits, server, seed, began + seconds, known) for seed in range(n_clients)]
-            time.sleep(WARM * seconds)
-            warm = beside_flash(server.metrics())
-            seen = sum((client.result() for client in clients), Counter[str]())
-        assert eventually(lambda: server.metrics()["llamacpp:requests_processing"] == 0)
-        assert [Answer.of([question.ask(server.client())]) for question, _ in known[:8]] == [a for _, a in known[:8]]
+        first, held = crowd(server, n_clients, 0, WARM * seconds, known)
+        second, held_then = crowd(server, n_clients, n_clients, (1 - WARM) * seconds, known)
+        seen = first + second
         values = server.metrics()
         assert server.stop() == 128 + signal.SIGTERM, server.text
-    grown = beside_flash(values) - warm
+    grown = held_then - held
     found = re.search(r"peak (\S+ \S+) of .* (\d+) OOM kills", server.text)
     print(f"\n{dict(seen)}; cap {cap / MIB:.0f} MiB, {found and found[0]}; {grown / MIB:+.1f} MiB in the second half")
     assert seen.keys() == {"streamed", "whole", "streamed, left", "whole, left"}, seen
