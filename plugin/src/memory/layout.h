@@ -26,7 +26,7 @@ constexpr uint64_t NEURON_MOST         = 128;       // that a neuron in a slot u
 constexpr uint64_t RING_MOST           = 32u << 20; // of a ring beyond its least: enough to keep a device busy while a wave computes
 constexpr uint64_t RING_RECORDS        = 16;        // for records so large that fewer of them would be there: a wave's, twice
 constexpr uint64_t RING_MOST_OF_LARGE  = 128u << 20;
-constexpr uint64_t RING_PART           = 8;         // and of what is left beside the minimum, so many parts at most
+constexpr uint64_t RING_PART           = 8; // and of what is left beside the minimum, so many parts at most
 
 // A matrix that is read as panels; none of experts.
 struct panel_needs {
