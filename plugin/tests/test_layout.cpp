@@ -14,7 +14,7 @@ memory_needs some_needs(random_source & random) {
     n.tables            = random.below(1 << 20);
     n.rows              = random.chance(30) ? random.below(1 << 20) : 0;
     for (uint64_t k = random.chance(60) ? 1 + random.below(3) : 0; k > 0; k--) {
-        const uint32_t slot = (uint32_t) (1 + random.below(500)) * 4096;
+        const uint32_t slot = (uint32_t) (1 + random.below(random.chance(20) ? 5000 : 500)) * 4096; // some larger than a ring was made for
         n.classes.push_back({ (uint32_t) (1 + random.below(400)), 1, slot });
         n.expert_bytes += (uint64_t) n.classes.back().records * (slot - 4096) + 1;
         n.largest_expert = std::max<uint64_t>(n.largest_expert, slot);
@@ -177,9 +177,25 @@ void neurons_have_what_panels_do_not_need() {
     CHECK(used + (8 << 20) > all, "%llu of %llu bytes are used", (unsigned long long) used, (unsigned long long) all);
 }
 
+// experts of 7 MB, panels of 4 MB
+void a_ring_is_longer_for_large_experts_and_not_for_panels() {
+    memory_needs n;
+    n.classes        = { { 200, 1, 7u << 20 } };
+    n.expert_bytes   = 200 * (7u << 20);
+    n.largest_expert = 7u << 20;
+    n.panels         = { { 0, 200 * (4ull << 20), 4u << 20, 200, FLASH_SECTOR } };
+    n.panel_bytes    = n.panels[0].bytes;
+    n.largest_panel  = 4u << 20;
+
+    const memory_layout l = divide(n, n.minimum() + (1100u << 20));
+    CHECK(l.standing.expert_ring == n.expert_ring_least() + RING_EXPERTS * n.largest_expert, "%llu bytes", (unsigned long long) l.standing.expert_ring);
+    CHECK(l.standing.panel_ring == n.panel_ring_least() + RING_MOST, "%llu bytes", (unsigned long long) l.standing.panel_ring);
+}
+
 } // namespace
 
 int main() {
+    a_ring_is_longer_for_large_experts_and_not_for_panels();
     panels_that_stream_come_before_neurons();
     neurons_have_what_panels_do_not_need();
     for (uint64_t seed = 0; seed < 400; seed++) {

@@ -104,9 +104,8 @@ uint64_t least_of(const memory_needs & n, const standing_parts & standing) {
 
 // division
 
-// least: two of the largest record
-static uint64_t ring_bytes(uint64_t least, uint64_t left, uint64_t records) {
-    const uint64_t most = std::max(RING_MOST, std::min(RING_RECORDS * (least / 2), RING_MOST_OF_LARGE));
+// most: beyond its least
+static uint64_t ring_bytes(uint64_t least, uint64_t most, uint64_t left, uint64_t records) {
     return least + flash_sector_floor(std::min({ most, left / RING_PART, records }));
 }
 
@@ -214,8 +213,9 @@ static memory_layout divide(const memory_needs & n, uint64_t bytes, const standi
         l.standing = *standing;
     } else {
         const uint64_t beside  = everything ? 0 : bytes - n.minimum();
-        l.standing.expert_ring = ring_bytes(n.expert_ring_least(), beside, n.expert_bytes);
-        l.standing.panel_ring  = ring_bytes(n.panel_ring_least(), beside, n.panel_bytes);
+        const uint64_t experts = std::max(RING_MOST, std::min(RING_EXPERTS * n.largest_expert, RING_MOST_OF_EXPERTS));
+        l.standing.expert_ring = ring_bytes(n.expert_ring_least(), experts, beside, n.expert_bytes);
+        l.standing.panel_ring  = ring_bytes(n.panel_ring_least(), RING_MOST, beside, n.panel_bytes); // panels are consumed one by one
     }
     left -= l.standing.expert_ring + l.standing.panel_ring;
     if (!n.bundles.empty()) {

@@ -19,14 +19,14 @@
 #include <cstdint>
 #include <vector>
 
-constexpr uint32_t FEWEST_NEURON_SLOTS = 64;
-constexpr uint64_t SLOT_ENTRY          = 64;        // bytes of a record's or a neuron slot's entry in the tables of a cache
-constexpr uint64_t NEURON_ENTRY        = 24;        // of a neuron in the tables of its store
-constexpr uint64_t NEURON_MOST         = 128;       // that a neuron in a slot uses beyond its record: the slot's end and its entry
-constexpr uint64_t RING_MOST           = 32u << 20; // of a ring beyond its least: enough to keep a device busy while a wave computes
-constexpr uint64_t RING_RECORDS        = 16;        // for records so large that fewer of them would be there: a wave's, twice
-constexpr uint64_t RING_MOST_OF_LARGE  = 128u << 20;
-constexpr uint64_t RING_PART           = 8; // and of what is left beside the minimum, so many parts at most
+constexpr uint32_t FEWEST_NEURON_SLOTS  = 64;
+constexpr uint64_t SLOT_ENTRY           = 64;        // bytes of a record's or a neuron slot's entry in the tables of a cache
+constexpr uint64_t NEURON_ENTRY         = 24;        // of a neuron in the tables of its store
+constexpr uint64_t NEURON_MOST          = 128;       // that a neuron in a slot uses beyond its record: the slot's end and its entry
+constexpr uint64_t RING_MOST            = 32u << 20; // of a ring beyond its least: enough to keep a device busy while a wave computes
+constexpr uint64_t RING_EXPERTS         = 16;        // for experts so large that fewer of them would be there: a wave's, twice
+constexpr uint64_t RING_MOST_OF_EXPERTS = 128u << 20;
+constexpr uint64_t RING_PART            = 8; // and of what is left beside the minimum, so many parts at most
 
 // A matrix that is read as panels; none of experts.
 struct panel_needs {
