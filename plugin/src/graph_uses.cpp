@@ -57,7 +57,7 @@ struct found_uses {
             const ggml_tensor * whole = node->src[i]->view_src ? node->src[i]->view_src : node->src[i];
             if (whole->op == GGML_OP_NONE) {
                 const bool on_device = whole->buffer && is_device_memory(ggml_backend_buffer_get_type(whole->buffer));
-                uses[whole->name] |= use_of(node, i) | (on_device ? LLAMA_FLASH_USE_DEVICE : 0);
+                uses[whole->name] |= use_of(node, i) | (on_device ? LLAMA_FLASH_USE_DEVICE : LLAMA_FLASH_USE_HOST);
             }
         }
     }

@@ -12,7 +12,7 @@ from caps import require_caps
 from conftest import ModelFile
 from rpc_device import rpc_device
 
-from gguf_tools.synthetic import SyntheticModel, tiny, write
+from gguf_tools.synthetic import SyntheticModel, forms, tiny, write
 from gguf_tools.synthetic.types import everything
 
 MIB = 1 << 20
@@ -57,6 +57,22 @@ def test_what_lies_on_the_device_is_planned_as_the_engine_puts_it_there(model: P
         assert abs(run.expected["compute"] - run.memory["compute"]) <= MIB
     assert whole.memory["kv"] == 0 < half.memory["kv"] < none.memory["kv"] == alone.memory["kv"]
     assert whole.device > 60 * MIB and none.device == 0 < half.device < whole.device
+
+
+def test_an_embedding_that_is_the_output_is_counted_here_and_sent_there(
+    model_folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine makes two of it."""
+    all_of = forms.tensors
+    monkeypatch.setattr(forms, "tensors", lambda shape: (t for t in all_of(shape) if t.name != "output.weight"))
+    shape = replace(tiny("qwen3moe").shape, n_vocab=65536)
+    (path,) = write(SyntheticModel(shape, everything("Q8_0")), model_folder / "tied.gguf")
+    try:
+        run = beside(path, device, what="experts", dram_budget=LARGE, follow=False)
+    finally:
+        path.unlink()
+    assert run.expected["weights"] == run.memory["weights"] > 16 * MIB
+    assert run.staging > 32 * MIB
 
 
 def test_a_budget_that_is_too_small_for_all_is_enough_beside_a_device(model: Path, device: str, alone: Run) -> None:

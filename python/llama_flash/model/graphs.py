@@ -67,7 +67,7 @@ class Use(enum.IntFlag):
     ROUTES = 16
 
 
-_ON_DEVICE = 32  # LLAMA_FLASH_USE_DEVICE, which is no use
+_ON_DEVICE, _HERE = 32, 64  # LLAMA_FLASH_USE_DEVICE and _HOST, which are no uses
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Graphs:
     kv: int  # bytes of the KV cache and of recurrent state
     compute: int  # bytes of graph buffers; the work buffer is not among them
     on_device: frozenset[str] = frozenset()  # weights in the memory of a device; what is told of others is not
+    twice: frozenset[str] = frozenset()  # of these, what main memory has as well: an embedding, and the output
     routers: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # by experts: router and norm ("": none known)
 
 
@@ -116,6 +117,7 @@ def _ask_engine(path: str, meta: GgufMeta, shape: ContextShape) -> Graphs:
 
     uses: dict[str, Use] = {}
     on_device: set[str] = set()
+    here: set[str] = set()
     routers: dict[str, tuple[str, str]] = {}
     with no_alloc_context(path, read_bundles(meta), context_params(shape), devices=shape.devices) as (model, context):
         buffers = context_memory(context)
@@ -130,12 +132,15 @@ def _ask_engine(path: str, meta: GgufMeta, shape: ContextShape) -> Graphs:
             for weight in found:
                 if weight.name not in meta.tensors:
                     continue
-                uses[weight.name] = uses.get(weight.name, Use(0)) | Use(weight.uses & ~_ON_DEVICE)
+                uses[weight.name] = uses.get(weight.name, Use(0)) | Use(weight.uses & ~(_ON_DEVICE | _HERE))
                 if weight.uses & _ON_DEVICE:
                     on_device.add(weight.name)
+                if weight.uses & _HERE:
+                    here.add(weight.name)
                 if weight.router in meta.tensors:
                     routers[weight.name] = (weight.router, weight.norm if weight.norm in meta.tensors else "")
-    return Graphs(uses, buffers.context, buffers.compute, frozenset(on_device), routers)
+    there = frozenset(on_device)
+    return Graphs(uses, buffers.context, buffers.compute, there, there & here, routers)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class llama_flash_use(IntEnum):
     LLAMA_FLASH_USE_GET_ROWS = 4  # a table whose rows are picked by number
     LLAMA_FLASH_USE_OTHER = 8  # anything else; views of it, too
     LLAMA_FLASH_USE_ROUTES = 16  # what a MUL_MAT with it gives chooses the experts of a MUL_MAT_ID
-    LLAMA_FLASH_USE_DEVICE = 32  # no use: it lies in the memory of a device that is not the host's
+    LLAMA_FLASH_USE_DEVICE = 32  # no use: it lies in a device's own memory
+    LLAMA_FLASH_USE_HOST = 64  # no use: it lies in the host's; an embedding that is the output, too, may lie in both
 
 
 class llama_flash_graph(IntEnum):

@@ -36,14 +36,15 @@ def at_devices(
     if plan.mode == "flash":  # what is on flash is computed here
         devices = replace(shape.devices, stays=tuple(plan.patterns()))
         graphs = ask(meta, replace(shape, devices=devices))
-    sizes = [meta.tensors[name].size for name in graphs.on_device]
-    pinned, largest = load_staging() if sizes else 0, max(sizes, default=0)
+    sizes = {name: meta.tensors[name].size for name in graphs.on_device}
+    gone = graphs.on_device - graphs.twice
+    pinned, largest = load_staging() if sizes else 0, max(sizes.values(), default=0)
     given = _routers(plan, routers, graphs.on_device) if experts_ahead(options) else {}
     named = {name for pair in given.values() for name in pair if name}
     return graphs, replace(
         plan,
-        resident_bytes=plan.resident_bytes - sum(sizes),
-        on_device=graphs.on_device,
+        resident_bytes=plan.resident_bytes - sum(sizes[name] for name in gone),
+        on_device=gone,
         staging=pinned or _COPIES * largest,
         routers=given,
         heap_bytes=sum(meta.tensors[name].size for name in named) + (0 if pinned else largest),
