@@ -184,7 +184,7 @@ class Workers:
         self._is_attached = False
         self._context: Any = None  # llama_context pointer
         self._most_few = 0  # tokens of a call that generates, at most
-        self._few = False  # whether workers were told that calls are of few tokens
+        self._few: bool | None = False  # whether workers were told that calls are of few tokens; None: not all were
         self._asking = threading.Lock()
         self._askers: list[_Asker] = []  # of all but the first
         try:
@@ -259,6 +259,7 @@ class Workers:
             return
         if few:
             discard_compute(self._context)  # at the workers, too
+        self._few = None  # Ctrl-C may come in between
         for worker in self.remotes:
             worker.ask({"op": "few", "few": few})
         self._few = few

@@ -48,6 +48,7 @@ class Wire:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self._buffer = b""
+        self._due = 0  # answers to what was asked
 
     def send(self, line: Line) -> None:
         """Raises OSError."""
@@ -83,17 +84,21 @@ class Wire:
         return line
 
     def ask(self, line: Line) -> Line:
-        """Sends a line and returns the answer.
+        """Sends a line and returns the answer. Where Ctrl-C came between, answers to what was asked before come first.
 
         Raises:
             OSError: the connection is lost, or nothing came in time.
             FlashError: what came makes no sense.
         """
+        self._due += 1
         self.send(line)
-        answer = self.receive()
-        if answer is None:
-            raise ConnectionError("the other end has left")
-        return answer
+        while True:
+            answer = self.receive()
+            if answer is None:
+                raise ConnectionError("the other end has left")
+            self._due -= 1
+            if self._due == 0:
+                return answer
 
     def close(self) -> None:
         self.connection.close()
