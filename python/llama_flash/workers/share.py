@@ -65,16 +65,18 @@ class WorkerShare:
         """Whether calls are of few tokens from now on. If not, what was lent has been given back when this returns."""
         if not self._options.follow or self._growth is None or few == self.decoding:
             return
-        self._native.few_tokens(few)
-        self.decoding = few
+        controller = Controller.of_process()
+        with controller.locked():  # whose thread moves it, too
+            self.decoding = few
+            self._native.few_tokens(few)
+            end = time.monotonic() + _LONGEST
+            while not few and not self._native.resize(self.granted).done and time.monotonic() < end:
+                time.sleep(_STEP)  # until its ring is there again
+            self._note()
         if few:
-            Controller.of_process().look_soon()
-            return
-        end = time.monotonic() + _LONGEST
-        while not self._native.resize(self.granted).done and time.monotonic() < end:  # its ring is there again
-            time.sleep(_STEP)
-        Controller.of_process().recall()
-        self._note()
+            controller.look_soon()
+        else:
+            controller.recall()
 
     def computed(self, n_tokens: int) -> None:
         """So many more were."""
