@@ -244,8 +244,7 @@ enum llama_flash_place {
     LLAMA_FLASH_PINNED  = 4,
 };
 
-// buffers that llama.cpp has allocated in the host's memory for a context and its model, flash tensors excluded. What lies in a device's
-// own memory is not among them; what a device has allocated in the host's (pinned) is.
+// buffers in the host's memory, pinned or not, of a context and its model, flash tensors excluded
 struct llama_flash_context_memory {
     uint64_t model;   // resident weights
     uint64_t context; // KV cache and recurrent state

@@ -367,7 +367,7 @@ class llama_flash_tensor(ctypes.Structure):
 
 
 class llama_flash_context_memory(ctypes.Structure):
-    """Own memory is not among them; what a device has allocated in the host's (pinned) is.."""
+    """Buffers in the host's memory, pinned or not, of a context and its model, flash tensors excluded."""
 
     _fields_: ClassVar = [
         ("model", ctypes.c_uint64),
