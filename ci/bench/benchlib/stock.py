@@ -30,11 +30,6 @@ class Outcome:
     client: str  # how it ended
     workers: list[str] = field(default_factory=list)  # what the cap of each says: the peak, and who was killed
 
-    @property
-    def died(self) -> bool:
-        """Whether a worker was killed for memory."""
-        return any(" 0 OOM kills" not in said for said in self.workers)
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
