@@ -205,7 +205,7 @@ def test_a_worker_that_comes_back_with_another_model_ends_the_server_after_a_whi
             assert server.process.returncode == 1
             last = server.text.splitlines()[-1]
             assert f"worker {workers[0].endpoint} has" in last, server.text
-            assert "the server ends after 1 more loads that fail" in server.text
+            assert "the server ends after one more load that fails" in server.text
             assert "Traceback" not in server.text
 
 

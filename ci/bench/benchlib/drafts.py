@@ -26,7 +26,7 @@ from rich.table import Table
 from benchlib import machine, many
 from benchlib.models import DENSE_REAL, MOE_REAL, RELU_Q8, BenchModel, InflatedModel, _code
 from benchlib.turns import BuildError
-from llama_flash.cli.draft import quantize
+from llama_flash.cli.draft import TYPES, quantize
 
 _CHILD = Path(__file__).with_name("draft_child.py")
 _ROOT = Path(__file__).resolve().parents[3]
@@ -141,7 +141,6 @@ CASES = (
 
 CLIENTS = DraftCase("dense-4-clients", DENSE_CODE, "stdlib-draft-q8_0.gguf", _code_requests, 1.5)
 _N_CLIENTS = 4
-_COPIES = ("q2_k", "q2_0", "q3_k_s", "q4_0")
 
 
 class _Child:
@@ -225,7 +224,7 @@ def measure(
 @contextlib.contextmanager
 def _draft_of(case: DraftCase, model: Path) -> Iterator[str]:
     """As in FlashOffload. A copy of the model is there until the end."""
-    if case.draft not in _COPIES:
+    if case.draft not in TYPES:
         yield str(_file_of(case) or case.draft)
         return
     copy = model.with_name(f"{model.stem}-{case.draft}.gguf")

@@ -72,7 +72,7 @@ class Recovery:
             tries = 0 if passes else tries + 1
             if tries == _TRIES:
                 raise failure
-            ends = "" if passes else f", and the server ends after {_TRIES - tries} more loads that fail"
+            ends = "" if passes else f", and the server ends after {_more(_TRIES - tries)}"
             with contextlib.closing(StandIn(self.host, self.port, str(failure), self.key, self.pages.metrics)):
                 self.pages.unloaded()
                 server.end(signals, self.slowest)
@@ -109,3 +109,7 @@ def _is_there(worker: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _more(n: int) -> str:
+    return "one more load that fails" if n == 1 else f"{n} more loads that fail"
