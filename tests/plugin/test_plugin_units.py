@@ -12,6 +12,7 @@ PROGRAMS = sorted((PLUGIN / "tests").glob("*.cpp"))
 # these compute with ggml: they are linked with the engine and the plugin's objects, as `make build` has left them
 ON_THE_ENGINE = {
     "test_bundle_check",
+    "test_device_memory",
     "test_neuron_resize",
     "test_neuron_store",
     "test_predictor",

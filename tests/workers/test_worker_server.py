@@ -186,7 +186,7 @@ runpy.run_module("llama_flash", run_name="__main__")
 def test_a_worker_that_comes_back_with_another_model_ends_the_server_after_a_while(
     tmp_path: Path, little: str, alone: dict[str, Any]
 ) -> None:
-    other = tmp_path / "other.gguf"
+    other, little = tmp_path / "other.gguf", f"{int(little.removesuffix('MiB')) + 16}MiB"  # all layers at one worker
     with workers_of(MOE, tmp_path, 1, budget=little) as workers:
         arguments = [MOE, *CONTEXT, "--what", "all", "--workers", _named(workers)]
         command = [sys.executable, "-c", _IMPATIENT, "serve"]
