@@ -26,7 +26,6 @@ from rich.table import Table
 from benchlib import machine, many
 from benchlib.models import DENSE_REAL, MOE_REAL, RELU_Q8, BenchModel, InflatedModel, _code
 from benchlib.turns import BuildError
-from llama_flash.cli.draft import TYPES, quantize
 
 _CHILD = Path(__file__).with_name("draft_child.py")
 _ROOT = Path(__file__).resolve().parents[3]
@@ -46,7 +45,7 @@ class DraftCase:
 
     name: str
     model: BenchModel
-    draft: str  # as in FlashOffload; a name without a folder: of a shipped model; q2_k, ...: a copy of such a type
+    draft: str  # as in FlashOffload; a name without a folder: of a shipped model
     requests: Callable[[], list[dict[str, Any]]]
     least: float  # times the speed without drafts
     share: float = 0.5  # of the model file
@@ -130,7 +129,6 @@ def _code_requests() -> list[dict[str, Any]]:
 
 CASES = (
     DraftCase("dense-sibling", DENSE_CODE, "stdlib-draft-q8_0.gguf", _code_requests, 2.5),
-    DraftCase("dense-copy", DENSE_CODE, "q2_k", _code_requests, 1.0),
     DraftCase("dense-edits", DENSE_CODE, "ngram", _edits, 3.0, tokens=40),
     DraftCase("dense-summaries", DENSE_REAL, "ngram", _summaries, 1.0),
     DraftCase("dense-prose", DENSE_REAL, "ngram", _prose, 0.97),
@@ -179,8 +177,9 @@ class _Child:
 
 
 @contextlib.contextmanager
-def _pair(case: DraftCase, model: Path, draft: str) -> Iterator[tuple[_Child, _Child]]:
+def _pair(case: DraftCase, model: Path) -> Iterator[tuple[_Child, _Child]]:
     cap = int(case.share * model.stat().st_size)
+    draft = str(_file_of(case) or case.draft)
     children: list[_Child] = []
     with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as folder:
         try:
@@ -214,31 +213,16 @@ def measure(
         try:
             for case in chosen:
                 if case.model == model:
-                    with _draft_of(case, files.flash) as guesser:
-                        yield (_clients if case == CLIENTS else _measure)(case, files.flash, guesser, report)
+                    yield (_clients if case == CLIENTS else _measure)(case, files.flash, report)
         finally:
             if not keep:
                 files.remove()
 
 
-@contextlib.contextmanager
-def _draft_of(case: DraftCase, model: Path) -> Iterator[str]:
-    """As in FlashOffload. A copy of the model is there until the end."""
-    if case.draft not in TYPES:
-        yield str(_file_of(case) or case.draft)
-        return
-    copy = model.with_name(f"{model.stem}-{case.draft}.gguf")
-    try:
-        quantize(model, copy, case.draft)
-        yield str(copy)
-    finally:
-        copy.unlink(missing_ok=True)
-
-
-def _measure(case: DraftCase, model: Path, draft: str, report: Callable[[str], None]) -> Result:
+def _measure(case: DraftCase, model: Path, report: Callable[[str], None]) -> Result:
     machine.drop_caches(model)
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    with _pair(case, model, draft) as (without, with_drafts):
+    with _pair(case, model) as (without, with_drafts):
         requests = case.requests()
         for child in (without, with_drafts):
             child.ask({**requests[0], "tokens": 4})  # what is first touched, and first read
@@ -266,7 +250,7 @@ def _measure(case: DraftCase, model: Path, draft: str, report: Callable[[str], N
     )
 
 
-def _clients(case: DraftCase, model: Path, draft: str, report: Callable[[str], None]) -> Result:
+def _clients(case: DraftCase, model: Path, report: Callable[[str], None]) -> Result:
     """Several clients of a server at the same time: tokens per second of all together, while all generate."""
     cap = int(case.share * model.stat().st_size)
     bodies = [
@@ -275,8 +259,8 @@ def _clients(case: DraftCase, model: Path, draft: str, report: Callable[[str], N
     ]
     with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as folder, contextlib.ExitStack() as stack:
         servers = []
-        for chosen in ("off", draft):
-            flash = {"draft": chosen, "warm_start": False}
+        for draft in ("off", str(_file_of(case))):
+            flash = {"draft": draft, "warm_start": False}
             servers.append(many.Served(model, _N_CLIENTS, cap, folder, flash, 512))
             stack.callback(servers[-1].close)
         seconds: list[list[float]] = [[], []]

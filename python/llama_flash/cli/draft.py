@@ -11,14 +11,14 @@ import typer
 from ..errors import FlashError
 from . import common as c
 
-__all__ = ["EPILOG", "TYPES", "draft", "quantize"]
+__all__ = ["EPILOG", "draft"]
 
 EPILOG = (
     "Examples:  [bold]llama-flash draft model.gguf model-draft.gguf[/]   then   "
     "[bold]llama-flash run model.gguf --draft model-draft.gguf -p ...[/]"
 )
 
-TYPES = ("q2_k", "q2_0", "q3_k_s", "q4_0")
+_TYPES = ("q2_k", "q2_0", "q3_k_s", "q4_0")
 
 
 def draft(
@@ -27,7 +27,7 @@ def draft(
         Path | None,
         typer.Argument(metavar="COPY.gguf", help="Default: beside the model, as NAME-draft.gguf.", show_default=False),
     ] = None,
-    kind: Annotated[str, typer.Option("--type", help=f"Of its matrices: {', '.join(TYPES)}.")] = "q2_k",
+    kind: Annotated[str, typer.Option("--type", help=f"Of its matrices: {', '.join(_TYPES)}.")] = "q2_k",
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     as_json: c.AsJson = False,
 ) -> None:
@@ -37,8 +37,8 @@ def draft(
     what it costs and brings.
     """
     path = c.model_path(model)
-    if kind not in TYPES:
-        raise ValueError(f"--type: {kind!r} is not one of {', '.join(TYPES)}")
+    if kind not in _TYPES:
+        raise ValueError(f"--type: {kind!r} is not one of {', '.join(_TYPES)}")
     target = out or path.with_name(f"{path.stem}-draft.gguf")
     if target.exists() and (not force or target.samefile(path)):
         raise ValueError(f"{target} is there already" + ("" if target.samefile(path) else ": --force writes over it"))
