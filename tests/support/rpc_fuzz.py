@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import struct
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,19 @@ class Tensor:
 
 def command(number: int, body: bytes = b"") -> bytes:
     return bytes([number]) + len(body).to_bytes(8, "little") + body
+
+
+def ask(connection: socket.socket, number: int, body: bytes, size: int) -> bytes:
+    """The answer, which has that size. Raises ConnectionError: there is none, for the connection was ended."""
+    connection.sendall(command(number, body))
+    answer = b""
+    while len(answer) < 8 + size:
+        piece = connection.recv(8 + size - len(answer))
+        if not piece:
+            raise ConnectionError
+        answer += piece
+    assert int.from_bytes(answer[:8], "little") == size
+    return answer[8:]
 
 
 def graph(nodes: list[int], tensors: list[Tensor], device: int = 0) -> bytes:

@@ -51,15 +51,7 @@ class Client:
 
     def ask(self, number: int, body: bytes, size: int) -> bytes:
         """The answer, which has that size."""
-        self.data.sendall(rpc.command(number, body))
-        answer = b""
-        while len(answer) < 8 + size:
-            piece = self.data.recv(8 + size - len(answer))
-            if not piece:
-                raise ConnectionError
-            answer += piece
-        assert int.from_bytes(answer[:8], "little") == size
-        return answer[8:]
+        return rpc.ask(self.data, number, body, size)
 
     def complaint(self) -> str:
         """Why the connection was ended."""

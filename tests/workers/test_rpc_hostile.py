@@ -73,25 +73,15 @@ class Client:
 
     def __init__(self, host: Host, meta: GgufMeta) -> None:
         self.data = host.connect()
-        self._ask(rpc.HELLO, bytes(24), 28)
-        self.buffer, _ = struct.unpack("<QQ", self._ask(rpc.ALLOC, struct.pack("<IQ", 0, BUFFER), 16))
-        (self.base,) = struct.unpack("<Q", self._ask(rpc.BASE, struct.pack("<Q", self.buffer), 8))
+        rpc.ask(self.data, rpc.HELLO, bytes(24), 28)
+        self.buffer, _ = struct.unpack("<QQ", rpc.ask(self.data, rpc.ALLOC, struct.pack("<IQ", 0, BUFFER), 16))
+        (self.base,) = struct.unpack("<Q", rpc.ask(self.data, rpc.BASE, struct.pack("<Q", self.buffer), 8))
         at = self.base
         for name in rpc_host.HOMES:
             tensor = meta.tensors[name]
             bind = _tensor(tensor, self.buffer, at).pack() + struct.pack("<QQ", tensor.offset, 0)
-            assert self._ask(rpc.BIND, bind, 1) == b"\1", name
+            assert rpc.ask(self.data, rpc.BIND, bind, 1) == b"\1", name
             at += -(-tensor.size // _ROW) * _ROW
-
-    def _ask(self, number: int, body: bytes, size: int) -> bytes:
-        self.data.sendall(rpc.command(number, body))
-        answer = b""
-        while len(answer) < 8 + size:
-            piece = self.data.recv(8 + size - len(answer))
-            if not piece:
-                raise ConnectionError
-            answer += piece
-        return answer[8:]
 
     def send(self, message: bytes) -> bool:
         """Whether it goes on, once this has been dealt with (or waits for the rest of it)."""
