@@ -113,6 +113,7 @@ class Served:
     Args:
         flash: options of FlashOffload; None: the defaults where there is a cap, else none of it.
         n_ctx: tokens of a sequence.
+        n_ubatch: tokens computed at once, at most; None: the server's default.
 
     Raises:
         BuildError: it did not.
@@ -126,9 +127,11 @@ class Served:
         folder: str,
         flash: dict[str, Any] | None = None,
         n_ctx: int = _N_CTX,
+        n_ubatch: int | None = None,
     ) -> None:
         settings = Path(folder) / f"{parallel}-{cap}-{len(list(Path(folder).iterdir()))}.json"
         loaded: dict[str, Any] = {"model": str(model), "n_ctx": n_ctx, "flash_offload": flash or cap is not None}
+        loaded |= {} if n_ubatch is None else {"n_ubatch": n_ubatch}
         settings.write_text(json.dumps({"models": [loaded]}))
         command = [sys.executable, "-m", "llama_flash", "serve", "--config-file", str(settings), "--port", "0"]
         command += ["--parallel", str(parallel)]
