@@ -177,3 +177,36 @@ def test_behind_what_is_no_token_nothing_is_drafted() -> None:
             draft = drafter(np.array(text[:n], np.intc))
             assert len(draft) == 0
             drafter.passed(1, ONE)
+
+
+@pytest.mark.parametrize("n_texts", [2, 3, 4])
+def test_drafts_of_several_texts_have_one_length_and_pay(n_texts: int) -> None:
+    clock = Clock()
+    text = unique(600)
+    chances = [0.9 - 0.1 * i for i in range(n_texts)]
+    drafter = Drafter(lambda i: Guesser(text, chances[i], clock, 0.001), 4096, 10**6, flat, clock=clock)
+    said, passes, width = [100] * n_texts, 0, 0
+    while max(said) < 500:
+        drafts = drafter.draft([(i, np.array(text[:n], np.intc), 4096) for i, n in enumerate(said)])
+        assert len({len(draft) for draft in drafts}) == 1
+        width = n_texts + sum(map(len, drafts))
+        assert width <= 16
+        clock.now += ONE * flat(width)
+        assert drafter.passed(width, ONE * flat(width))
+        passes += 1
+        for i, draft in enumerate(drafts):
+            right = draft == np.array(text[said[i] : said[i] + len(draft)])
+            said[i] += int(np.cumprod(right).sum()) + 1
+    assert drafter.stats.drafted > 0
+    assert sum(said) - 100 * n_texts > 1.5 * n_texts * passes
+
+
+def test_nothing_is_drafted_where_one_of_the_texts_has_no_guess_or_is_not_asked_for() -> None:
+    clock = Clock()
+    repeats, news = np.array([1, 2, 3, 4] * 20, np.intc), np.array(unique(80), np.intc)
+    for second, others in ((news, 0), (repeats, 1)):
+        drafter = Drafter(lambda _: TextDraft(), 4096, 10**6, flat, clock=clock)
+        for _ in range(20):
+            drafts = drafter.draft([(0, repeats, 100), (1, second, 100)], others)
+            assert [len(draft) for draft in drafts] == [0, 0]
+            assert drafter.passed(2 + others, ONE)

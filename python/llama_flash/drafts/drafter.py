@@ -132,47 +132,74 @@ class Drafter:
             self._texts[number].begin(len(tokens))
             self._asked.append(self._texts[number])
         if asked and self._length.begins(self._acceptance.mean if self._costs else 1.0, n_texts):
-            left, expected = FEW_TOKENS - n_texts, float(n_texts)
-            for i, (text, (_, tokens, most)) in enumerate(zip(self._asked, asked, strict=True)):
-                room = min(most, self._n_ctx - len(tokens) - 1, left // (len(asked) - i))
-                if room > 0 and tokens.min() >= 0 and tokens.max() < self._n_vocab:
-                    expected += self._make(text, tokens, room, expected)
-                    left -= len(text.draft)
+            room = min(min(most, self._n_ctx - len(tokens) - 1) for _, tokens, most in asked)
+            room = min(room, self._length.most, (FEW_TOKENS - n_texts) // n_texts)
+            if any(tokens.min() < 0 or tokens.max() >= self._n_vocab for _, tokens, _ in asked):
+                room = 0
+            if room > 0 and n_texts == 1:
+                self._make(self._asked[0], asked[0][1], room)
+            elif room > 0 and not others:
+                self._make_common([tokens for _, tokens, _ in asked], room)
         self._spent = self._clock() - began
         return [np.array(text.draft, np.intc) for text in self._asked]
 
-    def _make(self, text: _Text, tokens: Tokens, room: int, before: float) -> float:
-        """Makes a draft behind one of the texts; returns how many tokens it is expected to bring.
-
-        before: tokens that the pass is expected to bring so far.
-        """
+    def _make(self, text: _Text, tokens: Tokens, room: int) -> None:
+        """Makes a draft behind the only text, while a further guess is worth its time."""
         length, acceptance = self._length, self._acceptance
-        width = len(self._asked) + self._others + self.n_drafted
         began = self._clock()
-        if text.source.follow(tokens) > length.most + 1:
-            self._once += self._clock() - began
+        if self._follow(text, tokens):
             began = self._clock()
         guesses = text.source.guesses()
         chances: list[float] = []
-        expected, reach, ready = before, 1.0, self._clock()
-        while len(chances) < min(room, length.most):
+        expected, reach, ready = 1.0, 1.0, self._clock()
+        while len(chances) < room:
             spent = self._clock() - began if self._costs else 0.0
-            if self._costs and not length.goes_on(width + len(chances), expected, reach, spent, acceptance.mean):
+            if self._costs and not length.goes_on(1 + len(chances), expected, reach, spent, acceptance.mean):
                 break
-            guess = next(guesses, None)
-            if guess is None:
+            if not self._guess(text, guesses, chances):
                 break
-            token, kind = guess
-            chances.append(acceptance.chance(kind))
             reach *= chances[-1]
             expected += reach
-            text.draft.append(token)
-            text.kinds.append(kind)
         if self._costs and chances:
             length.took_to_guess((self._clock() - ready) / len(chances))
-        n = length.best(width, before, chances, self._clock() - began if self._costs else 0.0)
+        n = length.best(1, 1.0, chances, self._clock() - began if self._costs else 0.0)
         del text.draft[n:], text.kinds[n:]
-        return float(sum(np.cumprod(chances[:n])))
+
+    def _make_common(self, texts: Sequence[Tokens], room: int) -> None:
+        """Makes drafts of one length behind several texts; none behind any where one has no guess."""
+        began = self._clock()
+        found: list[list[float]] = []
+        for text, tokens in zip(self._asked, texts, strict=True):
+            self._follow(text, tokens)
+            guesses, chances, ready = text.source.guesses(), list[float](), self._clock()
+            while len(chances) < room and self._guess(text, guesses, chances):
+                pass
+            if self._costs and chances:
+                self._length.took_to_guess((self._clock() - ready) / len(chances))
+            found.append(chances)
+            room = min(room, len(chances))
+        n = self._length.common(found, self._clock() - began - self._once if self._costs else 0.0)
+        for text in self._asked:
+            del text.draft[n:], text.kinds[n:]
+
+    def _follow(self, text: _Text, tokens: Tokens) -> bool:
+        """The source reads what is new of the text. Returns whether that was more than goes on with each pass."""
+        began = self._clock()
+        if text.source.follow(tokens) <= self._length.most + 1:
+            return False
+        self._once += self._clock() - began
+        return True
+
+    def _guess(self, text: _Text, guesses: Iterator[tuple[int, int]], chances: list[float]) -> bool:
+        """One more guess behind the text, and its chance. False: there is none."""
+        guess = next(guesses, None)
+        if guess is None:
+            return False
+        token, kind = guess
+        text.draft.append(token)
+        text.kinds.append(kind)
+        chances.append(self._acceptance.chance(kind))
+        return True
 
     def passed(self, n_tokens: int, seconds: float) -> bool:
         """The engine has computed so many tokens. Returns whether they were the texts' next ones and their drafts."""

@@ -1,8 +1,8 @@
 """How many tokens to draft: as many as make the most tokens per second, none where that is none.
 
 SpecMemo's bound, step by step: a draft of k tokens gives 1 + sum of the chances that its first 1, 2, ... k are taken,
-and takes the pass with k + 1 tokens and the time to draft them. Where several texts go on in one pass, their drafts are
-chosen one after the other: `width` and `expected` are what the pass has so far, one token of each text at first.
+and takes the pass with k + 1 tokens and the time to draft them. Where several texts go on in one pass, their drafts
+have the same length.
 """
 
 from __future__ import annotations
@@ -81,6 +81,26 @@ class Length:
                 found, most = n, rate
         if not found and not self._explores and chances and self._may_explore(_HOPELESS, width):
             return self.best(width, before, chances, spent)
+        return found
+
+    def common(self, chances: Sequence[Sequence[float]], spent: float) -> int:
+        """How many guesses to check behind each of several texts: of each the same number, and so no more than any has.
+
+        A pass whose texts have as many tokens each reads the weights once; otherwise it is computed in steps, each of
+        which reads them.
+        """
+        n_texts = len(chances)
+        one = n_texts / self._passes.seconds(n_texts)
+        enough = _HOPELESS if self._explores else _CERTAIN if self._plain < _PLAIN else 1.0
+        found, most, expected, reach = 0, enough * one, float(n_texts), [1.0] * n_texts
+        for n, following in enumerate(zip(*chances, strict=False), 1):
+            reach = [before * chance for before, chance in zip(reach, following, strict=True)]
+            expected += sum(reach)
+            rate = expected / (self._passes.seconds(n_texts * (1 + n)) + spent)
+            if rate > most:
+                found, most = n, rate
+        if not found and not self._explores and all(chances) and self._may_explore(_HOPELESS, n_texts):
+            return self.common(chances, spent)
         return found
 
     def checked(self, n_texts: int, n_drafted: int, n_tokens: int, seconds: float, spent: float) -> None:
