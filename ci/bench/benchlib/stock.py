@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Outcome", "run_stock"]
+__all__ = ["Outcome", "free_port", "listens", "register", "run_stock", "server_command"]
 
 _STARTING, _PATIENCE = 60.0, 280.0  # seconds
 _N_CTX, _N_TOKENS = 256, 8
@@ -53,16 +53,13 @@ class _Server:
     """One below its cap."""
 
     def __init__(self, cap: int, log: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self.endpoint, self._log = f"127.0.0.1:{port}", log
         command = [sys.executable, "-m", "llama_flash", "cap", str(cap), "--"]
         with log.open("w") as to:
-            self._process = subprocess.Popen(
-                [*command, sys.executable, __file__, "serve", str(port)], stdout=to, stderr=to
-            )
+            self._process = subprocess.Popen([*command, *server_command(port)], stdout=to, stderr=to)
         end = time.monotonic() + _STARTING
-        while not _listens(port) and self._process.poll() is None and time.monotonic() < end:
+        while not listens(port) and self._process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
 
     def close(self) -> str:
@@ -73,16 +70,37 @@ class _Server:
         return self._log.read_text().strip().rpartition("\n")[2]
 
 
-def _listens(port: int) -> bool:
+def free_port() -> int:
+    """Of the loopback; somebody else may take it before it is used."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def server_command(port: int) -> list[str]:
+    """A server at the loopback, with no client yet."""
+    return [sys.executable, __file__, "serve", str(port)]
+
+
+def listens(port: int) -> bool:
     """Asked of the kernel: it serves one client after the other."""
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     return any(line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A" for line in lines)
 
 
 def _library(name: str) -> ctypes.CDLL:
+    """One of the engine's."""
     import llama_cpp
 
     return ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / name))
+
+
+def register(endpoint: str) -> None:
+    """From now on, models of this process see it as they would see a GPU."""
+    rpc = _library("libggml-rpc.so")
+    rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+    found = rpc.ggml_backend_rpc_add_server(endpoint.encode())
+    assert found, endpoint
+    _library("libggml.so").ggml_backend_register(ctypes.c_void_p(found))
 
 
 def _serve(port: str) -> None:
@@ -96,10 +114,8 @@ def _serve(port: str) -> None:
 def _ask(model: str, *endpoints: str) -> None:
     import llama_cpp
 
-    engine, rpc = _library("libggml.so"), _library("libggml-rpc.so")
-    rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
     for endpoint in endpoints:
-        engine.ggml_backend_register(ctypes.c_void_p(rpc.ggml_backend_rpc_add_server(endpoint.encode())))
+        register(endpoint)
     shares = [1.0] * len(endpoints)
     llm = llama_cpp.Llama(model, n_gpu_layers=-1, tensor_split=shares, n_ctx=_N_CTX, n_threads=2, verbose=False)
     llm.eval([10, 11, 12])
