@@ -60,9 +60,12 @@ typedef struct llama_flash_draft {
 // Makes drafts of n of the n_generating sequences that go on with the next pass. Called on the server's thread.
 typedef void (*llama_flash_make_drafts_t)(int n_generating, llama_flash_draft * drafts, int n);
 
+// Whether n_new prompts wait for the next pass. Called on the server's thread, before each pass that could begin some.
+typedef bool (*llama_flash_holds_prompts_t)(int n_new, int n_begun);
+
 SERVE_API int  llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell,
                                  const llama_flash_limits * limits, const llama_flash_prompt_hooks * prompts,
-                                 llama_flash_make_drafts_t make_drafts);
+                                 llama_flash_make_drafts_t make_drafts, llama_flash_holds_prompts_t holds_prompts);
 SERVE_API void llama_flash_serve_write(void * to, const char * text, size_t size);
 SERVE_API void llama_flash_serve_stop();
 SERVE_API bool llama_flash_serve_template(const char * text, char * error, size_t n_error);
@@ -133,9 +136,11 @@ static server_http_res_ptr in_place_of_the_page(bool off) {
 
 // Serves until it is stopped. Returns 0 then, and 1 if it did not begin: why is in the log, or known to the hooks. argv is llama-server's
 // and ends with a null pointer; nothing but argv and the environment says what is served. The hooks are called on this thread, freed
-// also where else a model is freed. prompts: NULL where none are kept. make_drafts: NULL where there are none.
+// also where else a model is freed. prompts: NULL where none are kept. make_drafts: NULL where there are none. holds_prompts: NULL where
+// each begins at once.
 int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_flash_tell_t tell, const llama_flash_limits * limits,
-                      const llama_flash_prompt_hooks * prompts, llama_flash_make_drafts_t make_drafts) {
+                      const llama_flash_prompt_hooks * prompts, llama_flash_make_drafts_t make_drafts,
+                      llama_flash_holds_prompts_t holds_prompts) {
     int               result = 1;
     ggml_log_callback log; // of the process, which goes on
     void *            log_data;
@@ -153,6 +158,9 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
             llama_server_make_drafts = [make_drafts](int n_generating, std::vector<server_draft> & drafts) {
                 ask_for_drafts(make_drafts, n_generating, drafts);
             };
+        }
+        if (holds_prompts != nullptr) {
+            llama_server_holds_prompts = holds_prompts;
         }
         common_params_set_config_files(false); // they could set what has been counted
         common_init();
@@ -180,6 +188,7 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
     llama_server_extend_routes = nullptr;
     llama_server_prompt_hooks  = {};
     llama_server_make_drafts   = nullptr;
+    llama_server_holds_prompts = nullptr;
     llama_set_hooks({});
     return result;
 }

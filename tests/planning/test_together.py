@@ -101,8 +101,17 @@ def test_computing_goes_on_for_longer_with_more_tokens() -> None:
     arguments = (meta, plan, Breakdown(pinned=64 * MIB, stream=MIB), needs(plan, n_panels=64), device(1e12))
     one, four = expect(*arguments), expect(*arguments, tokens=4)
     assert one.compute_seconds == pytest.approx(one.touched / DRAM)
-    assert four.compute_seconds == pytest.approx(one.compute_seconds * (1 + 3 * 0.6))
-    assert any("60% of the first one's time" in text for text in four.assumptions)
+    assert four.compute_seconds == pytest.approx(one.compute_seconds * (1 + 3 * 0.25))
+    assert any("25% of the first one's time" in text for text in four.assumptions)
+
+
+def test_tokens_compute_longer_where_each_has_weights_of_its_own() -> None:
+    meta = model()
+    plan = placed(meta, "experts")
+    arguments = (meta, plan, Breakdown(slots=96 * MIB), needs(plan, 96), device(1e12))
+    one, four = expect(*arguments), expect(*arguments, tokens=4)
+    further = (four.compute_seconds / one.compute_seconds - 1) / 3
+    assert 0.25 < further < 0.6
 
 
 def test_the_advice_is_the_last_doubling_that_brings_a_tenth() -> None:

@@ -20,6 +20,7 @@ from ..options import FlashOffload
 from ..planning.planner import speeds_together
 from ..server.parallel import plan_of
 from ..workers.together import sequences_at_workers
+from .engine import N_BATCH
 
 __all__ = ["MOST", "parallel_for"]
 
@@ -45,7 +46,7 @@ def parallel_for(model: Path, flash_offload: Mapping[str, Any], n_ctx: int, n_re
     """
     options = FlashOffload(**flash_offload)
     meta = read_gguf(model)
-    one = ContextShape(n_ctx=n_ctx)
+    one = ContextShape(n_ctx=n_ctx, n_batch=N_BATCH)
     if options.workers:
         choices = [n for n in (32, 16, 8, 4, 2) if n_requests is None or n // 2 < n_requests]
         return sequences_at_workers(meta, options, one, choices)[0]

@@ -21,12 +21,15 @@ from ..server.engine_thread import EngineThread
 from ..server.limits import Limits
 from ..server.pages import FlashPages
 from ..whole_files import temporary_folder
+from .company import Company
 
-__all__ = ["Engine", "in_flight"]
+__all__ = ["N_BATCH", "Engine", "in_flight"]
 
+N_BATCH = 2048  # tokens of prompts that begin together; nobody waits for the next token meanwhile
 _LONGEST = 100  # bytes of a socket's path: 107 is what the system allows
 # no stranger asks
 _NONE = Limits(max_body=1 << 30, max_grammar=1 << 30, max_memory=1 << 50, max_requests=1 << 20, timeout=3600)
+_INSIDE: dict[str, Any] = {"page": False, "limits": _NONE, "n_batch": N_BATCH}
 _QUEUED = 8  # requests beyond those computed, so that no sequence waits for the next one
 
 
@@ -57,13 +60,14 @@ class Engine:
                 raise FlashError(f"{folder}: too long for the path of a socket: set TMPDIR to a shorter one")
             name = model.name.removesuffix(".gguf")
             asked = completed(
-                EngineSettings(model, name, threads_http=in_flight(parallel) + 4, page=False, limits=_NONE, **settings),
+                EngineSettings(model, name, threads_http=in_flight(parallel) + 4, **_INSIDE, **settings),
                 read_gguf(model),
             )
             driver = EngineDriver(asked.flash_offload, lambda session: say(session.summary))
             arguments = arguments_of(asked, parallel, self._socket, 0)
             pages, limits = FlashPages(name, parallel), asked.limits.of_requests(asked.n_ctx or 0)
-            self._thread = EngineThread(arguments, driver, pages, limits, self._socket, 0)
+            holds = Company(parallel) if parallel > 1 else None
+            self._thread = EngineThread(arguments, driver, pages, limits, self._socket, 0, holds=holds)
             self._thread.start()
             stack.callback(self._thread.stop, math.inf)
             if not self._thread.wait_until_it_answers():

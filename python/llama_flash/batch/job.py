@@ -22,7 +22,8 @@ from .advice import parallel_for
 from .answers import Answers
 from .asking import Asking, Ended, Reply
 from .engine import Engine, in_flight
-from .requests import Request, Requests
+from .order import by_length
+from .requests import Request, Requests, prompt_at_most
 
 __all__ = ["BatchSettings", "Job", "Progress"]
 
@@ -171,7 +172,9 @@ class Job:
         )
         signals.may_wait = True
         self._began = self._began or time.monotonic()
-        asking = Asking(engine.connect, _chained(first, asked), in_flight(progress.parallel))
+        ordered = by_length(_chained(first, asked), lambda each: prompt_at_most(*each[1:]), progress.parallel)
+        encoded = ((of, url, json.dumps(body).encode()) for of, url, body in ordered)
+        asking = Asking(engine.connect, encoded, in_flight(progress.parallel))
         is_lost = False
         try:
             self._take(asking, answers, engine, signals)
@@ -200,11 +203,11 @@ class Job:
                 self._write(answers, reply)
             self._tell()
 
-    def _asked(self, requests: Iterator[Request], answers: Answers) -> Iterator[tuple[Any, str, bytes]]:
-        """What goes to the server. A line that is wrong is answered here, in its place."""
+    def _asked(self, requests: Iterator[Request], answers: Answers) -> Iterator[tuple[Any, str, Any]]:
+        """What to ask. A line that is wrong is answered here, in its place."""
         for request in requests:
             if request.bad is None:
-                yield (request.key, request.custom_id), request.url, json.dumps(request.body).encode()
+                yield (request.key, request.custom_id), request.url, request.body
                 continue
             message = f"line {request.line}: {request.bad}"
             answers.write(request.key, request.custom_id, None, {"code": request.bad.code, "message": message})
@@ -242,7 +245,7 @@ def pooling_for(meta: GgufMeta) -> str | None:
     return None if meta.number("pooling_type") else "mean"
 
 
-def _chained(first: tuple[Any, str, bytes], rest: Iterator[tuple[Any, str, bytes]]) -> Iterator[tuple[Any, str, bytes]]:
+def _chained(first: tuple[Any, str, Any], rest: Iterator[tuple[Any, str, Any]]) -> Iterator[tuple[Any, str, Any]]:
     yield first
     yield from rest
 

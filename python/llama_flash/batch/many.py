@@ -19,7 +19,8 @@ from ..server.engine_settings import EngineSettings
 from .advice import parallel_for
 from .asking import Asking, Ended, Reply
 from .engine import Engine, in_flight
-from .requests import CHAT, COMPLETIONS
+from .order import by_length
+from .requests import CHAT, COMPLETIONS, prompt_at_most
 
 __all__ = ["Completion", "Completions", "complete_many"]
 
@@ -69,8 +70,9 @@ def complete_many(
 
     Args:
         model: GGUF file, or its first shard; or an open `Llama`.
-        prompts: texts to continue, or lists of messages ({"role": ..., "content": ...}) to answer. Taken as they are
-            needed, a few more than are computed, by the threads that take answers.
+        prompts: texts to continue, or lists of messages ({"role": ..., "content": ...}) to answer. Those of a list are
+            computed with others of like length, which takes less. Others are taken as they are needed, a few more
+            than are computed, by the threads that take answers.
         parallel: answers computed at the same time; "auto": as many as bring the most tokens, by the plan.
         n_ctx: tokens of each prompt with its answer; None: 2048, or fewer if the model was trained so.
         n_threads: that compute; None: as many as may run.
@@ -98,7 +100,7 @@ def complete_many(
     options = FlashOffload.coerce(flash_offload)
     if options is None:
         raise ValueError("flash_offload: True or options are expected")
-    return _Together(Path(model), bodies, options, parallel, n_ctx, n_threads)
+    return _Together(Path(model), bodies, options, parallel, n_ctx, n_threads, all_there=isinstance(prompts, Sequence))
 
 
 def _body(index: int, prompt: object, sampling: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -151,12 +153,16 @@ class _Together(Completions):
         parallel: int | Literal["auto"],
         n_ctx: int | None,
         n_threads: int | None,
+        *,
+        all_there: bool,
     ) -> None:
         flash = {name: getattr(options, name) for name in options.__dataclass_fields__}
         if parallel == "auto":
             tokens = completed(EngineSettings(model, n_ctx=n_ctx), read_gguf(model)).n_ctx or 0
             parallel = parallel_for(model, flash, tokens)
         engine = Engine(model, parallel, lambda line: None, n_ctx=n_ctx, threads=n_threads, flash_offload=flash)
+        if all_there:
+            bodies = by_length(bodies, lambda each: prompt_at_most(each[1], each[2]), parallel)
         requests = ((index, path, json.dumps(body).encode()) for index, path, body in bodies)
         self._asking = Asking(engine.connect, requests, in_flight(parallel))
         self._engine = engine

@@ -110,15 +110,20 @@ class Requests:
         return Request(line, _hash([custom_id, url, body]).hex(), custom_id, url, body)
 
 
-def tokens_at_most(url: str, body: Any) -> int:
-    """Tokens of prompt and answer: a token has a byte at least. Requests without max_tokens count as 2048 tokens."""
+def prompt_at_most(url: str, body: Any) -> int:
+    """Tokens of a prompt, of the longest where there are several: a token has a byte at least."""
     prompts = body.get({CHAT: "messages", COMPLETIONS: "prompt"}.get(url, "input"))
     several = isinstance(prompts, list) and url != CHAT
     n_bytes = max((_n_bytes(one) for one in prompts), default=0) if several else _n_bytes(prompts)
     if several and any(isinstance(one, int) for one in prompts):  # one prompt, as tokens
         n_bytes = len(prompts)
     n_bytes += _n_bytes(body.get("tools")) + _n_bytes(body.get("suffix"))
-    prompt = n_bytes + _TEMPLATE * (1 + (len(prompts) if url == CHAT and isinstance(prompts, list) else 0))
+    return n_bytes + _TEMPLATE * (1 + (len(prompts) if url == CHAT and isinstance(prompts, list) else 0))
+
+
+def tokens_at_most(url: str, body: Any) -> int:
+    """Tokens of prompt and answer. Requests without max_tokens count as 2048 tokens."""
+    prompt = prompt_at_most(url, body)
     if url == EMBEDDINGS:
         return prompt
     asked = body.get("max_completion_tokens", body.get("max_tokens"))

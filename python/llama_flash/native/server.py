@@ -20,7 +20,7 @@ from . import bindings
 from .prompts import Tokens, clear
 
 __all__ = [
-    *("FAILED", "Driver", "Drafts", "Pages", "Prompts", "RequestLimits"),
+    *("FAILED", "Driver", "Drafts", "Holds", "Pages", "Prompts", "RequestLimits"),
     "Tokens",
     *("argv_of", "check_template", "copy_of", "hooks_of", "load", "serve", "shipped", "stop", "write_back"),
 ]
@@ -40,6 +40,7 @@ _End = ctypes.CFUNCTYPE(
     *(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32),
     *(ctypes.c_void_p, ctypes.c_size_t),
 )
+_Even = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32)
 _Tell = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)
 
 
@@ -57,13 +58,17 @@ class _Draft(ctypes.Structure):
 
 
 _MakeDrafts = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(_Draft), ctypes.c_int)
+_HoldsPrompts = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int, ctypes.c_int)
 _HEALTH = 0  # of enum llama_flash_page; else METRICS
 
 
 class _Hooks(ctypes.Structure):
     """struct llama_hooks"""
 
-    _fields_ = (("load", _Load), ("init", _Init), ("freed", _Freed), ("begin", _Begin), ("end", _End))
+    _fields_ = (
+        *(("load", _Load), ("init", _Init), ("freed", _Freed)),
+        *(("begin", _Begin), ("end", _End), ("even", _Even)),
+    )
 
 
 _Recall = ctypes.CFUNCTYPE(
@@ -107,8 +112,14 @@ class Driver(Protocol):
     def freed(self, model: int) -> None:
         """The model is gone. Of any model that is freed in the process."""
 
+    def even(self, context: int, counts: Sequence[int]) -> Sequence[int]:
+        """Before `begin`: sequence i has counts[i] tokens in the call. As many, or more, then computed for nothing.
+
+        Not asked where the engine could not forget them.
+        """
+
     def begin(self, context: int, n_tokens: int, n_sequences: int) -> None:
-        """Before a call of the engine with so many tokens of so many sequences."""
+        """Before a call of the engine with so many tokens, those for nothing included, of so many sequences."""
 
     def end(self, context: int, n_tokens: int, n_sequences: int, code: int) -> tuple[int, str]:
         """After it: the code to be returned in place of `code`, and the reason if that is a failure."""
@@ -143,6 +154,13 @@ class Drafts(Protocol):
         """
 
 
+class Holds(Protocol):
+    """Who says when prompts begin. It may not raise."""
+
+    def __call__(self, n_new: int, n_begun: int) -> bool:
+        """Before a pass in which n_begun sequences compute: whether n_new others wait. Asked again before the next."""
+
+
 class Pages(Protocol):
     """What the program says beside the server, to whoever it lets ask. By the threads of HTTP, several at once."""
 
@@ -165,6 +183,7 @@ def serve(
     limits: RequestLimits,
     prompts: Prompts | None = None,
     drafts: Drafts | None = None,
+    holds: Holds | None = None,
 ) -> int:
     """Runs llama-server in this thread until it is stopped. 0 then, 1 if it did not begin.
 
@@ -173,6 +192,7 @@ def serve(
         limits: what of a request is refused before it is parsed.
         prompts: who keeps prompts; None: nobody.
         drafts: None: there are none.
+        holds: None: each prompt begins at once.
 
     Raises:
         FlashError: the server's library is missing.
@@ -182,9 +202,10 @@ def serve(
     argv = argv_of("llama-server", arguments)
     kept = None if prompts is None else _prompt_hooks(prompts)
     make_drafts = _make_drafts(drafts) if drafts is not None else _MakeDrafts()
+    holds_prompts = _HoldsPrompts(holds) if holds is not None else _HoldsPrompts()
     code: int = library.llama_flash_serve(
         *(*argv, ctypes.byref(hooks), tell, ctypes.byref(limits)),
-        *(None if kept is None else ctypes.byref(kept), make_drafts),
+        *(None if kept is None else ctypes.byref(kept), make_drafts, holds_prompts),
     )
     return code
 
@@ -243,7 +264,11 @@ def hooks_of(driver: Driver) -> ctypes.Structure:
             ctypes.memmove(error, text, len(text))
         return code
 
-    return _Hooks(_Load(load), _Init(init), _Freed(driver.freed), _Begin(driver.begin), _End(end))
+    def even(context: int, counts: Any, n: int) -> None:
+        for i, count in enumerate(driver.even(context, counts[:n])):
+            counts[i] = count
+
+    return _Hooks(_Load(load), _Init(init), _Freed(driver.freed), _Begin(driver.begin), _End(end), _Even(even))
 
 
 def _prompt_hooks(prompts: Prompts) -> ctypes.Structure:
@@ -305,7 +330,7 @@ def _library() -> Any:
         library.llama_flash_serve.restype = ctypes.c_int
         library.llama_flash_serve.argtypes = (
             *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, _Tell),
-            *(ctypes.c_void_p, ctypes.c_void_p, _MakeDrafts),
+            *(ctypes.c_void_p, ctypes.c_void_p, _MakeDrafts, _HoldsPrompts),
         )
         library.llama_flash_serve_write.restype = None
         library.llama_flash_serve_write.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)

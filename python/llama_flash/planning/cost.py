@@ -45,7 +45,9 @@ _LIKELY = (
 )
 _WRONG = 0.2  # share of the experts read ahead that are not used, see docs/measurements/2026-11-21-lookahead.md
 _RUN = 256  # neurons read at once where whole layers are
-_FURTHER = 0.6  # of the first token's computing: a further one's in the same pass, see the page above
+# of the first token's computing: a further one's in the same pass, see the page above
+_FURTHER = 0.6  # with weights of its own, in part: experts, neurons
+_FURTHER_SHARED = 0.25  # with the same weights, which are read from memory once for all tokens
 
 
 @dataclass(frozen=True)
@@ -168,14 +170,26 @@ def _expect(load: _Load, profile: DeviceProfile) -> Cost:
     compute, waited = _touched(replace(load, tokens=1)) / profile.dram, 0.0
     if usage and plan.mode == "flash":
         compute = max(compute, usage.computing)
-    longer = 1 + _FURTHER * (n - 1)
+    further = _further(load)
+    longer = 1 + further * (n - 1)
     if usage and plan.mode == "flash":
         waited = _waited([part for part in parts if part.kind != "panels"], usage, longer)
         assumptions.append(f"computing and waiting as in the last run, of {usage.tokens} tokens")
     if n > 1:
-        assumptions.append(f"each further token of a pass computes for {_FURTHER:.0%} of the first one's time")
+        assumptions.append(f"each further token of a pass computes for {further:.0%} of the first one's time")
     compute = max(compute * longer, touched / profile.dram)
     return Cost(tuple(parts), touched, compute, tuple(assumptions), waited, tokens=n)
+
+
+def _further(load: _Load) -> float:
+    """Of the first token's computing: that of each further one in the same pass."""
+    one = replace(load, tokens=1)
+    own = 0.0  # of what a token computes with: what it does not share with all others
+    if load.plan.bundles and load.plan.mode == "flash":
+        own += _neurons_touched(load.meta, load.plan, load.flash, load.predictor, 1)
+    own += expert_bytes(load.meta) * _routed_share(one)
+    share = min(1.0, own / max(_touched(one), 1.0))
+    return _FURTHER * share + _FURTHER_SHARED * (1 - share)
 
 
 @dataclass(frozen=True)

@@ -462,8 +462,7 @@ class _Planner:
         result: list[Together] = []
         planned = self._shape.n_sequences
         for n in counts(planned, most):
-            # wider passes are computed like prompts, for which nothing is lent
-            memory = (found.decoding if n <= FEW_TOKENS else None) or found.memory
+            memory = found.decoding or found.memory  # lent to passes with a token of each, of any number
             # contexts beside those that are planned for: their cells are no slots
             kv = max(0, n - planned) * memory.kv // planned
             short = kv - max(0, budget.total - found.memory.total)  # nothing where all weights have room, too

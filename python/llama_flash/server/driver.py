@@ -101,6 +101,15 @@ class EngineDriver:
             except Exception:
                 logger.exception("a session did not close")
 
+    def even(self, context: int, counts: Sequence[int]) -> Sequence[int]:
+        if context not in self._contexts:
+            return counts
+        try:
+            return self._contexts[context][1].even(counts)
+        except Exception:
+            logger.exception("tokens of %d sequences are computed as they are", len(counts))
+            return counts
+
     def begin(self, context: int, n_tokens: int, n_sequences: int) -> None:
         if context not in self._contexts:
             return

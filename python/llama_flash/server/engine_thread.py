@@ -74,6 +74,7 @@ class EngineThread:
         arguments: of llama-server.
         host, port: where it will listen, as `arguments` say; a host that ends in ".sock" is a socket's path.
         prompts: who keeps the state of prompts; None: nobody.
+        holds: who says when prompts begin; None: at once.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class EngineThread:
         host: str,
         port: int,
         prompts: ServerPrompts | None = None,
+        holds: native.Holds | None = None,
     ) -> None:
-        self._prompts = prompts
+        self._prompts, self._holds = prompts, holds
         self._arguments, self._driver, self._pages, self._limits = arguments, driver, pages, limits
         self._host, self._port = host, port
         self._failure: BaseException | None = None
@@ -102,8 +104,8 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            driver = self._driver
-            if native.serve(self._arguments, driver, self._pages, self._limits, self._prompts, driver.drafts) != 0:
+            driver, more = self._driver, (self._prompts, self._driver.drafts, self._holds)
+            if native.serve(self._arguments, driver, self._pages, self._limits, *more) != 0:
                 self._failure = self._driver.failure or FlashError("the server did not start: --verbose shows its log")
         except BaseException as failure:
             self._failure = failure

@@ -58,6 +58,7 @@ from .account import Account
 from .describe import line_about, nothing_to_offload, workers_text
 from .memento import Memento
 from .share import Share
+from .steps import Steps
 
 __all__ = ["Load"]
 
@@ -439,6 +440,14 @@ class Load:
 
         n_vocab = int(engine.llama_vocab_n_tokens(engine.llama_model_get_vocab(model)))
         return Drafter(source, self.n_ctx // n_texts, n_vocab, shape, most, reason=self._no_head)
+
+    def steps(self, context: Any) -> Steps | None:
+        """Of calls with several sequences; None where a token has weights of its own, which would be read for it."""
+        import llama_cpp as engine
+
+        if self.meta.number("expert_count") or self._plan.bundles is not None:
+            return None
+        return Steps(engine.llama_n_ubatch(context), engine.llama_n_batch(context))
 
     def close_draft(self) -> None:
         """Frees the draft model, or the head's context, if there is one. May be called twice."""

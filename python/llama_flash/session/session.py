@@ -37,6 +37,7 @@ from .account import Account
 from .keeper import PromptKeeper
 from .loading import Load
 from .share import Share
+from .steps import Steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +113,9 @@ class FlashSession:
         self.prompts: PromptStore | None = None  # what is kept of prompts, and who does it for a Llama
         self.keeper: PromptKeeper | None = None
         self.drafter: Drafter | None = None  # what `Llama` asks for guesses
+        self.steps: Steps | None = None  # of calls with several sequences, where all tokens take the same weights
         self._began = 0.0  # of the call under way, by time.perf_counter()
+        self._computing = 0  # tokens of it, with those for nothing
         self._after_calls: list[Callable[[], None]] = []
         self._context: Any = None
         self._load = Load(
@@ -157,6 +160,7 @@ class FlashSession:
         if self.prompts is not None:
             self._load.summary += f"; prompts are kept in {self.prompts.folder.path}"
             self.account.prompts = lambda store=self.prompts: store.stats  # type: ignore[misc]
+        self.steps = self._load.steps(context)
         self.drafter = self._load.drafter(context)
         if self.drafter is not None:
             self.account.drafts = lambda drafter=self.drafter: drafter.stats  # type: ignore[misc]
@@ -164,8 +168,12 @@ class FlashSession:
 
     # calls of the engine
 
+    def even(self, counts: Sequence[int]) -> Sequence[int]:
+        """Before a call in which sequence i has counts[i] tokens: how many to compute, some of them for nothing."""
+        return counts if self.steps is None else self.steps.even(counts)
+
     def before_call(self, n_tokens: int) -> None:
-        """Before each llama_decode or llama_encode of `n_tokens` tokens.
+        """Before each llama_decode or llama_encode of `n_tokens` tokens, those for nothing included.
 
         Raises:
             FlashError: the process is a child of the one that has loaded the model.
@@ -176,7 +184,7 @@ class FlashSession:
             self._load.workers.before_call(n_tokens)
         self.share.before_call(n_tokens)
         self.history.begin()
-        self._began = time.perf_counter()
+        self._computing, self._began = n_tokens, time.perf_counter()
 
     def before_state(self) -> None:
         """Before a saved state is loaded into the KV cache.
@@ -192,21 +200,25 @@ class FlashSession:
     def after_call(self, n_tokens: int, n_sequences: int = 1) -> None:
         """After each llama_decode or llama_encode of `n_tokens` tokens of so many sequences, whatever it returned.
 
+        Tokens that were computed for nothing are not among them.
+
         Raises:
             FlashReadError: a read failed during the call, here or at a worker. Its results are void; the model can be
                 used again.
             FlashWorkerError: a worker was lost. The results are void; the model has to be loaded again.
         """
         self.check_process()
-        native, drafter = self.native, self.drafter
-        drafted = drafter.n_drafted if drafter and drafter.passed(n_tokens, time.perf_counter() - self._began) else 0
+        native, drafter, seconds = self.native, self.drafter, time.perf_counter() - self._began
+        drafted = drafter.n_drafted if drafter and drafter.passed(n_tokens, seconds) else 0
+        if self.steps is not None:
+            self.steps.took(self._computing, n_sequences, seconds)
         self.account.add(n_tokens, native, n_sequences, drafted)
-        self.share.after_call(n_tokens)
+        self.share.after_call(self._computing)
         try:
             if native is not None:
                 native.raise_pending()
         finally:
-            self._ask_workers(n_tokens)
+            self._ask_workers(self._computing)
         if self.recorder is not None:
             self.recorder.drain()
         for callback in self._after_calls:
