@@ -25,11 +25,13 @@ from .company import Company
 
 __all__ = ["N_BATCH", "Engine", "in_flight"]
 
-N_BATCH = 2048  # tokens of prompts that begin together; nobody waits for the next token meanwhile
+N_BATCH = 4096  # tokens of prompts that begin together; nobody waits for the next token meanwhile
 _LONGEST = 100  # bytes of a socket's path: 107 is what the system allows
 # no stranger asks
 _NONE = Limits(max_body=1 << 30, max_grammar=1 << 30, max_memory=1 << 50, max_requests=1 << 20, timeout=3600)
 _INSIDE: dict[str, Any] = {"page": False, "limits": _NONE, "n_batch": N_BATCH}
+# a sequence that has begun another prompt alike is only looked for where most of it is: else they begin in their order
+_SIDE_BY_SIDE = ("--slot-prompt-similarity", "0.5")
 _QUEUED = 8  # requests beyond those computed, so that no sequence waits for the next one
 
 
@@ -64,7 +66,7 @@ class Engine:
                 read_gguf(model),
             )
             driver = EngineDriver(asked.flash_offload, lambda session: say(session.summary))
-            arguments = arguments_of(asked, parallel, self._socket, 0)
+            arguments = [*arguments_of(asked, parallel, self._socket, 0), *_SIDE_BY_SIDE]
             pages, limits = FlashPages(name, parallel), asked.limits.of_requests(asked.n_ctx or 0)
             holds = Company(parallel) if parallel > 1 else None
             self._thread = EngineThread(arguments, driver, pages, limits, self._socket, 0, holds=holds)
