@@ -192,6 +192,17 @@ class PromptStats:
 
 
 @dataclass(frozen=True)
+class StepStats:
+    """Calls of several sequences that were filled up to one length, so that they took fewer steps."""
+
+    filled: int = 0  # tokens that were computed for nothing
+    saved: int = 0  # steps, each of which reads the weights
+
+    def __str__(self) -> str:
+        return f"steps: {self.saved} saved by {self.filled} tokens computed for nothing"
+
+
+@dataclass(frozen=True)
 class FlashStats:
     """State of one model's flash offload. `llm.flash.stats()` returns it.
 
@@ -218,6 +229,7 @@ class FlashStats:
     throttled_seconds: float = 0.0  # for which it has, of all cores together
     drafts: DraftStats = field(default_factory=DraftStats)
     prompts: PromptStats = field(default_factory=PromptStats)
+    steps: StepStats = field(default_factory=StepStats)
 
     def active_neurons(self, counters: Counters) -> str:
         """Active neurons per token, and their share of all; "" where none were counted."""
@@ -242,6 +254,7 @@ class FlashStats:
             "reads_ahead": self.reads_ahead,
             "drafts": self.drafts.as_dict(),
             "prompts": asdict(self.prompts),
+            "steps": asdict(self.steps),
             **{name: getattr(self, name).as_dict() for name in ("total", "prompt", "decode", "last")},
         }
 
@@ -265,6 +278,8 @@ class FlashStats:
             lines.append(str(self.drafts))
         if self.prompts.folder:
             lines.append(str(self.prompts))
+        if self.steps.saved:
+            lines.append(str(self.steps))
         if self.throttled:
             lines.append(explain_throttling(self.throttled, self.throttled_seconds))
         return "\n".join(lines)

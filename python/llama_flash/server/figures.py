@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["COUNTERS", "EVENTS", "GAUGES", "TEXTS", "TOKENS", "WORKER_COUNTERS", "WORKER_GAUGES", "Tally", "public"]
 
 EVENTS = ("shrink", "grow", "pressure", "short")  # FlashEvent.kind
-_COUNTED = ("total", "prompt", "decode", "drafts", "prompts")
+_COUNTED = ("total", "prompt", "decode", "drafts", "prompts", "steps")
 
 # of the model that is loaded: name, help, key of FlashSession.describe
 GAUGES = (
@@ -55,10 +55,15 @@ _PROMPTS = (
     ("prompt_recall_seconds", "Time spent on reading them.", "recall_seconds"),
     ("prompt_written_bytes", "Bytes written to the folder of prompts.", "written"),
 )
+# of calls of several sequences, of all loads: name, help, name in stats.StepStats
+_STEPS = (
+    ("filled_tokens", "Tokens computed for nothing, so that sequences of unlike lengths take fewer steps.", "filled"),
+    ("saved_steps", "Steps that this has saved, each of which reads the weights.", "saved"),
+)
 # of all loads of a model: name, help, part of FlashStats and name in it
 COUNTERS = tuple(
     (name, text, part, key)
-    for part, counted in (("total", _READING), ("drafts", _DRAFTS), ("prompts", _PROMPTS))
+    for part, counted in (("total", _READING), ("drafts", _DRAFTS), ("prompts", _PROMPTS), ("steps", _STEPS))
     for name, text, key in counted
 )
 TOKENS = (("prompt", "prompt"), ("generated", "decode"))  # kind, part of FlashStats

@@ -10,7 +10,7 @@ from ..budget.rooms import Breakdown, Budget
 from ..native.handle import Session
 from ..native.library import IO_ENGINES
 from ..observe.history import History
-from ..observe.stats import Counters, DraftStats, FlashStats, PromptStats
+from ..observe.stats import Counters, DraftStats, FlashStats, PromptStats, StepStats
 from ..planning.placed import Plan
 
 __all__ = ["Account"]
@@ -38,6 +38,7 @@ class Account:
         self.history = History()  # of the last calls
         self.drafts: Callable[[], DraftStats] = DraftStats
         self.prompts: Callable[[], PromptStats] = PromptStats
+        self.steps: Callable[[], StepStats] = StepStats
         self.history.reset(None)
         self._throttling = Throttling()
         self._progress = _Progress()
@@ -105,6 +106,7 @@ class Account:
             throttled_seconds=throttled_seconds,
             drafts=self.drafts(),
             prompts=self.prompts(),
+            steps=self.steps(),
         )
 
     def finish(self, budget: Budget, memory: Breakdown, native: Session) -> None:

@@ -161,6 +161,8 @@ class FlashSession:
             self._load.summary += f"; prompts are kept in {self.prompts.folder.path}"
             self.account.prompts = lambda store=self.prompts: store.stats  # type: ignore[misc]
         self.steps = self._load.steps(context)
+        if self.steps is not None:
+            self.account.steps = lambda steps=self.steps: steps.stats  # type: ignore[misc]
         self.drafter = self._load.drafter(context)
         if self.drafter is not None:
             self.account.drafts = lambda drafter=self.drafter: drafter.stats  # type: ignore[misc]

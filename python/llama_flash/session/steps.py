@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..observe.stats import StepStats
+
 __all__ = ["Steps", "filled", "steps_of"]
 
 _ASSUMED = 16.0  # tokens that take as long as a further step, before anything was seen
@@ -90,7 +92,7 @@ class Steps:
         self._n_ubatch, self._n_batch = n_ubatch, n_batch
         self._normal, self._right = [[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]
         self._n_seen = self._n_steps = 0
-        self.filling = 0  # tokens that were computed for nothing
+        self.stats = StepStats()
 
     @property
     def per_step(self) -> float:
@@ -109,7 +111,10 @@ class Steps:
         """As `filled`, for the call that begins."""
         found = filled(counts, self._n_ubatch, self._n_batch, self.per_step)
         self._n_steps = len(steps_of(found, self._n_ubatch))
-        self.filling += sum(found) - sum(counts)
+        if found != list(counts):
+            saved = len(steps_of(counts, self._n_ubatch)) - self._n_steps
+            more = sum(found) - sum(counts)
+            self.stats = StepStats(self.stats.filled + more, self.stats.saved + saved)
         return found
 
     def took(self, n_tokens: int, n_sequences: int, seconds: float) -> None:
