@@ -6,13 +6,14 @@ They are bounded: of each kind the `MOST` that were used last, and none that was
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .whole_files import remove_all_abandoned, whole_file
@@ -22,6 +23,7 @@ __all__ = [
     "MOST",
     "cache_folder",
     "fingerprint",
+    "in_turn",
     "keep",
     "name_for",
     "read_kept",
@@ -61,9 +63,10 @@ def fingerprint(files: Sequence[Path], layout: str) -> str:
     return hashlib.sha256(json.dumps([parts, layout]).encode()).hexdigest()
 
 
-def name_for(model: Path, ending: str) -> str:
-    """Of what is kept for the model: to be told apart, and to be recognised."""
-    return f"{model.stem[:60]}-{hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:16]}.{ending}"
+def name_for(model: Path, ending: str, part: str = "") -> str:
+    """Of what is kept for the model, or for a part of it: to be told apart, and to be recognised."""
+    mark = hashlib.sha256(f"{model.resolve()}{part}".encode()).hexdigest()[:16]
+    return f"{model.stem[:60]}-{mark}.{ending}"
 
 
 def keep(path: Path, content: bytes) -> None:
@@ -75,6 +78,22 @@ def keep(path: Path, content: bytes) -> None:
     with whole_file(path, say=logger.debug) as file:
         file.write(content)
     _forget(path)
+
+
+@contextlib.contextmanager
+def in_turn(kind: str) -> Iterator[None]:
+    """While this lasts, no other process is here for the same kind: for files that are read, changed and kept.
+
+    Raises OSError where the folder cannot be made or opened.
+    """
+    folder = cache_folder() / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def read_kept(path: Path) -> bytes:

@@ -18,7 +18,7 @@ from gguf_tools.source import KeyValue
 from gguf_tools.stream import write_gguf
 from llama_flash import kept_files, whole_files
 from llama_flash.archives import write_archive
-from llama_flash.session import hot
+from llama_flash.planning import hot
 from llama_flash.whole_files import temporary_folder, whole_file
 
 # writes the first half and says so, then is killed or waits to be told to go on
@@ -202,7 +202,7 @@ def test_what_was_not_used_for_half_a_year_goes_and_a_use_counts(cache: Path, tm
 def test_processes_that_keep_files_at_the_same_time_do_not_fail(cache: Path, tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, numpy as np; from llama_flash import kept_files\n"
-        "from llama_flash.session import hot; kept_files.MOST = 4\n"
+        "from llama_flash.planning import hot; kept_files.MOST = 4\n"
         "for i in range(60):\n"
         "    assert hot.save(pathlib.Path(f'{sys.argv[1]}-{i % 9}.gguf'), 'm', np.arange(9, dtype=np.uint64))\n"
     )

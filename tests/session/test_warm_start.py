@@ -19,7 +19,7 @@ from neurons import bundled, open_neurons, some_active, with_predictors, write_m
 
 from llama_flash import Controller, FlashOffload
 from llama_flash.native.library import library
-from llama_flash.session import hot
+from llama_flash.planning import hot
 
 PROMPT, DECODED = tokens(60, seed=1), tokens(24, seed=2)
 N = len(PROMPT) + len(DECODED)
@@ -134,7 +134,7 @@ def test_a_file_that_does_not_fit_is_ignored_with_one_line(
         file.write_bytes(json.dumps(header).encode() + b"\n" + data)
     with caplog.at_level(logging.WARNING, logger="llama_flash"):
         second = load(path)
-        assert until(lambda: second.flash.share.memento.left is not None)
+        assert until(lambda: second.flash.share.memento.hot.left is not None)
     assert len([record for record in caplog.records if "hot weights" in record.message]) == 1
     assert slots_used(second) == 0
     second.close()
@@ -142,10 +142,10 @@ def test_a_file_that_does_not_fit_is_ignored_with_one_line(
 
 def test_ids_that_make_no_sense_are_passed_over(model_file: ModelFile) -> None:
     llm = load(model_file("qwen3moe", "Q4_0"))
-    assert until(lambda: llm.flash.share.memento.left is not None)
+    assert until(lambda: llm.flash.share.memento.hot.left is not None)
     Controller.of_process()._unsettled = True
-    llm.flash.share.memento.left = np.array([1 << 62, (1 << 63) | 5, 2**64 - 1, 10**6, 0, 0, 3], np.uint64)
-    assert until(lambda: len(llm.flash.share.memento.left) == 0)
+    llm.flash.share.memento.hot.left = np.array([1 << 62, (1 << 63) | 5, 2**64 - 1, 10**6, 0, 0, 3], np.uint64)
+    assert until(lambda: len(llm.flash.share.memento.hot.left) == 0)
     assert until(lambda: slots_used(llm) == 2)
     logits_of(llm, PROMPT, DECODED)
     llm.close()

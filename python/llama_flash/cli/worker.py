@@ -39,6 +39,7 @@ def worker(
         ),
     ] = False,
     lookahead: c.Lookahead = None,
+    warm_start: c.WarmStart = True,
     io_engine: c.IoEngine = "auto",
     threads: c.Threads = 0,
 ) -> None:
@@ -57,6 +58,7 @@ def worker(
         "reserve": reserve,
         "lookahead": "auto" if lookahead is None else lookahead,
         "io_engine": io_engine,
+        "warm_start": warm_start,
     }
     FlashOffload(**options)  # type: ignore[arg-type]  # refuses what makes no sense
     settings = Settings(path, listen, token_file, listen_anywhere, tuple(options.items()), threads)

@@ -31,7 +31,7 @@ from .flash_keys import (
     read_predictor,
     row_bytes,
 )
-from .ggml_types import type_name
+from .ggml_types import TYPE_SIZES, type_name
 from .gguf import GgufMeta, TensorInfo, read_gguf
 
 __all__ = ["Bundles", "LayerBundle", "holds_bundles", "read_bundles"]
@@ -94,6 +94,10 @@ class Bundles:
         """Whether every layer has one."""
         return all(layer.rank for layer in self.layers)
 
+    def of_layers(self, layers: range) -> Bundles:
+        """Those of these layers."""
+        return replace(self, layers=tuple(layer for layer in self.layers if layer.layer in layers))
+
     def part_names(self) -> list[str]:
         """Names of the weights as which the loader presents the bundles' parts."""
         return [
@@ -101,6 +105,16 @@ class Bundles:
             for layer in self.layers
             for part in self.format.parts
         ]
+
+    def presented(self) -> Iterator[tuple[str, int, tuple[int, ...], TensorInfo]]:
+        """The same weights: name, type and shape as the loader makes them up, and the bundle that holds each."""
+        form, names = self.format, iter(self.part_names())
+        for layer in self.layers:
+            for part in form.parts:
+                kind, shape = part.type, (form.n_embd, layer.n_ff)
+                if part.name == "down":  # its rows are stored transposed
+                    kind, shape = (kind if layer.n_ff % TYPE_SIZES[kind][0] == 0 else _F32), shape[::-1]
+                yield next(names), kind, (*shape, max(1, layer.n_expert)), layer.tensor
 
     def descriptions(self) -> Iterator[NeuronBundle]:
         """Each layer's bundle as the plugin is told of it, with its biases and predictor read from the file."""

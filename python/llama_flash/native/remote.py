@@ -14,7 +14,7 @@ from . import bindings
 from .handle import Session
 from .library import library, raise_error
 
-__all__ = ["Worker", "binding", "connect", "place_layers", "settle"]
+__all__ = ["Worker", "binding", "buffer_type_of", "connect", "place_layers", "settle"]
 
 _MOST_DIMENSIONS = 4
 
@@ -36,6 +36,14 @@ def connect(endpoint: str, connection: socket.socket) -> int:
 def settle(endpoint: str) -> bool:
     """Waits until the worker has done all that it was sent; False: the connection is lost."""
     return bool(library().llama_flash_remote_settle(endpoint.encode()))
+
+
+def buffer_type_of(device: int) -> int:
+    """ggml_backend_buffer_type_t of a device's memory."""
+    function = library().ggml_backend_dev_buffer_type
+    function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    address: int = function(device)
+    return address
 
 
 def place_layers(model_params: Any, devices: Sequence[int], n_layers: Sequence[int]) -> object:

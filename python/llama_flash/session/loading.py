@@ -165,7 +165,7 @@ class Load:
             drafted = 0 if options.draft == "off" else MOST
             context_params.n_outputs_max = context_params.n_outputs_max or min(1 + drafted, context_params.n_batch)
         if options.workers and not model_params.vocab_only:
-            check_divisible(self.meta, self._lora_path)
+            check_divisible(self._lora_path)
             self.workers = Workers(options, self.meta)
         self._account.plan = self._plan_with_head(model_params) or self._make_plan()
         share.memory = self._plan.expected
@@ -185,8 +185,8 @@ class Load:
         groups = [(self._plan.patterns(), flash_buffer_type())]
         if self.workers is not None:
             parts = parts_of(self.meta, self.workers.offers, options.what, self._shape())
-            self.workers.place(model_params, parts, few_tokens(self._shape().n_sequences))
-            groups.append((names_pattern(at_client(self.meta)), cpu_buffer_type()))
+            groups += self.workers.place(model_params, parts, few_tokens(self._shape().n_sequences), options)
+            groups.append((names_pattern(at_client(self.meta).tensors), cpu_buffer_type()))
         self._overrides = override(model_params, *groups)
         if self._plan.mode == "flash":
             native = self._open()
@@ -369,7 +369,7 @@ class Load:
         self._say(self.line())
         if self._plan.mode == "flash" and self.options.follow:
             assert self._share.memento is not None
-            self._share.memento.note_files()
+            self._share.memento.hot.note_files()
             Controller.of_process().join(self._share)
         check_threads(self._n_threads())
 

@@ -511,7 +511,7 @@ class FlashSession:
         if native is None or memento is None or native.forked:
             return
         if self.stats().total.tokens:
-            memento.store_hot(native)
+            memento.hot.store(native)
         acceptance = self.account.drafts().acceptance
         memento.store_usage(native, self.history, self.share.settled, self.memory, self.predictor, acceptance)
 

@@ -257,7 +257,7 @@ class Share:
         if native is None or memento is None:
             return False
         with native.using() as is_open:
-            return is_open and memento.warm(native)
+            return is_open and memento.hot.warm(native)
 
     def tell(self, event: FlashEvent) -> None:
         if event.kind == "short":

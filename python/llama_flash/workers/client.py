@@ -27,6 +27,7 @@ from ..planning.lent import few_tokens
 from .division import Offer, Part
 from .identity import compare, identity_of
 from .listen import read_token
+from .placing import bundled_names, names_pattern
 from .wire import Line, Wire, connect
 
 __all__ = ["Remote", "Workers"]
@@ -74,9 +75,12 @@ class Remote:
             raise
         self._key = str(hello.get("key"))
 
-    def open_data(self, homes: dict[str, int], few_tokens: int) -> int:
-        """The connection for data, of these weights; returns the worker's ggml_backend_dev_t."""
-        self.ask({"op": "plan", "homes": homes, "few_tokens": few_tokens})
+    def open_data(self, homes: dict[str, int], few_tokens: int, neurons: Line) -> int:
+        """The connection for data, of these weights; returns the worker's ggml_backend_dev_t.
+
+        neurons: how active ones are found, where there are bundles.
+        """
+        self.ask({"op": "plan", "homes": homes, "few_tokens": few_tokens, "neurons": neurons})
         try:
             connection = connect(self.endpoint, self._timeout)
             wire = Wire(connection)
@@ -202,13 +206,24 @@ class Workers:
         """What they give."""
         return [remote.offer for remote in self.remotes]
 
-    def place(self, model_params: Any, parts: Sequence[Part], few_tokens: int) -> None:
-        """Enters them into llama_model_params, as devices with these parts."""
+    def place(
+        self, model_params: Any, parts: Sequence[Part], few_tokens: int, options: FlashOffload
+    ) -> list[tuple[list[str], int]]:
+        """Enters them into llama_model_params, as devices with these parts.
+
+        Returns patterns of names, and buffer types, of what has to be placed by name: bundles, which no device takes by
+        itself.
+        """
         self.parts = list(parts)
+        neurons = {"predictor": options.predictor, "window": options.window}
         devices = [
-            remote.open_data(dict(part.homes), few_tokens) for remote, part in zip(self.remotes, parts, strict=True)
+            remote.open_data(dict(part.homes), few_tokens, neurons)
+            for remote, part in zip(self.remotes, parts, strict=True)
         ]
         self._kept.append(remote.place_layers(model_params, devices, [len(part.layers) for part in parts]))
+        bundled = [names_pattern(bundled_names(self._meta, part)) for part in parts]
+        types = [remote.buffer_type_of(device) for device in devices]
+        return [(names, kind) for names, kind in zip(bundled, types, strict=True) if names]
 
     @contextlib.contextmanager
     def binding(self) -> Iterator[None]:

@@ -8,9 +8,10 @@ from functools import reduce
 
 from ..budget.rooms import Breakdown
 from ..errors import FlashWorkerError
+from ..model.bundles import Bundles
 from ..model.gguf import GgufMeta, TensorInfo
 from ..model.graphs import Use
-from ..planning.placement import kinds_of, select
+from ..planning.placement import kinds_of, least_for_neurons, select
 from ..sizes import format_size
 from .times import LEAST_FLASH, NONE, Host, Layer, added, divide_by_time, seconds_of
 
@@ -42,8 +43,8 @@ class Part:
 
     offer: Offer
     layers: range
-    homes: Mapping[str, int]  # of its weights: PLAIN, MATRIX or FLASH
-    resident: int  # weights in memory
+    homes: Mapping[str, int]  # of its weights: PLAIN, MATRIX or FLASH; a bundle is one, its predictor is none
+    resident: int  # weights and predictors in memory
     on_flash: int
     kv: int  # expected
     compute: int  # expected
@@ -87,6 +88,7 @@ def divide_model(
     what: str,
     uses: Mapping[str, Use],
     expected: Breakdown,
+    bundles: Bundles | None = None,
 ) -> list[Part]:
     """The parts of all workers.
 
@@ -94,6 +96,7 @@ def divide_model(
         what: as in FlashOffload.
         uses: of the weights, by the engine's graphs.
         expected: of the whole model on one machine: KV cache and graph buffers.
+        bundles: the file's, which are on flash whatever else is.
 
     Raises:
         FlashWorkerError: there are more workers than layers, or one has too little memory.
@@ -106,7 +109,7 @@ def divide_model(
     if sorted(layers) != list(range(n)) or n < len(offers):
         raise FlashWorkerError(f"a model of {n} layers cannot be divided among {len(offers)} workers: name fewer")
     beside = [t for t in meta.tensors.values() if t.name.startswith("rope_f")]  # used by all layers
-    costs = _layers(meta, [layers[i] for i in range(n)], what, uses, expected.kv // n)
+    costs = _layers(meta, [layers[i] for i in range(n)], what, uses, expected.kv // n, bundles)
     by_time = all(o.flash_rate > 0 and o.dram_rate > 0 for o in offers)
     hosts = [Host(o.room - expected.compute, o.flash_rate, o.dram_rate) for o in offers]
     ranges = divide_by_time(costs, hosts) if by_time else []
@@ -115,7 +118,8 @@ def divide_model(
     for offer, host, mine in zip(offers, hosts, ranges, strict=True):
         weights = [t for i in mine for t in layers[i]] + beside
         kv = expected.kv * len(mine) // n
-        part = _part(meta, offer, mine, weights, what, uses, kv, expected.compute)
+        own = None if bundles is None else bundles.of_layers(mine)
+        part = _part(meta, offer, mine, weights, what, uses, kv, expected.compute, own)
         if by_time:
             part = replace(part, seconds=seconds_of(reduce(added, costs[mine.start : mine.stop], NONE), host))
         parts.append(part)
@@ -123,10 +127,15 @@ def divide_model(
 
 
 def _layers(
-    meta: GgufMeta, layers: Sequence[Sequence[TensorInfo]], what: str, uses: Mapping[str, Use], kv: int
+    meta: GgufMeta,
+    layers: Sequence[Sequence[TensorInfo]],
+    what: str,
+    uses: Mapping[str, Use],
+    kv: int,
+    bundles: Bundles | None,
 ) -> list[Layer]:
     """What each costs, with as much on flash as may be. kv: bytes of one."""
-    movable = {t.name for t in select(meta, list(kinds_of(what))[-1], uses)}
+    movable = {t.name for t in select(meta, list(kinds_of(what))[-1], uses)} | _bundled(bundles)
     used = meta.number("expert_used_count") / max(1, meta.number("expert_count"))
     found = []
     for weights in layers:
@@ -148,21 +157,29 @@ def _part(
     uses: Mapping[str, Use],
     kv: int,
     compute: int,
+    bundles: Bundles | None,
 ) -> Part:
     """As few kinds of weights on flash as its room needs."""
+    aside = {t.name for layer in bundles.layers for t in layer.predictor or ()} if bundles else set()
+    least = max(LEAST_FLASH, least_for_neurons(bundles) if bundles and bundles.layers else 0)
     for kinds in kinds_of(what):
-        chosen = {t.name for t in select(meta, kinds, uses)}
+        chosen = {t.name for t in select(meta, kinds, uses)} | _bundled(bundles)
         homes = {t.name: FLASH if t.name in chosen else _in_memory(uses.get(t.name, Use(0))) for t in weights}
         on_flash = sum(t.size for t in weights if homes[t.name] == FLASH)
+        homes = {name: home for name, home in homes.items() if name not in aside}
         part = Part(offer, mine, homes, sum(t.size for t in weights) - on_flash, on_flash, kv, compute)
-        if part.left >= (LEAST_FLASH if on_flash else 0):
+        if part.left >= (least if on_flash else 0):
             return part
-    need = offer.budget - part.left + (LEAST_FLASH if part.on_flash else 0)
+    need = offer.budget - part.left + (least if part.on_flash else 0)
     raise FlashWorkerError(
         f"worker {offer.endpoint} has too little memory for layers {mine.start} to {mine.stop - 1}: its budget is "
         f"{format_size(offer.budget)}, about {format_size(need)} would do; give it more, or name more workers",
         host=offer.endpoint,
     )
+
+
+def _bundled(bundles: Bundles | None) -> set[str]:
+    return {layer.tensor.name for layer in bundles.layers} if bundles else set()
 
 
 def _in_memory(use: Use) -> int:

@@ -18,7 +18,7 @@ from ..options import FlashOffload
 from ..planning.placed import Plan
 from .client import Workers
 from .division import Part
-from .placing import check_divisible, parts_of, plan_at_client
+from .placing import parts_of, plan_at_client
 
 __all__ = ["DividedPlan", "Traffic", "plan_workers", "traffic_of"]
 
@@ -88,7 +88,6 @@ def plan_workers(model: str | os.PathLike[str], options: FlashOffload, shape: Co
     import llama_cpp  # noqa: F401  # registers the plugin
 
     meta = read_gguf(model)
-    check_divisible(meta, None)
     if not options.workers:
         raise FlashWorkerError("no workers are named")
     budget = kept_budget(options.dram_budget, options.reserve, meta.file_bytes)

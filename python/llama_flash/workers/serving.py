@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 from ..budget.controller import Controller
@@ -21,16 +22,22 @@ from ..budget.held import held_by_all
 from ..budget.rooms import held_by_process, kept_budget
 from ..device.kept import recall
 from ..errors import FlashBudgetError, FlashError, FlashFormatError, FlashReadError
+from ..model.bundles import Bundles, read_bundles
+from ..model.ggml_types import tensor_bytes
 from ..model.gguf import GgufMeta, read_gguf
 from ..model.shape import ContextShape
 from ..native.handle import Session
 from ..native.library import trim_heap
+from ..native.params import Mode, Requirements, neuron_params
 from ..native.remote import Worker
 from ..observe.stats import Counters
 from ..options import FlashOffload
+from ..planning.placement import choose_predictor
 from ..planning.reads import experts_ahead, io_choice
 from ..sizes import format_size, parse_size
+from .division import FLASH
 from .identity import identity_of
+from .remembered import HostRecords
 from .share import WorkerShare
 from .wire import Line, Wire
 
@@ -61,6 +68,9 @@ class Serving:
         self._native: Session | None = None
         self._worker: Worker | None = None
         self._share: WorkerShare | None = None  # where something is on flash
+        self._bundles: Bundles | None = None  # of its layers
+        self._predictor: Mode | None = None  # how active neurons of these are found
+        self._hot = HostRecords(self._meta.files, list(self._meta.tensors), self._options)
 
     def answer(self, line: Line) -> Line:
         """To one line of the client's."""
@@ -86,7 +96,9 @@ class Serving:
             return _error("budget", str(e), smallest=e.smallest, breakdown=e.breakdown)
         except FlashFormatError as e:
             return _error("format", str(e))
-        except (FlashError, OSError, ValueError, TypeError, KeyError) as e:
+        except KeyError as e:
+            return _error("refused", f"the request {line.get('op')!r} has no {e}")
+        except (FlashError, OSError, ValueError, TypeError) as e:
             return _error("refused", str(e) or type(e).__name__)
 
     # what may be asked
@@ -118,7 +130,10 @@ class Serving:
         homes, options = line["homes"], self._options
         if not isinstance(homes, dict):
             raise FlashError("homes is no object")
-        io_engine, io_depth = io_choice(options, None, None)
+        bundles = self._bundles_of(homes)
+        if bundles is not None:
+            self._options = options = replace(options, **_neurons_of(line.get("neurons")))
+        io_engine, io_depth = io_choice(options, bundles, None)
         native = Session(
             io_engine,
             io_depth=io_depth,
@@ -128,21 +143,55 @@ class Serving:
             panel_bytes=parse_size(options.panel_bytes),
             few_tokens=int(line.get("few_tokens", 0)),
         )
+        parts = [] if bundles is None else list(bundles.presented())
+        for description in () if bundles is None else bundles.descriptions():
+            native.add_bundle(description)
         limit = max(0, self._budget.total - self._budget.reserve)
-        worker = Worker(native, self._meta.files, self._n_threads, limit, self._meta.file_bytes)
+        addresses = self._meta.file_bytes + sum(tensor_bytes(kind, shape) for _, kind, shape, _ in parts)
+        worker = Worker(native, self._meta.files, self._n_threads, limit, addresses)
         numbers = {path: i for i, path in enumerate(self._meta.files)}
+        bundled = set() if bundles is None else {layer.tensor.name for layer in bundles.layers}
         for name, home in homes.items():
-            tensor = self._meta.tensors.get(name)
-            if tensor is None:
-                raise FlashError(f"the file has no tensor {name!r}")
-            worker.add_weight(name, tensor.type, tensor.shape, numbers[tensor.file], tensor.offset, int(home))
-        self._native, self._worker = native, worker
+            if name not in bundled:
+                tensor = self._meta.tensors[name]
+                worker.add_weight(name, tensor.type, tensor.shape, numbers[tensor.file], tensor.offset, int(home))
+        for name, kind, shape, tensor in parts:
+            worker.add_weight(name, kind, shape, numbers[tensor.file], tensor.offset, FLASH)
+        self._native, self._worker, self._bundles = native, worker, bundles
         threading.Thread(target=self._serve, args=(worker,), daemon=True).start()
         return {}
+
+    def keep(self) -> None:
+        """Remembers what a next client will ask for. Waits for the op that is computed."""
+        if self._share is not None:
+            self._share.keep()
+
+    def _bundles_of(self, homes: dict[str, Any]) -> Bundles | None:
+        """Those of the client's weights. Raises FlashError where it wants what the file does not have."""
+        for name in homes:
+            if name not in self._meta.tensors:
+                raise FlashError(f"the file has no tensor {name!r}")
+        bundles = read_bundles(self._meta)
+        if bundles is None:
+            return None
+        own = tuple(layer for layer in bundles.layers if layer.tensor.name in homes)
+        return replace(bundles, layers=own) if own else None
+
+    def _choose_predictor(self, bundles: Bundles, n_ubatch: int, left: int) -> Requirements:
+        """How active neurons of its layers are found, and what that needs; left: bytes there are for it."""
+        native, _ = self._session()
+
+        def needs_of(mode: Mode) -> Requirements:
+            self._predictor = mode
+            native.set_neurons(neuron_params(mode, self._options, bundles.format.record_bytes, n_ubatch))
+            return native.requirements()
+
+        return choose_predictor(str(self._meta.files[0]), bundles, self._options.predictor, left, needs_of)
 
     def _bound(self, _: Line) -> Line:
         """The client has loaded its model: what is on flash is known."""
         native, worker = self._session()
+        self._hot.note_files()
         worker.raise_refusal()
         native.raise_pending()
         native.bind_end()
@@ -158,7 +207,10 @@ class Serving:
         beside = held_by_process() + self._door - memory.resident
         fixed = beside + memory.resident + memory.buffers
         left = self._budget.total - self._budget.reserve - fixed
-        on_flash = needs.n_expert_tensors + needs.n_panel_tensors > 0
+        kv, shape = _context_of(line["context"])
+        if self._bundles is not None and self._share is None:
+            needs = self._choose_predictor(self._bundles, shape.n_ubatch, left)
+        on_flash = needs.n_expert_tensors + needs.n_panel_tensors + needs.n_bundles > 0
         if (on_flash and left < needs.min_memory) or left < 0:
             short = fixed + (needs.min_memory if on_flash else 0) + self._budget.reserve
             raise FlashBudgetError(
@@ -169,8 +221,9 @@ class Serving:
             )
         if on_flash and self._share is None:
             path = self._meta.files[0]
-            share = WorkerShare(path, self._options, native, memory, self._budget, self._door, beside - self._door)
-            share.expect(*_context_of(line["context"]))
+            beside -= self._door
+            share = WorkerShare(path, self._options, native, memory, self._budget, self._door, beside, self._hot)
+            share.expect(kv, shape)
             share.give(left)
             self._share = share
         return self._memory()
@@ -192,7 +245,8 @@ class Serving:
 
     def _stats(self, _: Line) -> Line:
         native, _worker = self._session()
-        return {"counters": Counters.from_struct(native.stats()).as_dict(), **self._memory()}
+        counters = Counters.from_struct(native.stats()).as_dict()
+        return {"counters": counters, "predictor": self._predictor or "none", **self._memory()}
 
     def _set_budget(self, line: Line) -> Line:
         """Another budget, while the model runs."""
@@ -235,12 +289,21 @@ def _whole(line: Line, name: str, *, least: int) -> int:
     return value
 
 
-def _context_of(line: Line) -> tuple[int, ContextShape]:
-    """Bytes of the KV cache, and the context. Raises ValueError, KeyError or TypeError where it makes no sense."""
+def _context_of(line: object) -> tuple[int, ContextShape]:
+    """Bytes of the KV cache, and the context. Raises ValueError or KeyError where it makes no sense."""
+    if not isinstance(line, dict):
+        raise ValueError(f"context: {line!r} is no object")
     n_ctx, n_ubatch, n_sequences = (_whole(line, name, least=1) for name in ("n_ctx", "n_ubatch", "n_sequences"))
     flash_attn = line["flash_attn"] is True
     shape = ContextShape(n_ctx=n_ctx, n_ubatch=n_ubatch, n_sequences=n_sequences, flash_attn=flash_attn)
     return _whole(line, "kv", least=0), shape
+
+
+def _neurons_of(line: object) -> dict[str, Any]:
+    """Options of FlashOffload. Raises ValueError where that is none of them."""
+    if not isinstance(line, dict) or set(line) != {"predictor", "window"}:
+        raise ValueError(f"neurons: {line!r} does not say how active ones are found")
+    return line
 
 
 def _error(kind: str, message: str, **about: object) -> Line:
@@ -252,7 +315,15 @@ def main() -> None:
     about = json.load(sys.stdin)
     Controller.of_process().companions.add(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; who listens ends this process
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    serving: Serving | None = None
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if serving is not None:
+            serving.keep()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
     control = socket.socket(fileno=int(about["control"]))
     channel = socket.socket(fileno=int(about["channel"]))
     control.settimeout(_IDLE)
@@ -268,6 +339,8 @@ def main() -> None:
         while line is not None:
             wire.send(serving.answer(line))
             line = wire.receive()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would keep the same, and wait for this
+        serving.keep()
     except (OSError, FlashError) as error:
         print(f"llama-flash worker: the client was lost: {error}", file=sys.stderr, flush=True)
         code = 3

@@ -15,6 +15,7 @@ from ..native.handle import Session
 from ..native.library import IO_ENGINES
 from ..observe.stats import Counters, FlashStats
 from ..options import FlashOffload
+from ..planning.hot import Records
 from ..planning.lent import Growth
 
 __all__ = ["WorkerShare"]
@@ -33,6 +34,7 @@ class WorkerShare:
         budget: of the process that computes and of the one that listens, together.
         door: of that, what the one that listens takes; 0 where a limit counts it.
         beside: what the process held before flash had any memory, without weights.
+        hot: what was in slots when these layers were last used, of the version of the file that is bound.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class WorkerShare:
         budget: Budget,
         door: int,
         beside: int,
+        hot: Records,
     ) -> None:
-        self._path, self._options, self._native = path, options, native
+        self._path, self._options, self._native, self._hot = path, options, native, hot
         self.budget, self._door = budget, door
         self.memory = Breakdown(
             interpreter=beside, weights=memory.resident, compute=memory.buffers, reserve=budget.reserve
@@ -54,6 +57,7 @@ class WorkerShare:
         self._moving = False
         self._growth: Growth | None = None
         self.decoding = False  # calls are of few tokens, as the client says
+        self._n_computed = 0  # tokens
 
     def expect(self, kv: int, shape: ContextShape) -> None:
         """The client's context, of whose buffers so many bytes are KV cache: what of it may be lent."""
@@ -80,8 +84,14 @@ class WorkerShare:
 
     def computed(self, n_tokens: int) -> None:
         """So many more were."""
+        self._n_computed += n_tokens
         if self._growth is not None:
             self._growth.add(n_tokens)
+
+    def keep(self) -> None:
+        """Remembers what is in slots, for the next client that has these layers computed here."""
+        if self._n_computed:
+            self._hot.store(self._native)
 
     def give(self, n_bytes: int) -> None:
         """The first memory. From then on it follows the limits.
@@ -161,7 +171,7 @@ class WorkerShare:
         self.memory = replace(self.memory, reserve=reserve, interpreter=beside)
 
     def warm(self) -> bool:
-        return False
+        return self._hot.warm(self._native)
 
     def tell(self, event: FlashEvent) -> None:
         if event.kind == "short":

@@ -12,7 +12,7 @@ from ..options import FlashOffload
 from ..sizes import format_size
 from .client import Workers
 from .division import Part
-from .placing import check_divisible, parts_of
+from .placing import parts_of
 
 __all__ = ["sequences_at_workers"]
 
@@ -32,7 +32,6 @@ def sequences_at_workers(
         FlashWorkerError: a worker cannot be used, or has too little memory for one sequence.
         FlashError: the model cannot be divided.
     """
-    check_divisible(meta, None)
     workers = Workers(options, meta)
     try:
         offers = workers.offers

@@ -1,0 +1,86 @@
+"""A worker begins with what was used most when its layers were last computed there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from workers import MOE, logits_of, open_model, workers_of
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("LLAMA_FLASH_WARM_START", "1")
+    monkeypatch.setenv("LLAMA_FLASH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/hot"
+
+
+@contextlib.contextmanager
+def _model(tmp_path: Path, *arguments: str, n: int = 2) -> Iterator[Any]:
+    with workers_of(MOE, tmp_path, n, *arguments) as workers:
+        with contextlib.closing(open_model(MOE, workers, what="experts")) as llm:
+            yield llm
+        for worker in workers:
+            worker.wait_until_said(" has left")
+
+
+def _sums(llm: Any, *names: str) -> list[int]:
+    """Of each worker."""
+    return [sum(worker["counters"][name] for name in names) for worker in llm.flash.worker_stats()]
+
+
+def _until_warm(llm: Any) -> list[int]:
+    """Bytes that each worker has asked for, once these are no more."""
+    end, before = time.monotonic() + 20, [-1, -1]
+    while (read := _sums(llm, "bytes_used")) != before or not all(read):
+        assert time.monotonic() < end, read
+        before = read
+        time.sleep(0.3)
+    return read
+
+
+def test_what_was_hot_is_there_before_anybody_asks(cache: Path, tmp_path: Path) -> None:
+    with _model(tmp_path) as llm:
+        alone = logits_of(llm)
+        first = _sums(llm, "misses")
+    assert all(first)
+    with _model(tmp_path) as llm:
+        read = _until_warm(llm)
+        assert np.array_equal(logits_of(llm), alone)
+        again = [now - before for now, before in zip(_sums(llm, "bytes_used"), read, strict=True)]
+    # while tokens are generated there are more slots than after the load, so what was hot may have had no room there
+    assert all(few < most / 4 for few, most in zip(again, read, strict=True)), (again, read)
+
+
+def test_what_is_kept_serves_another_division(cache: Path, tmp_path: Path) -> None:
+    with _model(tmp_path, n=1) as llm:
+        alone = logits_of(llm)
+    (kept,) = cache.iterdir()
+    size = kept.stat().st_size
+    for _ in range(2):
+        with _model(tmp_path) as llm:
+            assert all(_until_warm(llm))
+            assert np.array_equal(logits_of(llm), alone)
+        assert kept.stat().st_size == size  # what the one does not have, the other leaves in the list
+
+
+def test_nothing_is_kept_or_read_where_the_worker_says_no(cache: Path, tmp_path: Path) -> None:
+    with _model(tmp_path, "--no-warm-start") as llm:
+        logits_of(llm)
+    assert not cache.exists() or not os.listdir(cache)
+
+
+def test_a_worker_that_is_ended_remembers_too(cache: Path, tmp_path: Path) -> None:
+    with (
+        workers_of(MOE, tmp_path, 1) as workers,
+        contextlib.closing(open_model(MOE, workers, what="experts")) as llm,
+    ):
+        llm.eval([1, 2, 3])
+        workers[0].end()
+    assert len(list(cache.iterdir())) == 1
