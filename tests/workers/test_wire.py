@@ -6,10 +6,11 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import pytest
 
-from llama_flash.workers.wire import Wire
+from llama_flash.workers.wire import Pulse, Wire
 
 
 def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one() -> None:
@@ -40,3 +41,34 @@ def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one() -> Non
             thread.join(20)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_who_waits_for_a_long_answer_hears_that_it_is_worked_on() -> None:
+    ours, theirs = socket.socketpair()
+    heard = threading.Event()
+
+    def serve() -> None:
+        other = Wire(theirs)
+        pulse = Pulse(other)
+        pulse.seconds = 0.02
+        while (line := other.receive()) is not None:
+            with pulse.working():
+                assert heard.wait(20)
+                time.sleep(0.2)  # some signs of life come before each answer
+            other.send({"to": line["op"]})
+
+    thread = threading.Thread(target=serve)
+    with theirs:
+        with ours:
+            ours.settimeout(20)
+            wire = Wire(ours)
+            thread.start()
+            wire.send({"op": "attach"})
+            signs = [wire.receive() for _ in range(3)]
+            assert signs == [{"at": "work"}] * 3
+            heard.set()
+            while (answer := wire.receive()) == signs[0]:
+                pass
+            assert answer == {"to": "attach"}
+            assert wire.ask({"op": "few"}) == {"to": "few"}
+        thread.join(20)

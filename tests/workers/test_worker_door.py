@@ -21,6 +21,7 @@ from workers import MOE, WorkerProcess, logits_of, open_model, workers_of
 from llama_flash import FlashWorkerError
 from llama_flash.model.gguf import read_gguf
 from llama_flash.workers.identity import identity_of
+from llama_flash.workers.wire import Wire, connect
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +184,23 @@ def test_a_signal_that_does_not_end_the_wait_for_clients_is_noticed() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_request_that_lacks_something_is_told_what(worker: WorkerProcess) -> None:
+    with contextlib.closing(Wire(connect(worker.endpoint, 20))) as wire:
+        assert "key" in wire.ask({"op": "open"})
+        for line, said in (
+            ({"op": "plan"}, "the request 'plan' has no 'homes'"),
+            ({"op": "plan", "homes": 3}, "homes is no object"),
+            ({"op": "plan", "homes": {"none": 2}}, "the file has no tensor 'none'"),
+            ({"op": "attach"}, "there is no plan yet"),
+        ):
+            assert wire.ask(line)["error"] == {"kind": "refused", "message": said}
+        assert "error" not in wire.ask({"op": "plan", "homes": {}}) and "error" not in wire.ask({"op": "bound"})
+        for line, said in (
+            ({"op": "attach"}, "the request 'attach' has no 'context'"),
+            ({"op": "attach", "context": [1]}, "context: [1] is no object"),
+            ({"op": "attach", "context": {"n_ctx": 0}}, "n_ctx: 0 is not a whole number from 1 on"),
+            ({"op": "check", "tokens": -1}, "tokens: -1 is not a whole number from 0 on"),
+        ):
+            assert wire.ask(line)["error"] == {"kind": "refused", "message": said}

@@ -80,7 +80,8 @@ class Remote:
 
         neurons: how active ones are found, where there are bundles.
         """
-        self.ask({"op": "plan", "homes": homes, "few_tokens": few_tokens, "neurons": neurons})
+        pulse = self._timeout / 4
+        self.ask({"op": "plan", "homes": homes, "few_tokens": few_tokens, "neurons": neurons, "pulse": pulse})
         try:
             connection = connect(self.endpoint, self._timeout)
             wire = Wire(connection)

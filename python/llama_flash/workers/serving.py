@@ -39,7 +39,7 @@ from .division import FLASH
 from .identity import identity_of
 from .remembered import HostRecords
 from .share import WorkerShare
-from .wire import Line, Wire
+from .wire import Line, Pulse, Wire
 
 __all__ = ["Serving", "main"]
 
@@ -67,6 +67,7 @@ class Serving:
         self._door = held_by_process(pid=os.getppid()) if self._budget.reason == "dram_budget" else 0
         self._native: Session | None = None
         self._worker: Worker | None = None
+        self.pulse = 1.0  # seconds within which the client is to hear of what it has asked, answered or not
         self._share: WorkerShare | None = None  # where something is on flash
         self._bundles: Bundles | None = None  # of its layers
         self._predictor: Mode | None = None  # how active neurons of these are found
@@ -128,6 +129,7 @@ class Serving:
         if self._worker is not None:
             raise FlashError("a plan was made before")
         homes, options = line["homes"], self._options
+        self.pulse = min(1.0, max(0.02, float(line.get("pulse", 1.0))))
         if not isinstance(homes, dict):
             raise FlashError("homes is no object")
         bundles = self._bundles_of(homes)
@@ -237,8 +239,9 @@ class Serving:
     def _check(self, line: Line) -> Line:
         """What has failed since it was asked last; tokens: of the call that has ended."""
         native, worker = self._session()
+        n_tokens = _whole({"tokens": 0, **line}, "tokens", least=0)
         if self._share is not None:
-            self._share.computed(_whole({"tokens": 0, **line}, "tokens", least=0))
+            self._share.computed(n_tokens)
         native.raise_pending()
         worker.raise_refusal()
         return {}
@@ -328,6 +331,7 @@ def main() -> None:
     channel = socket.socket(fileno=int(about["channel"]))
     control.settimeout(_IDLE)
     wire, code = Wire(control), 0
+    pulse = Pulse(wire)
     try:
         serving = Serving(about, channel)
     except (FlashError, OSError, ValueError) as error:
@@ -337,7 +341,10 @@ def main() -> None:
     line: Line | None = {"op": "open"}
     try:
         while line is not None:
-            wire.send(serving.answer(line))
+            with pulse.working():
+                answer = serving.answer(line)
+            pulse.seconds = serving.pulse
+            wire.send(answer)
             line = wire.receive()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would keep the same, and wait for this
         serving.keep()

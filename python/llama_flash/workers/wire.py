@@ -1,22 +1,31 @@
 """The control channel: one JSON object per line over TCP, of bounded length, answered in turn.
 
 The first line of a connection says what it is for. A connection for data is the engine's from then on.
+
+An answer may take long: pinned panels are filled, or memory is given back. Meanwhile lines say that it is being worked
+on (`Pulse`), so who asked waits for as long as they come.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from ..addresses import address_of
 from ..errors import FlashError
 
-__all__ = ["FIRST_LINE", "LONGEST_LINE", "Line", "Wire", "connect", "is_loopback", "keep_alive"]
+__all__ = ["FIRST_LINE", "LONGEST_LINE", "Line", "Pulse", "Wire", "connect", "is_loopback", "keep_alive"]
 
 FIRST_LINE = 4096  # bytes: before the token is known to be right
 LONGEST_LINE = 8 << 20  # bytes: names of all weights
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))  # seconds, and times
+
+_AT_WORK = {"at": "work"}  # no answer yet
 
 Line = dict[str, Any]
 
@@ -96,9 +105,48 @@ class Wire:
             answer = self.receive()
             if answer is None:
                 raise ConnectionError("the other end has left")
+            if answer == _AT_WORK:
+                continue
             self._due -= 1
             if self._due == 0:
                 return answer
 
     def close(self) -> None:
         self.connection.close()
+
+
+class Pulse:
+    """Says that an answer is being worked on, while it takes long.
+
+    Args:
+        wire: on which only the thread sends that works on answers, and not within `working`.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.seconds = 1.0  # from one sign of life to the next
+        self._wire = wire
+        self._turn = threading.Lock()
+        self._since: float | None = None  # when work on an answer began
+        threading.Thread(target=self._run, name="llama-flash worker at work", daemon=True).start()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While this lasts the other end is told. When it has ended, an answer may be sent."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._since = None
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self.seconds)
+            with self._turn:
+                since = self._since
+                if since is None or time.monotonic() - since < self.seconds:
+                    continue
+                try:
+                    self._wire.send(_AT_WORK)
+                except OSError:  # who reads answers will notice
+                    return
