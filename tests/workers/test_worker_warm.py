@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from workers import MOE, logits_of, open_model, workers_of
 
+from llama_flash.native import bindings
+from llama_flash.workers.remembered import Numbers
+
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -84,3 +87,36 @@ def test_a_worker_that_is_ended_remembers_too(cache: Path, tmp_path: Path) -> No
         llm.eval([1, 2, 3])
         workers[0].end()
     assert len(list(cache.iterdir())) == 1
+
+
+def _tensor(name: str, kind: int, first: int, n: int, layer: int) -> bindings.llama_flash_tensor:
+    return bindings.llama_flash_tensor(
+        name=name.encode(), layer=layer, kind=kind, first_record=first, n_records=n, record_bytes=1
+    )
+
+
+def test_numbers_of_records_mean_the_same_in_every_division() -> None:
+    kinds, names = bindings.llama_flash_kind, ["embedding", *"abcd"]
+    neuron = 1 << 63
+
+    def session(*parts: tuple[str, int, int], bundles: tuple[tuple[int, int], ...] = ()) -> Numbers:
+        """parts: name, first, records; bundles: layer, neurons."""
+        tensors = [_tensor(name, kinds.LLAMA_FLASH_EXPERTS, first, n, 0) for name, first, n in parts]
+        first = sum(n for _, _, n in parts)
+        for layer, n in bundles:
+            tensors.append(_tensor(f"blk.{layer}.ffn_bundle", kinds.LLAMA_FLASH_NEURONS, first, n, layer))
+            first += n
+        return Numbers(tensors, names)
+
+    whole = session(("a", 0, 8), ("b", 8, 8), ("c", 16, 4), bundles=((0, 10), (1, 10)))
+    ids = np.array([17, 3, 9, neuron | 12, neuron | 9], np.uint64)  # 1 of c, 3 of a, 1 of b, 2 of layer 1, 9 of layer 0
+    kept = whole.kept(ids)
+    assert np.array_equal(whole.here(kept), ids)
+    first, second = session(("b", 0, 8), ("a", 8, 8), bundles=((0, 10),)), session(("c", 0, 4), bundles=((1, 10),))
+    assert np.array_equal(first.here(kept), np.array([11, 1, neuron | 9], np.uint64))
+    assert np.array_equal(second.here(kept), np.array([1, neuron | 2], np.uint64))
+    assert np.array_equal(second.has(kept), ~first.has(kept))
+    for numbers in (first, second):
+        assert np.array_equal(numbers.kept(numbers.here(kept)), kept[numbers.has(kept)])
+    nonsense = np.array([0, 99, 2**64 - 1, (1 << 32) | 8], np.uint64)  # no such record, tensor or layer
+    assert not first.has(nonsense).any() and len(first.here(nonsense)) == 0
