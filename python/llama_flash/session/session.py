@@ -272,7 +272,8 @@ class FlashSession:
             self._load.workers.after_call(n_tokens)
 
     def worker_stats(self) -> list[dict[str, Any]]:
-        """What each worker has read and where its budget goes, in the order of the layers; empty without workers.
+        """What each worker has read, where its budget goes and how it finds active neurons ("predictor"; "none" without
+        bundles), in the order of the layers; empty without workers.
 
         Raises:
             FlashWorkerError: one is lost.
