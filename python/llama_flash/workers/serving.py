@@ -322,9 +322,11 @@ def main() -> None:
 
     def end(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if serving is not None:
-            serving.keep()
-        os._exit(0)
+        try:
+            if serving is not None:
+                serving.keep()
+        finally:
+            os._exit(0)
 
     signal.signal(signal.SIGTERM, end)
     control = socket.socket(fileno=int(about["control"]))
