@@ -69,6 +69,10 @@ PROBE_STEPS = 30
 VALIDATION_TOKENS = 16_384
 
 
+def sha256_of(path: Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def batches(documents: list[TokenArray], n_ctx: int, batch: int, seed: list[int], first: int) -> Iterator[Tensor]:
     """Endless [batch / n_ctx, n_ctx + 1] windows from the `first`-th batch on; every epoch shuffles anew."""
     rows = batch // n_ctx
@@ -139,6 +143,7 @@ class Trainer:
         own_text: Path | None = None,
     ) -> None:
         self.config, self.recipe, self.seed, self.out = config, recipe, seed, out
+        self.learnt_from = {"corpus": corpus.sha256, "own_text": sha256_of(own_text), "teacher": sha256_of(teacher)}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if has_bfloat16() else torch.float32
         self.ask_every = 4  # steps of which one learns from the teacher, the others from the text
@@ -206,6 +211,7 @@ class Trainer:
             "steps": steps,
             "seconds": self.seconds,
             "recipe": asdict(self.recipe),
+            "learnt_from": self.learnt_from,
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
@@ -218,6 +224,10 @@ class Trainer:
         falling = state["step"] > self.decay_start(min(steps, state["steps"]))
         if state["form"] != self.config.form or state["seed"] != self.seed or (falling and state["steps"] != steps):
             raise SystemExit("the checkpoint belongs to another run")
+        before = state.get("learnt_from", self.learnt_from)
+        for what, sha256 in self.learnt_from.items():
+            if before.get(what) != sha256:
+                raise SystemExit(f"the checkpoint belongs to another run: {what.replace('_', ' ')} is another one")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -316,7 +326,7 @@ def main() -> None:
         "tokens": steps * trainer.recipe.batch,
         "tokens_per_epoch": trainer.train_tokens,
         "parameters": trainer.model.n_parameters(),
-        "own_text_sha256": args.own_text and hashlib.sha256(args.own_text.read_bytes()).hexdigest(),
+        "own_text_sha256": trainer.learnt_from["own_text"],
         "recipe": asdict(trainer.recipe),
         "corpus": {
             "python": corpus.python_version,
