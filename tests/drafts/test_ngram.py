@@ -83,6 +83,33 @@ def test_behind_a_changed_token_the_copy_goes_on() -> None:
     assert guessed(draft, 4) == source[12:16]
 
 
+def test_what_took_the_place_of_tokens_is_expected_to_do_so_again() -> None:
+    """A name that is changed in a copy, whatever tokens it has."""
+    for old, new in ((500,), (600,)), ((500, 501), (600,)), ((500,), (600, 601, 602)):
+        source = [1, 2, 3, *old, 4, 5, 6, 7, *old, 8, 9, 10, *old, 11, 12, 13, 14]
+        copy = [1, 2, 3, *new, 4, 5, 6, 7, *new, 8, 9, 10, *new, 11, 12, 13]
+        draft = TextDraft()
+        draft.follow(array([*source, 1, 2, 3]))
+        assert guessed(draft, 1) == [old[0]]
+        for n in range(3, 4 + len(new)):  # the name, and the token behind it
+            draft.follow(array([*source, *copy[: n + 1]]))
+        for n in range(4 + len(new), len(copy)):
+            draft.follow(array([*source, *copy[:n]]))
+            assert guessed(draft, len(copy) - n) == copy[n:], (old, new, n)
+
+
+def test_a_name_that_is_not_changed_after_all_is_expected_as_it_was() -> None:
+    source = [1, 2, 3, 500, 4, 5, 6, 500, 7, 8, 9, 500, 10, 11]
+    draft = TextDraft()
+    draft.follow(array([*source, 1, 2, 3]))
+    guessed(draft, 1)
+    for n in range(1, 5):
+        draft.follow(array([*source, 1, 2, 3, *(600, 4, 5, 6)[:n]]))
+    assert guessed(draft, 2) == [600, 7]
+    draft.follow(array([*source, 1, 2, 3, 600, 4, 5, 6, 500, 7, 8, 9]))
+    assert guessed(draft, 2) == [500, 10]
+
+
 def test_a_text_that_repeats_nothing_is_not_guessed_at() -> None:
     draft = TextDraft()
     draft.follow(array(list(range(50))))
