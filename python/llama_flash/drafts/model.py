@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import FlashError
+from ..model.gguf import read_gguf
 from ..model.load import load_model, new_context
 from ..native.calls import context_memory
 from ..native.prompts import Tokens
-from ..planning.drafted import DRAFT_BATCH
+from ..planning.drafted import draft_batch
 
 __all__ = ["ModelDraft", "ModelText", "check_vocabularies", "guessed", "in_common"]
 
@@ -57,7 +58,8 @@ class ModelDraft:
     def _make_context(self, n_ctx: int, n_threads: int, n_texts: int) -> None:
         engine = self._engine
         context = engine.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, min(DRAFT_BATCH, n_ctx), min(DRAFT_BATCH, n_ctx)
+        n_batch = draft_batch(read_gguf(self.path), n_ctx)
+        context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, n_batch, n_batch
         context.n_threads = context.n_threads_batch = n_threads
         context.n_outputs_max = context.n_seq_max = n_texts
         context.flash_attn_type = engine.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -24,7 +24,7 @@ from .placed import Plan
 
 __all__ = [
     *("ACCEPTANCES", "MOST_DRAFTED", "DraftPlan", "DraftSizes", "Drafted"),
-    *("beside_mtp", "draft_sizes", "drafted", "mtp_params", "mtp_sizes", "pass_shape"),
+    *("beside_mtp", "draft_batch", "draft_sizes", "drafted", "mtp_params", "mtp_sizes", "pass_shape"),
 ]
 
 MOST_DRAFTED = FEW_TOKENS - 1  # tokens: with the one before them they are few
@@ -36,7 +36,9 @@ _DRAM = 0.15  # ... where all weights are in memory: large matrices are read onc
 _ROUTED = 0.5  # ... at least, where each token has experts or neurons of its own
 _ACTIVE = 0.1  # share of the neurons
 
-DRAFT_BATCH = 256  # tokens of a draft model's pass over a text that is new, and of a head's
+_BATCH = 256  # tokens of a draft model's pass over a text that is new, and of a head's
+_LEAST_BATCH = 16
+_WIDEST = 64 << 20  # bytes of its feed-forward block's values, of which a graph has a few
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ class DraftSizes:
         return self.weights + self.heap + self.beside
 
 
+def draft_batch(meta: GgufMeta, n_ctx: int) -> int:
+    """Tokens that a draft model computes at once, so that graph buffers stay small beside its weights."""
+    widest = 4 * max(1, meta.number("feed_forward_length"))
+    return min(n_ctx, _BATCH, max(_LEAST_BATCH, _WIDEST // widest))
+
+
 def draft_sizes(path: str | os.PathLike[str], n_ctx: int) -> DraftSizes:
     """What a draft model takes beside the model that it drafts for; n_ctx: tokens of that one's context.
 
@@ -92,7 +100,7 @@ def draft_sizes(path: str | os.PathLike[str], n_ctx: int) -> DraftSizes:
     from .dry_run import engine_sizes  # for plans: not in memory otherwise
 
     meta = without_mtp(read_gguf(path))  # its own head makes no drafts
-    n_batch = min(DRAFT_BATCH, n_ctx)
+    n_batch = draft_batch(meta, n_ctx)
     sizes = engine_sizes(meta, None, ContextShape(n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch))
     weights = sum(tensor.size for tensor in meta.tensors.values()) + sizes.doubled
     return DraftSizes(weights, sizes.heap, sizes.kv + sizes.compute + 4 * meta.n_vocab, weights)
@@ -123,7 +131,7 @@ def mtp_params(params: Any) -> Any:
 
     own = type(params).from_buffer_copy(params)
     own.ctx_type = llama_cpp.LLAMA_CONTEXT_TYPE_MTP
-    own.n_batch = own.n_ubatch = min(DRAFT_BATCH, params.n_batch)
+    own.n_batch = own.n_ubatch = min(_BATCH, params.n_batch)
     own.n_outputs_max = own.n_seq_max = max(1, params.n_seq_max)
     own.n_outputs_max_per_seq = own.n_samplers = 0
     own.samplers = own.ctx_other = None
@@ -136,7 +144,7 @@ def beside_mtp(params: Any, n_vocab: int, n_embd: int, n_texts: int) -> int:
 
     params: llama_context_params of the model's.
     """
-    batch = min(DRAFT_BATCH, params.n_batch)
+    batch = min(_BATCH, params.n_batch)
     states = params.n_batch + params.n_ubatch + (batch + 64) * (1 + n_texts)
     return 4 * (n_vocab * n_texts + n_embd * int(states))
 
