@@ -52,7 +52,8 @@ typedef struct llama_flash_draft {
     int32_t         sequence;
     int32_t         n_text;
     const int32_t * text;
-    int32_t         n_max;    // tokens that `tokens` has room for
+    int32_t         n_max;    // of them that can be of use, at most
+    int32_t         n_room;   // that `tokens` has room for
     int32_t         n_tokens; // that were written
     int32_t *       tokens;
 } llama_flash_draft;
@@ -110,9 +111,10 @@ static void ask_for_drafts(llama_flash_make_drafts_t make_drafts, int n_generati
     std::vector<llama_flash_draft> asked;
     asked.reserve(drafts.size());
     for (auto & draft : drafts) {
-        draft.result.resize(std::max(0, std::min(draft.n_max, MOST_DRAFTED)));
-        asked.push_back({ draft.id_slot, (int32_t) draft.text->size(), draft.text->data(), (int32_t) draft.result.size(), 0,
-                          draft.result.data() });
+        draft.result.resize(std::max(0, std::min(draft.n_room, MOST_DRAFTED)));
+        const auto n_room = (int32_t) draft.result.size();
+        asked.push_back({ draft.id_slot, (int32_t) draft.text->size(), draft.text->data(), std::max(0, std::min(draft.n_max, n_room)), n_room,
+                          0, draft.result.data() });
     }
     make_drafts(n_generating, asked.data(), (int) asked.size());
     for (size_t i = 0; i < drafts.size(); i++) {

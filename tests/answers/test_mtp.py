@@ -256,3 +256,66 @@ def test_where_passes_have_one_token_no_head_is_loaded(head_file: HeadFile, draf
         assert len(tokens_of(llm, 5, temp=0.0)) == 5
     made = llama_flash.plan(path, "8GiB", n_ctx=512, n_ubatch=1, flash_offload={"draft": draft})
     assert made.drafts is None and made.memory.draft == 0
+
+
+@pytest.mark.parametrize("arch", ["hy_v3", DENSE, "step35"])
+def test_of_several_heads_the_first_one_makes_all_guesses(head_file: HeadFile, arch: str) -> None:
+    """They count in the budget, as the engine loads all."""
+    one, path = mtp_head(read_gguf(head_file(arch))), head_file(arch, heads=3)
+    head = mtp_head(read_gguf(path))
+    assert one is not None and head is not None and head.n_layers == 3 and head.bytes > 2.9 * one.bytes
+    with opened(path, "off", "none") as plain, opened(path, "mtp", "none") as llm:
+        always_drafting(llm, 5)
+        assert answers(llm) == answers(plain)
+        drafts = llm.flash.stats().drafts
+        assert drafts.source == "mtp" and 10 < drafts.accepted < drafts.drafted - 10
+        assert llm.flash.memory.draft >= head.bytes
+
+
+def test_several_heads_for_which_the_engine_has_no_graph_are_not_used(head_file: HeadFile) -> None:
+    path = head_file(MIXTURE, heads=2)
+    with pytest.raises(FlashError, match=rf"{path.name} has no head of multi-token prediction that the engine can"):
+        opened(path, "mtp")
+    with opened(path, "auto") as llm, opened(path, "off") as plain:
+        assert llm.flash.stats().drafts.source == "ngram" and llm.flash.memory.draft == 0
+        assert tokens_of(llm, 20, temp=0.0) == tokens_of(plain, 20, temp=0.0)
+
+
+def test_a_head_that_fails_ends_the_drafts_and_no_answer(head_file: HeadFile) -> None:
+    path = head_file(MIXTURE)
+    with opened(path, "off") as plain, opened(path, "mtp") as llm:
+        always_drafting(llm, 4)
+        tokens = llm.generate(PROMPT, temp=0.0)
+        said = list(islice(tokens, 20))
+        assert llm.flash.stats().drafts.drafted > 0
+        stop = llama_cpp.ggml_abort_callback(lambda _: True)
+        llama_cpp.llama_set_abort_callback(llm.flash._load.head._context, stop, None)
+        assert said + list(islice(tokens, 30)) == tokens_of(plain, 50, temp=0.0)
+        drafts = llm.flash.stats().drafts
+        assert path.name in drafts.reason and "head could not compute" in drafts.reason
+        assert tokens_of(llm, 20, temp=0.0) == said
+        assert llm.flash.stats().drafts.drafted == drafts.drafted
+
+
+def test_while_drafts_do_not_pay_a_head_computes_nothing(head_file: HeadFile) -> None:
+    """What has no room to wait is forgotten, and the text begins anew there; the head sees it once drafts may pay."""
+    path = head_file(MIXTURE, mixed=True)
+    with opened(path, "mtp") as llm:
+        assert llm.flash is not None and llm.flash.drafter is not None
+        head, length = llm.flash._load.head, llm.flash.drafter._length
+        length._credit = -1e9
+        tokens = llm.generate(PROMPT, temp=0.0)
+        said = list(islice(tokens, 300))
+        assert head._n_computed == 0 and head._texts[0].held == [] and 0 < len(head._texts[0].waiting) <= head._n_batch
+        text = np.array([*PROMPT, *said], np.intc)
+        assert head.follow(0, text) == (len(text) - 1 - head._texts[0].begin) + 1
+        assert len(list(islice(head.guesses(0), 3))) == 3
+
+
+def test_beside_a_draft_model_of_upstream_s_no_head_is_loaded(head_file: HeadFile) -> None:
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    path = head_file(MIXTURE)
+    with opened(path, "mtp", draft_model=LlamaPromptLookupDecoding()) as llm:
+        assert llm.flash.drafter is None and llm.flash._load.head is None and llm.flash.memory.draft == 0
+        assert len(tokens_of(llm, 10, temp=0.0)) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from llama_flash.model.no_alloc import context_params, no_alloc_context
 from llama_flash.model.shape import ContextShape
 from llama_flash.native.calls import context_memory
 from llama_flash.planning.cost import Cost
-from llama_flash.planning.drafted import MOST_DRAFTED, draft_sizes, drafted
+from llama_flash.planning.drafted import MOST_DRAFTED, draft_batch, draft_sizes, drafted
 from llama_flash.server.parallel import plan_of
 
 MODELS = Path(str(resources.files("llama_flash") / "models"))
@@ -116,12 +117,15 @@ def test_a_plan_with_a_head_that_is_not_there_is_refused(tmp_path: Path) -> None
     assert made is not None and made.source == "ngram"
 
 
-def test_a_plan_for_clients_at_the_same_time_has_no_head(tmp_path: Path) -> None:
+def test_a_plan_for_clients_at_the_same_time_has_a_head_with_a_cache_for_each(tmp_path: Path) -> None:
     path = write_mtp("glm4moe", tmp_path / "model.gguf")
-    with pytest.raises(FlashError, match="draft='ngram'"):
-        llama_flash.plan(path, "2GiB", parallel=2, flash_offload={"draft": "mtp"})
-    made = llama_flash.plan(path, "2GiB", parallel=2, flash_offload={"draft": "auto"})
-    assert made.drafts is not None and made.drafts.source == "ngram" and made.memory.draft == 0
+    one, two, found = (
+        llama_flash.plan(path, "2GiB", parallel=n, n_ctx=512, flash_offload={"draft": draft})
+        for n, draft in ((1, "mtp"), (2, "mtp"), (2, "auto"))
+    )
+    assert one.drafts is not None and two.drafts is not None and found.drafts is not None
+    assert one.drafts.source == two.drafts.source == found.drafts.source == "mtp"
+    assert two.drafts.bytes > one.drafts.bytes and found.memory.draft == two.memory.draft
 
 
 @pytest.mark.parametrize("what", ["all", "auto"])
@@ -157,7 +161,7 @@ def test_auto_is_the_text_alone_where_the_budget_has_no_room_for_the_head(what: 
         assert len(list(islice(llm.generate([5, 6, 7], temp=0.0), 8))) == 8
 
 
-def test_many_sequences_and_a_draft_model_have_none_of_a_head_s_weights(tmp_path: Path) -> None:
+def test_how_many_sequences_have_room_counts_a_head_and_a_draft_model_has_none_of_its_weights(tmp_path: Path) -> None:
     path = write_mtp("glm4moe", tmp_path / "model.gguf")
     meta = read_gguf(path)
     head = mtp_head(meta)
@@ -166,6 +170,17 @@ def test_many_sequences_and_a_draft_model_have_none_of_a_head_s_weights(tmp_path
     options, shape = FlashOffload(dram_budget="8GiB"), ContextShape(n_ctx=256)
     one = plan_of(1, meta, options, resolve_budget("8GiB"), shape)
     assert one is not None and one.resident_bytes == loaded
+    with_head = plan_of(2, meta, replace(options, draft="mtp"), resolve_budget("8GiB"), shape)
+    assert with_head is not None and with_head.expected.outputs > one.expected.outputs
     small = draft_sizes(path, 512)
     with no_alloc_context(str(path), None, context_params(shape)) as (_, context):
         assert small.weights == small.read == context_memory(context).model >= loaded
+
+
+def test_a_wide_feed_forward_block_has_fewer_tokens_at_once_so_that_a_draft_model_s_buffers_stay_small() -> None:
+    """Such as one that was made large for a measurement: fewer tokens are computed at once."""
+    meta = read_gguf(ARCEE)
+    assert draft_batch(meta, 1024) == 256 and draft_batch(meta, 100) == 100
+    for neurons, batch in ((65_536, 256), (819_200, 20), (50_000_000, 16)):
+        wide = replace(meta, values={**meta.values, "arcee.feed_forward_length": neurons})
+        assert draft_batch(wide, 1024) == batch

@@ -10,7 +10,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from llama_flash import FlashBudgetError, FlashError
+from llama_flash import FlashBudgetError
 from llama_flash.model.gguf import read_gguf
 from llama_flash.model.graphs import graphs_of
 from llama_flash.model.shape import ContextShape
@@ -30,11 +30,6 @@ def context_params() -> llama_cpp.llama_context_params:
     params.n_threads = params.n_threads_batch = 1
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return params
-
-
-def test_a_server_drafts_of_no_head_and_says_what_does() -> None:
-    with pytest.raises(FlashError, match=r"draft='ngram' \(--draft ngram\).*serve --classic"):
-        EngineDriver({"draft": "mtp"}, lambda session: None)
 
 
 def test_a_session_lives_from_load_to_free_and_counts_one_token_of_each_sequence_as_generated() -> None:

@@ -27,6 +27,7 @@ def write_mtp(
     own_head: bool = False,
     added: float = 0.3,
     head: bool = True,
+    heads: int = 1,
     mixed: bool = False,
     sections: bool = False,
 ) -> Path:
@@ -37,23 +38,25 @@ def write_mtp(
         own_head: the head has an embedding and an output matrix of its own, with the values of the model's.
         added: times what layers add.
         mixed: the head's projection is random: it needs the model's states as much as the tokens.
+        heads: how many it has, all with the same values.
         head: False: the file has no head, the same layers and values otherwise.
         sections: positions have several directions.
     """
+    n_layers = 2 + (heads if head else 0)
     values: dict[str, Any] = {
-        ".block_count": 3 if head else 2,
-        ".nextn_predict_layers": int(head),
+        ".block_count": n_layers,
+        ".nextn_predict_layers": n_layers - 2,
         ".context_length": N_CTX,
         ".rope.dimension_sections": [8] * 4 if sections else None,
-        ".attention.sliding_window_pattern": [0, 1, 0][: 3 if head else 2],
-        ".leading_dense_block_count": 3 if dense else 1,
+        ".attention.sliding_window_pattern": [0, 1, *(heads * [0])][:n_layers],
+        ".leading_dense_block_count": max(3, n_layers) if dense else 1,
     }
 
     def edit(weights: Weights) -> None:
         if arch == "mimo2":  # published files are fused
             fuse(weights)
         if dense or arch == "mimo2":
-            of = r"exps|ffn_gate_inp|exp_probs" if dense else r"^blk\.2\.(ffn_\w+_exps|ffn_gate_inp|exp_probs)"
+            of = r"exps|ffn_gate_inp|exp_probs" if dense else r"^blk\.[2-9]\.(ffn_\w+_exps|ffn_gate_inp|exp_probs)"
             for name in [name for name in weights if re.search(of, name)]:
                 del weights[name]
         for name, data in weights.items():
@@ -65,10 +68,11 @@ def write_mtp(
             elif re.search(r"(output|enorm|shared_head)_?norm\.weight$|enorm\.weight$", name):
                 data[:] = 1
         for own, shared in (("embed_tokens", "token_embd"), ("shared_head_head", "output")):
-            if own_head:
-                weights[f"blk.2.nextn.{own}.weight"] = weights[f"{shared}.weight"]
-            else:
-                weights.pop(f"blk.2.nextn.{own}.weight", None)
+            for layer in range(2, max(3, n_layers)):
+                if own_head:
+                    weights[f"blk.{layer}.nextn.{own}.weight"] = weights[f"{shared}.weight"]
+                else:
+                    weights.pop(f"blk.{layer}.nextn.{own}.weight", None)
 
     plain = path.with_suffix(".f32")
     try:

@@ -2,7 +2,7 @@
 
 SpecMemo's bound, step by step: a draft of k tokens gives 1 + sum of the chances that its first 1, 2, ... k are taken,
 and takes the pass with k + 1 tokens and the time to draft them. Where several texts go on in one pass, their drafts
-have the same length.
+have the same length: what is missing of a text's is filled with tokens that are not expected to be right.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..planning.drafted import MOST_DRAFTED
+from ..planning.lent import FEW_TOKENS
 from .passes import Passes
 
 __all__ = ["MOST", "Length"]
@@ -40,13 +41,18 @@ class Length:
         self._plain = self._since_plain = self._since_draft = 0
         self._explores = False
 
-    def begins(self, chance: float, n_texts: int = 1) -> bool:
-        """Whether to draft in this step; chance: of a guess, on average."""
+    def begins(self, chance: float, n_texts: int = 1, idle: int = 0) -> bool:
+        """Whether to draft in this step.
+
+        Args:
+            chance: of a guess, on average.
+            idle: texts that have tokens in the pass without need: as many as each of the others.
+        """
         self._explores = False
         if not self._passes.known or self._since_plain >= _PROBE or (self._credit or 0.0) < 0:
             return False
-        without = n_texts / self._passes.seconds(n_texts)
-        gain = self._forecast(n_texts, float(n_texts), 1.0, 0.0, chance) / without
+        without = n_texts / self._passes.seconds(n_texts + idle)
+        gain = self._forecast(n_texts + idle, float(n_texts), 1.0, 0.0, chance, n_texts, idle) / without
         if self._plain < _PLAIN and gain < _CERTAIN:
             return False
         return gain > 1 or self._may_explore(gain, n_texts)
@@ -83,32 +89,45 @@ class Length:
             return self.best(width, before, chances, spent)
         return found
 
-    def common(self, chances: Sequence[Sequence[float]], spent: float) -> int:
-        """How many guesses to check behind each of several texts: of each the same number, and so no more than any has.
+    def common(
+        self, chances: Sequence[Sequence[float]], spent: float, room: int, others: int = 0, idle: int = 0
+    ) -> int:
+        """How many tokens to check behind each of several texts: of each the same number, up to `room`.
 
         A pass whose texts have as many tokens each reads the weights once; otherwise it is computed in steps, each of
         which reads them.
+
+        Args:
+            chances: of the guesses at each text; what a text's draft has more is never right.
+            others: texts of the pass that have one token.
+            idle: see begins.
         """
-        n_texts = len(chances)
-        one = n_texts / self._passes.seconds(n_texts)
+        n_texts, passes = len(chances) + others, self._passes
+        one = n_texts / passes.seconds(n_texts + idle)
         enough = _HOPELESS if self._explores else _CERTAIN if self._plain < _PLAIN else 1.0
-        found, most, expected, reach = 0, enough * one, float(n_texts), [1.0] * n_texts
-        for n, following in enumerate(zip(*chances, strict=False), 1):
+        found, most, expected, reach = 0, enough * one, float(n_texts), [1.0] * len(chances)
+        for n in range(1, room + 1):
+            following = [each[n - 1] if n <= len(each) else 0.0 for each in chances]
             reach = [before * chance for before, chance in zip(reach, following, strict=True)]
             expected += sum(reach)
-            rate = expected / (self._passes.seconds(n_texts * (1 + n)) + spent)
+            seconds = passes.seconds((len(chances) + idle) * (1 + n))
+            if others:  # a token of each, then the drafts
+                seconds = passes.seconds(n_texts) + passes.seconds(len(chances) * n)
+            rate = expected / (seconds + spent)
             if rate > most:
                 found, most = n, rate
-        if not found and not self._explores and all(chances) and self._may_explore(_HOPELESS, n_texts):
-            return self.common(chances, spent)
+        if not found and not self._explores and any(chances) and self._may_explore(_HOPELESS, n_texts):
+            return self.common(chances, spent, room, others, idle)
         return found
 
-    def checked(self, n_texts: int, n_drafted: int, n_tokens: int, seconds: float, spent: float) -> None:
+    def checked(self, n_texts: int, n_drafted: int, n_tokens: int, seconds: float, spent: float, idle: int = 0) -> None:
         """A pass of so many seconds has checked so many drafted tokens, and given so many in all.
 
-        spent: seconds of drafting.
+        Args:
+            spent: seconds of drafting.
+            idle: see begins.
         """
-        one = self._passes.seconds(n_texts)
+        one = self._passes.seconds(n_texts + idle)
         credit = _CREDIT * one if self._credit is None else self._credit
         if n_drafted:
             self._since_plain, self._since_draft = self._since_plain + 1, 0
@@ -118,6 +137,16 @@ class Length:
             credit -= spent
         self._credit = min(credit + _EARNED * seconds, _MOST_CREDIT * one)
 
+    @property
+    def has_credit(self) -> bool:
+        """Whether anything may be lost."""
+        return self._credit is None or self._credit >= 0
+
+    def spent(self, seconds: float) -> None:
+        """On drafts, besides what `checked` was told."""
+        if self._credit is not None:
+            self._credit -= seconds
+
     def _may_explore(self, gain: float, n_texts: int) -> bool:
         credit = self._credit or 0.0
         if gain < _HOPELESS or self._since_draft < _AGAIN or credit < _CREDIT * self._passes.seconds(n_texts):
@@ -125,12 +154,14 @@ class Length:
         self._explores = True
         return True
 
-    def _forecast(self, width: int, expected: float, reach: float, spent: float, chance: float) -> float:
-        """Tokens per second with the best number of further guesses, if they are as good as most."""
+    def _forecast(
+        self, width: int, expected: float, reach: float, spent: float, chance: float, n_texts: int = 1, idle: int = 0
+    ) -> float:
+        """Tokens per second with the best number of further guesses behind each text, if they are as good as most."""
         best = 0.0
-        for n in range(1, self.most + 1):
+        for n in range(1, min(self.most, FEW_TOKENS // (n_texts + idle) - 1) + 1):
             reach *= chance
-            expected += reach
-            spent += self._per_guess
-            best = max(best, expected / (self._passes.seconds(width + n) + spent))
+            expected += n_texts * reach
+            spent += n_texts * self._per_guess
+            best = max(best, expected / (self._passes.seconds(width + (n_texts + idle) * n) + spent))
         return best

@@ -94,6 +94,8 @@ class MtpDraft:
         llama_cpp_ext.llama_set_embeddings_nextn(self._context, True, True)
         llama_cpp_ext.llama_set_embeddings_nextn(context, True, False)
         self._texts: dict[int, _Text] = {}
+        self._n_computed = 0  # tokens
+        self._worth = True  # it may compute what has no room to wait
         sizes = context_memory(self._context)
         self.beside = int(sizes.context + sizes.compute) + beside_mtp(params, self._n_vocab, self._n_embd, n_texts)
 
@@ -106,22 +108,32 @@ class MtpDraft:
         """Of the text with this number, which is that of its sequence in the model's context."""
         return ModelText("mtp", self, text)
 
-    def computed(self, tokens: Tokens, positions: Tokens, sequences: Tokens) -> None:
-        """The model has computed these tokens; those of a sequence follow each other.
+    def computed(self, tokens: Tokens, positions: Tokens, sequences: Tokens, *, worth: bool = True) -> int:
+        """The model has computed these tokens; those of a sequence follow each other. Behind a vector in place of a
+        token (-1) a text begins anew. Returns how many tokens the head has computed.
+
+        worth: whether it may compute any: a text for which there is no room otherwise begins anew.
 
         Raises:
             FlashReadError, FlashError: the head could not compute what waits.
         """
         if not self._context:
-            return
+            return 0
         address = self._ext.llama_get_embeddings_nextn(self._trunk)
         if not address:
-            return
+            return 0
+        before, self._worth = self._n_computed, worth
         states = np.ctypeslib.as_array(address, (len(tokens), self._n_embd))
         for sequence in np.unique(sequences).tolist():
             of = np.flatnonzero(sequences == sequence)
             text = self._texts.setdefault(sequence, _Text())
-            self._add(sequence, text, tokens[of].tolist(), int(positions[of[0]]), states[of])
+            vectors = np.flatnonzero(tokens[of] < 0)
+            if vectors.size:
+                self._cut(sequence, text, text.begin)
+                text.recent, of = None, of[vectors[-1] + 1 :]
+            if of.size:
+                self._add(sequence, text, tokens[of].tolist(), int(positions[of[0]]), states[of])
+        return self._n_computed - before
 
     def _add(self, number: int, text: _Text, tokens: list[int], position: int, states: _States) -> None:
         known = text.tokens
@@ -137,8 +149,12 @@ class MtpDraft:
 
     def _append(self, number: int, text: _Text, token: int, state: _States | None) -> None:
         """state: of the model at the token before this one; None: there is none."""
-        if len(text.waiting) == self._n_batch:
+        if len(text.waiting) == self._n_batch and self._worth:
             self._compute(number, text)
+        elif len(text.waiting) == self._n_batch:
+            position = text.begin + len(text.tokens)
+            self._cut(number, text, text.begin)
+            text.begin = position
         text.waiting.append(token)
         text.states.append(np.zeros(self._n_embd, np.float32) if state is None else state.copy())
 
@@ -221,6 +237,7 @@ class MtpDraft:
             raise FlashError(
                 f"{self.name}: its head could not compute {len(tokens)} tokens for a draft (llama_decode: {code})"
             )
+        self._n_computed += len(tokens)
 
     def close(self) -> None:
         """Frees its context, before the model is freed; it has no guesses then. May be called twice."""

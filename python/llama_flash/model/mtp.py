@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 from .gguf import GgufMeta, TensorInfo
 
-__all__ = ["MtpHead", "drafting_head", "mtp_head", "without_mtp"]
+__all__ = ["MtpHead", "drafting_head", "mtp_head", "takes_too_many", "without_mtp"]
 
 # architectures whose heads the engine has graphs for
 _ATTENTION = frozenset(("cohere2moe", "deepseek2", "deepseek32", "glm-dsa", "glm4moe", "hy_v3", "mimo2", "step35"))
 _RECURRENT = frozenset(("bailingmoe3", "deepseek4", "glm5-next", "nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next"))
+_SEVERAL = frozenset(("hy_v3", "mimo2", "step35"))  # that take a file with more than one head
 _NEEDED = {"mimo2": "attn_qkv.weight"}  # in the head's layer; else the engine refuses to build its graph
 
 
@@ -59,8 +60,17 @@ def mtp_head(meta: GgufMeta) -> MtpHead | None:
 
 
 def drafting_head(meta: GgufMeta) -> MtpHead | None:
-    """The head, where drafts of it can be taken back: not beside recurrent layers."""
-    return None if meta.architecture in _RECURRENT else mtp_head(meta)
+    """The head, where drafts of it can be taken back, which is not so beside recurrent layers, and the engine computes
+    one of so many."""
+    head = mtp_head(meta)
+    if head is None or meta.architecture in _RECURRENT or takes_too_many(meta):
+        return None
+    return head
+
+
+def takes_too_many(meta: GgufMeta) -> bool:
+    """Whether the file has more heads than the engine has a graph for."""
+    return meta.number("nextn_predict_layers") > 1 and meta.architecture not in _SEVERAL
 
 
 def without_mtp(meta: GgufMeta) -> GgufMeta:

@@ -40,7 +40,9 @@ _End = ctypes.CFUNCTYPE(
     *(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32),
     *(ctypes.c_void_p, ctypes.c_size_t),
 )
-_Even = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), ctypes.c_int32)
+_Int32s = ctypes.POINTER(ctypes.c_int32)
+_Even = ctypes.CFUNCTYPE(None, ctypes.c_void_p, _Int32s, ctypes.c_int32)
+_Computed = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, _Int32s, _Int32s, _Int32s)
 _Tell = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)
 
 
@@ -50,10 +52,11 @@ class _Draft(ctypes.Structure):
     _fields_ = (
         ("sequence", ctypes.c_int32),
         ("n_text", ctypes.c_int32),
-        ("text", ctypes.POINTER(ctypes.c_int32)),
+        ("text", _Int32s),
         ("n_max", ctypes.c_int32),
+        ("n_room", ctypes.c_int32),
         ("n_tokens", ctypes.c_int32),
-        ("tokens", ctypes.POINTER(ctypes.c_int32)),
+        ("tokens", _Int32s),
     )
 
 
@@ -66,8 +69,8 @@ class _Hooks(ctypes.Structure):
     """struct llama_hooks"""
 
     _fields_ = (
-        *(("load", _Load), ("init", _Init), ("freed", _Freed)),
-        *(("begin", _Begin), ("end", _End), ("even", _Even)),
+        *(("load", _Load), ("init", _Init), ("freeing", _Freed), ("freed", _Freed)),
+        *(("begin", _Begin), ("end", _End), ("even", _Even), ("computed", _Computed)),
     )
 
 
@@ -103,14 +106,19 @@ class RequestLimits(ctypes.Structure):
 class Driver(Protocol):
     """Who loads and computes for the server. None of it may raise. Models and contexts are addresses."""
 
+    follows: bool  # whether `computed` is to be called
+
     def load(self, path: str, model_params: Any, context_params: Any) -> int:
         """The model, 0 if it cannot be loaded. Both parameters (structures of llama_cpp) may be changed."""
 
     def init(self, model: int, context_params: Any) -> int:
         """A context of the model, 0 if it cannot be made."""
 
+    def freeing(self, model: int) -> None:
+        """The model will be gone, and contexts of one's own have to be freed. Of any model in the process."""
+
     def freed(self, model: int) -> None:
-        """The model is gone. Of any model that is freed in the process."""
+        """The model is gone. Of any model in the process."""
 
     def even(self, context: int, counts: Sequence[int]) -> Sequence[int]:
         """Before `begin`: sequence i has counts[i] tokens in the call. As many, or more, then computed for nothing.
@@ -123,6 +131,12 @@ class Driver(Protocol):
 
     def end(self, context: int, n_tokens: int, n_sequences: int, code: int) -> tuple[int, str]:
         """After it: the code to be returned in place of `code`, and the reason if that is a failure."""
+
+    def computed(self, context: int, tokens: Tokens, positions: Tokens, sequences: Tokens) -> None:
+        """After a call that has succeeded, of each of its tokens: what it is (-1: a vector), and where.
+
+        The arrays are valid meanwhile.
+        """
 
 
 class Prompts(Protocol):
@@ -147,8 +161,9 @@ class Prompts(Protocol):
 class Drafts(Protocol):
     """Who guesses at the tokens to come. It may not raise."""
 
-    def __call__(self, n_generating: int, texts: Sequence[tuple[int, Tokens, int]]) -> Sequence[Tokens]:
-        """A draft for each text; of a text: its sequence, its tokens (valid meanwhile), tokens of a draft at most.
+    def __call__(self, n_generating: int, texts: Sequence[tuple[int, Tokens, int, int]]) -> Sequence[Tokens]:
+        """A draft for each text, which is its sequence, its tokens (valid meanwhile), how many tokens of a draft can be
+        of use, and how many there may be.
 
         n_generating: sequences that go on with the next pass, those without a draft included.
         """
@@ -268,7 +283,13 @@ def hooks_of(driver: Driver) -> ctypes.Structure:
         for i, count in enumerate(driver.even(context, counts[:n])):
             counts[i] = count
 
-    return _Hooks(_Load(load), _Init(init), _Freed(driver.freed), _Begin(driver.begin), _End(end), _Even(even))
+    def computed(context: int, n: int, tokens: Any, positions: Any, sequences: Any) -> None:
+        driver.computed(context, *(np.ctypeslib.as_array(each, (n,)) for each in (tokens, positions, sequences)))
+
+    return _Hooks(
+        *(_Load(load), _Init(init), _Freed(driver.freeing), _Freed(driver.freed)),
+        *(_Begin(driver.begin), _End(end), _Even(even), _Computed(computed) if driver.follows else _Computed()),
+    )
 
 
 def _prompt_hooks(prompts: Prompts) -> ctypes.Structure:
@@ -313,7 +334,7 @@ def _tell(library: Any, pages: Pages) -> Any:
 def _make_drafts(drafts: Drafts) -> Any:
     def make(n_generating: int, asked: Any, n: int) -> None:
         texts = [
-            (each.sequence, np.ctypeslib.as_array(each.text, (each.n_text,)), each.n_max)
+            (each.sequence, np.ctypeslib.as_array(each.text, (each.n_text,)), each.n_max, each.n_room)
             for each in (asked[i] for i in range(n))
         ]
         for i, draft in enumerate(drafts(n_generating, texts)):

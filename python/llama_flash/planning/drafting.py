@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from ..errors import FlashError
 from ..model.gguf import GgufMeta
-from ..model.mtp import drafting_head, mtp_head, without_mtp
+from ..model.mtp import drafting_head, mtp_head, takes_too_many, without_mtp
 from ..options import FlashOffload
 from ..sizes import format_size
 
-__all__ = ["chosen", "for_many", "no_room", "rounds_otherwise"]
+__all__ = ["chosen", "no_room", "rounds_otherwise"]
 
 _ROUNDED_TYPES = (0, 1)  # enum ggml_type, F32 and F16: of KV caches for which the flash kernel has several ways
 
@@ -33,7 +33,7 @@ def chosen(options: FlashOffload, meta: GgufMeta, *, possible: bool, rounded: bo
     """
     if not possible:
         options = replace(options, draft="off")
-    if options.draft == "mtp" and mtp_head(meta) is None:
+    if options.draft == "mtp" and (mtp_head(meta) is None or takes_too_many(meta)):
         raise FlashError(
             f"draft: {meta.files[0]} has no head of multi-token prediction that the engine can compute: use a file "
             "that was converted with it, or draft='ngram' (--draft ngram)"
@@ -43,21 +43,6 @@ def chosen(options: FlashOffload, meta: GgufMeta, *, possible: bool, rounded: bo
         options = replace(options, draft="mtp" if usable else "ngram")
     # files of workers are compared as they are
     return options, meta if options.draft == "mtp" or options.workers else without_mtp(meta)
-
-
-def for_many(options: FlashOffload) -> FlashOffload:
-    """The options as a server of many sequences takes them, which does not see the states that a head needs.
-
-    Raises:
-        FlashError: `draft` is "mtp".
-    """
-    if options.draft == "mtp":
-        raise FlashError(
-            "draft: a server of many sequences, and many requests at once, make no drafts by a model's own head: take "
-            "draft='ngram' (--draft ngram); `llama-flash run` and `chat`, `llama_cpp.Llama` and `serve --classic` make "
-            "them"
-        )
-    return replace(options, draft="ngram") if options.draft == "auto" else options
 
 
 def no_room(n_bytes: int) -> str:

@@ -31,7 +31,7 @@ from ..prompts.store import store_memory
 from .advice import advice_for
 from .cost import Cost, expect
 from .drafted import ACCEPTANCES, MOST_DRAFTED, DraftPlan, DraftSizes, draft_sizes, drafted, mtp_sizes, pass_shape
-from .drafting import chosen, for_many, no_room, rounds_otherwise
+from .drafting import chosen, no_room, rounds_otherwise
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
 from .lent import FEW_TOKENS, lent_of
 from .placed import Plan
@@ -169,7 +169,7 @@ def plan(
         FlashFormatError, OSError: the file cannot be read.
         ValueError, TypeError: see FlashOffload.
     """
-    options = _asked(flash_offload, dram_budget, parallel)
+    options = _asked(flash_offload, dram_budget)
     if options.workers:
         raise ValueError("workers: `llama-flash plan --workers` asks them")
     meta = read_gguf(model)
@@ -209,13 +209,10 @@ def _planner_of(meta: GgufMeta, options: FlashOffload, shape: ContextShape) -> _
     return _Planner(loaded, taken, shape, held_by_all, plain)
 
 
-def _asked(
-    flash_offload: bool | Mapping[str, Any] | FlashOffload | None, dram_budget: int | str, parallel: int
-) -> FlashOffload:
+def _asked(flash_offload: bool | Mapping[str, Any] | FlashOffload | None, dram_budget: int | str) -> FlashOffload:
     options = FlashOffload.coerce(flash_offload)
     if options is None:
         raise ValueError("flash_offload: there is nothing to plan where it is off; True or options are expected")
-    options = for_many(options) if parallel > 1 else options
     return options if dram_budget == "auto" else replace(options, dram_budget=dram_budget)
 
 
@@ -557,7 +554,8 @@ def speeds_together(
         FlashBudgetError: there is no room for one.
         FlashFormatError, OSError: the file cannot be read.
     """
-    planner = _Planner(without_mtp(meta), options, one, held_by_all)
+    plain = replace(options, draft="ngram") if options.draft == "mtp" else options
+    planner = _Planner(without_mtp(meta), plain, one, held_by_all)
     try:
         found = planner.outcome(budget)
         profile = profile_for(meta.files[0], options.io_engine)

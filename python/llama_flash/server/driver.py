@@ -17,7 +17,6 @@ from ..errors import FlashError, FlashWorkerError
 from ..model.load import load_model, new_context
 from ..native.server import FAILED, Tokens, copy_of, write_back
 from ..options import FlashOffload
-from ..planning.drafting import for_many
 from ..session.session import FlashSession, open_session
 
 __all__ = ["EngineDriver"]
@@ -39,9 +38,7 @@ class EngineDriver:
     Attributes:
         failure: what ended the last load.
         drafts: who guesses at the tokens to come; None where that is off.
-
-    Raises:
-        FlashError: `draft` is "mtp".
+        follows: whether a head of the model's file may do that, which has to see what is computed.
     """
 
     def __init__(
@@ -55,9 +52,8 @@ class EngineDriver:
         self._flash_offload, self._loaded = flash_offload, loaded
         self._lora_path, self._aside = lora_path, aside
         options = FlashOffload.coerce(flash_offload)
-        if options is not None:
-            self._flash_offload = options = for_many(options)
         self.drafts = None if options is None or options.draft == "off" else self.make_drafts
+        self.follows = options is not None and options.draft in ("auto", "mtp")
         self._paths: dict[int, str] = {}  # by model
         self._sessions: dict[int, FlashSession] = {}  # by model
         self._waiting: set[int] = set()  # models whose session waits for its context
@@ -74,6 +70,7 @@ class EngineDriver:
     def close(self) -> None:
         """What is left of a load that failed."""
         for model in list(self._sessions):
+            self.freeing(model)
             self.freed(model)
 
     def load(self, path: str, model_params: Any, context_params: Any) -> int:
@@ -89,6 +86,10 @@ class EngineDriver:
         except BaseException as failure:
             self.failure = failure
             return 0
+
+    def freeing(self, model: int) -> None:
+        if model in self._sessions:
+            self._sessions[model].leave_context()
 
     def freed(self, model: int) -> None:
         session = self._sessions.pop(model, None)
@@ -133,12 +134,24 @@ class EngineDriver:
         # 2, "aborted", would be taken for a full KV cache, and half of the batch be tried
         return (FAILED, _STOPPED) if code == 2 else (code, "")
 
-    def make_drafts(self, n_generating: int, texts: Sequence[tuple[int, Tokens, int]]) -> Sequence[Tokens]:
+    def computed(self, context: int, tokens: Tokens, positions: Tokens, sequences: Tokens) -> None:
+        if context not in self._contexts:
+            return
+        try:
+            self._contexts[context][1].follow(tokens, positions, sequences)
+        except Exception:  # C++ called it; without a draft everything is right, too
+            logger.exception("no drafts behind %d tokens", len(tokens))
+
+    def make_drafts(self, n_generating: int, texts: Sequence[tuple[int, Tokens, int, int]]) -> Sequence[Tokens]:
         """For a native.server.Drafts."""
         try:
             for session in self._sessions.values():
                 if session.drafter is not None:
-                    return session.drafter.draft(texts, n_generating - len(texts))
+                    others = n_generating - len(texts)
+                    numbers = [number for number, *_ in texts]
+                    fills = session.steps is not None and texts and not others
+                    gaps = max(numbers) - min(numbers) + 1 - len(texts) if fills else 0
+                    return session.drafter.draft(texts, others, gaps)
         except Exception:  # C++ called it; without a draft everything is right, too
             logger.exception("no drafts for %d sequences", len(texts))
         return [np.zeros(0, np.intc) for _ in texts]

@@ -11,10 +11,11 @@ from ..budget.held import held_by_all
 from ..budget.rooms import Budget, resolve_budget
 from ..errors import FlashBudgetError
 from ..model.gguf import GgufMeta
-from ..model.mtp import without_mtp
+from ..model.mtp import drafting_head, without_mtp
 from ..model.shape import ContextShape
 from ..native.library import settled
 from ..options import FlashOffload
+from ..planning.drafted import mtp_sizes
 from ..planning.placed import Plan
 from ..planning.placement import make_plan
 from ..sizes import format_size
@@ -63,7 +64,11 @@ def choose_parallel(meta: GgufMeta, options: FlashOffload | None, one: ContextSh
 def plan_of(n: int, meta: GgufMeta, options: FlashOffload, budget: Budget, one: ContextShape) -> Plan | None:
     """For n sequences, each with a context as `one`. None: the budget is too small for so many."""
     shape = replace(one, n_ctx=n * one.n_ctx, n_outputs=max(n, one.n_outputs), n_sequences=n)
+    if options.draft == "mtp" and drafting_head(meta) is not None:
+        shape = replace(shape, aside=shape.aside + mtp_sizes(meta, shape).beside)
+    else:
+        meta = without_mtp(meta)
     try:
-        return make_plan(without_mtp(meta), options, budget, shape, held_by_all() - settled())
+        return make_plan(meta, options, budget, shape, held_by_all() - settled())
     except FlashBudgetError:
         return None

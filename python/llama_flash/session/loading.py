@@ -447,7 +447,8 @@ class Load:
 
         if self.meta.number("expert_count") or self._plan.bundles is not None:
             return None
-        return Steps(engine.llama_n_ubatch(context), engine.llama_n_batch(context))
+        few = few_tokens(int(self._context_params.n_seq_max))
+        return Steps(engine.llama_n_ubatch(context), engine.llama_n_batch(context), few)
 
     def close_draft(self) -> None:
         """Frees the draft model, or the head's context, if there is one. May be called twice."""

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +27,13 @@ from ..file_kind import kind_of_file
 from ..model.bundles import holds_bundles
 from ..model.gguf import GgufMeta
 from ..native import handle
+from ..native.prompts import Tokens
 from ..observe.history import History
 from ..observe.residency import Residency, Reuse, read_residency
 from ..observe.stats import FlashStats
 from ..observe.trace import Recorder
 from ..options import FlashOffload
+from ..planning.lent import FEW_TOKENS
 from ..planning.placed import Plan
 from ..prompts.store import PromptStore
 from .account import Account
@@ -60,6 +63,7 @@ def open_session(
     logits_all: bool,
     lora_path: str | None = None,
     aside: int = 0,
+    drafts: bool = True,
     verbose: bool = True,
 ) -> FlashSession | None:
     """Prepares flash offload of the model about to be loaded; None where `flash_offload` says off.
@@ -71,6 +75,7 @@ def open_session(
         logits_all: whether logits of all tokens are kept (they take memory).
         lora_path: adapter that will be applied.
         aside: bytes that the caller will keep beside the context, as in ContextShape.
+        drafts: False: the caller has guesses of its own, so what the options say of drafts is left out.
         verbose: print the line about the load to stderr.
 
     Raises:
@@ -90,6 +95,8 @@ def open_session(
                 "`python -m gguf_tools unbundle`"
             )
         return None
+    if not drafts:
+        options = replace(options, draft="off")
     return FlashSession(options, model_path, model_params, context_params, logits_all, lora_path, aside, verbose)
 
 
@@ -211,7 +218,7 @@ class FlashSession:
         """
         self.check_process()
         native, drafter, seconds = self.native, self.drafter, time.perf_counter() - self._began
-        drafted = drafter.n_drafted if drafter and drafter.passed(n_tokens, seconds) else 0
+        drafted = drafter.n_drafted if drafter and drafter.passed(n_tokens, seconds, self._computing) else 0
         if self.steps is not None:
             self.steps.took(self._computing, n_sequences, seconds)
         self.account.add(n_tokens, native, n_sequences, drafted)
@@ -227,16 +234,28 @@ class FlashSession:
             callback()
 
     def computed(self, batch: Any) -> None:
-        """After a llama_decode that has succeeded, with its llama_batch: of sequences with a token, not a vector each.
-
-        Raises:
-            FlashReadError, FlashError: the head that makes drafts could not follow.
-        """
-        head = self._load.head
-        if head is not None and batch.token and not batch.embd:
+        """After a llama_decode that has succeeded, with its llama_batch, whose tokens have one sequence each."""
+        if self._load.head is not None and batch.token and not batch.embd:
             n = (batch.n_tokens,)
             sequences = np.array([batch.seq_id[i][0] for i in range(batch.n_tokens)], np.intc)
-            head.computed(np.ctypeslib.as_array(batch.token, n), np.ctypeslib.as_array(batch.pos, n), sequences)
+            self.follow(np.ctypeslib.as_array(batch.token, n), np.ctypeslib.as_array(batch.pos, n), sequences)
+
+    def follow(self, tokens: Tokens, positions: Tokens, sequences: Tokens) -> None:
+        """The model has computed these tokens, at these positions of these sequences; -1: a vector in place of a token.
+
+        A head that cannot follow ends the drafts.
+        """
+        head, drafter = self._load.head, self.drafter
+        if head is None or drafter is None or drafter.has_failed:
+            return
+        began = time.perf_counter()
+        try:
+            n_computed = head.computed(tokens, positions, sequences, worth=drafter.has_credit)
+        except FlashError as error:
+            drafter.fail(error)
+            return
+        if n_computed and len(tokens) <= FEW_TOKENS:  # of a prompt, it is what a draft model reads of it, too
+            drafter.followed(time.perf_counter() - began)
 
     def leave_context(self) -> None:
         """Before the model's context is freed, and the model. May be called twice."""

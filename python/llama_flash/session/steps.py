@@ -86,10 +86,11 @@ class Steps:
 
     Args:
         n_ubatch, n_batch: of the context.
+        few: tokens of a call that generates, at most: for more the memory of prompts is taken back from weights.
     """
 
-    def __init__(self, n_ubatch: int, n_batch: int) -> None:
-        self._n_ubatch, self._n_batch = n_ubatch, n_batch
+    def __init__(self, n_ubatch: int, n_batch: int, few: int = 0) -> None:
+        self._n_ubatch, self._n_batch, self._few = n_ubatch, n_batch, few
         self._normal, self._right = [[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]
         self._n_seen = self._n_steps = 0
         self.stats = StepStats()
@@ -109,7 +110,8 @@ class Steps:
 
     def even(self, counts: Sequence[int]) -> list[int]:
         """As `filled`, for the call that begins."""
-        found = filled(counts, self._n_ubatch, self._n_batch, self.per_step)
+        most = self._few if sum(counts) <= self._few else self._n_batch
+        found = filled(counts, self._n_ubatch, most, self.per_step)
         self._n_steps = len(steps_of(found, self._n_ubatch))
         if found != list(counts):
             saved = len(steps_of(counts, self._n_ubatch)) - self._n_steps
