@@ -275,7 +275,7 @@ def test_idle_texts_in_a_pass_leave_less_room_and_are_part_of_what_it_takes(n_te
         each = 1 + len(drafts[0])
         assert {1 + len(draft) for draft in drafts} == {each} and (n_texts + idle) * each <= 16
         longest = max(longest, each)
-        assert drafter.passed((n_texts + idle) * each, ONE)
+        assert drafter.passed(n_texts * each, ONE, (n_texts + idle) * each)
         for i, draft in enumerate(drafts):
             said[i] += int(np.cumprod(draft == np.array(text[said[i] : said[i] + len(draft)])).sum()) + 1
     assert longest == 16 // (n_texts + idle)
