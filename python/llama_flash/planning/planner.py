@@ -33,7 +33,7 @@ from .cost import Cost, expect
 from .drafted import ACCEPTANCES, MOST_DRAFTED, DraftPlan, DraftSizes, draft_sizes, drafted, mtp_sizes, pass_shape
 from .drafting import chosen, no_room, rounds_otherwise
 from .dry_run import EngineSizes, FlashNeeds, engine_sizes
-from .lent import FEW_TOKENS, lent_of
+from .lent import lent_of
 from .placed import Plan
 from .placement import choose_predictor, is_sure, make_plan, work_bytes
 from .reads import experts_ahead, io_choice
@@ -452,13 +452,11 @@ class _Planner:
             budget, parts, parts.stream, self._options.reserve, smallest=self.smallest(), advice=refused.advice
         )
 
-    def together(
-        self, found: _Outcome, budget: Budget, profile: DeviceProfile, most: int = FEW_TOKENS
-    ) -> tuple[Together, ...]:
+    def together(self, found: _Outcome, budget: Budget, profile: DeviceProfile) -> tuple[Together, ...]:
         """What numbers of sequences get, as far as they have room; found: the last outcome, within `budget`."""
         result: list[Together] = []
         planned = self._shape.n_sequences
-        for n in counts(planned, most):
+        for n in counts(planned):
             memory = found.decoding or found.memory  # lent to passes with a token of each, of any number
             # contexts beside those that are planned for: their cells are no slots
             kv = max(0, n - planned) * memory.kv // planned
@@ -548,6 +546,9 @@ def speeds_together(
 ) -> dict[int, float]:
     """Tokens per second of all sequences together, by their number: powers of two up to `most` that have room.
 
+    Each number is planned by itself, as it would be loaded: what has a place in memory beside one context may lie on
+    flash beside many.
+
     one: the context of a sequence.
 
     Raises:
@@ -555,14 +556,20 @@ def speeds_together(
         FlashFormatError, OSError: the file cannot be read.
     """
     plain = replace(options, draft="ngram") if options.draft == "mtp" else options
-    planner = _Planner(without_mtp(meta), plain, one, held_by_all)
-    try:
-        found = planner.outcome(budget)
-        profile = profile_for(meta.files[0], options.io_engine)
-        together = planner.together(found, budget, profile, most)
-        return {option.sequences: option.tokens_per_second for option in together}
-    finally:
-        planner.close()
+    profile = profile_for(meta.files[0], options.io_engine)
+    speeds: dict[int, float] = {}
+    for n in counts(1, most):
+        shape = replace(one, n_ctx=n * one.n_ctx, n_outputs=max(n, one.n_outputs), n_sequences=n)
+        planner = _Planner(without_mtp(meta), plain, shape, held_by_all)
+        try:
+            speeds[n] = planner.cost(planner.outcome(budget), profile, n).tokens_per_second
+        except FlashBudgetError:
+            if n == 1:
+                raise
+            break
+        finally:
+            planner.close()
+    return speeds
 
 
 def smallest_budget_of(
