@@ -70,7 +70,12 @@ def test_where_nothing_computes_others_may_be_on_their_way_for_a_moment() -> Non
     assert not company(4, 0), "all are there"
 
 
-@given(st.lists(st.integers(0, 50)), st.integers(1, 8))
+@given(st.lists(st.integers(0, 50)))
+def test_one_by_one_requests_keep_their_order(lengths: list[int]) -> None:
+    assert list(by_length(lengths, int, 1)) == lengths
+
+
+@given(st.lists(st.integers(0, 50)), st.integers(2, 8))
 def test_all_are_asked_once_and_neighbours_are_alike(lengths: list[int], parallel: int) -> None:
     asked = list(by_length(enumerate(lengths), lambda one: one[1], parallel))
     assert Counter(asked) == Counter(enumerate(lengths))
