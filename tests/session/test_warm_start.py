@@ -110,7 +110,7 @@ def test_the_hottest_come_first(model: Path) -> None:
     llm.close()
 
 
-@pytest.mark.parametrize("harm", ["cut", "flipped", "no json", "another version", "another model", "empty"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", "no json", "nested", "another version", "another model", "empty"])
 def test_a_file_that_does_not_fit_is_ignored_with_one_line(
     harm: str, model_file: ModelFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,6 +127,8 @@ def test_a_file_that_does_not_fit_is_ignored_with_one_line(
         file.write_bytes(head + b"\n" + bytes([data[0] ^ 1]) + data[1:])
     elif harm == "no json":
         file.write_bytes(b"\xff" + file.read_bytes())
+    elif harm == "nested":
+        file.write_bytes(b"[" * 100_000)
     elif harm == "empty":
         file.write_bytes(b"")
     else:

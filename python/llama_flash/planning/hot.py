@@ -124,7 +124,7 @@ def load(model: Path, mark: str, part: str = "") -> Ids:
             raise ValueError("it is of another version of the model, or of other options")
         if len(data) != 8 * header["count"] or zlib.crc32(data) != header["crc32"]:
             raise ValueError("it is damaged")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("the list of hot weights in %s is ignored: %s", path, error)
         return nothing
     return np.frombuffer(data, "<u8").astype(np.uint64)
