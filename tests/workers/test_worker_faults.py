@@ -125,6 +125,26 @@ def test_a_frozen_worker_is_given_up_in_time_and_is_free_for_the_next(two: list[
         assert two[0].guest() != guest
 
 
+def test_a_worker_hears_from_its_client_while_another_takes_long_to_answer(two: list[WorkerProcess]) -> None:
+    proxy = Proxy(two[1].endpoint)
+    try:
+        with contextlib.closing(open_model(MOE, [two[0], proxy.endpoint], worker_timeout=60.0)) as llm:
+            llm.eval([1])
+            guest = two[0].guest()
+            os.kill(guest, signal.SIGSTOP)
+            try:
+                time.sleep(1.5)  # it is being asked for a sign of life
+                before, end = sum(proxy.up), time.monotonic() + 20
+                while sum(proxy.up) == before:
+                    assert time.monotonic() < end, "a worker that hears nothing for two minutes ends"
+                    time.sleep(0.05)
+            finally:
+                os.kill(guest, signal.SIGCONT)
+            llm.eval([2])
+    finally:
+        proxy.close()
+
+
 def test_a_worker_that_computes_for_long_is_not_given_up(two: list[WorkerProcess]) -> None:
     with contextlib.closing(open_model(MOE, two, worker_timeout=0.5)) as llm:
         llm.reset()

@@ -200,7 +200,8 @@ class Workers:
             raise
         self._askers += map(_Asker, self.remotes[1:])
         _live.add(self)
-        threading.Thread(target=self._watch, name="llama-flash workers", daemon=True).start()
+        for worker in self.remotes:  # one that takes long to answer keeps no other waiting for a sign of life
+            threading.Thread(target=self._watch, args=(worker,), name="llama-flash workers", daemon=True).start()
 
     @property
     def offers(self) -> list[Offer]:
@@ -360,15 +361,14 @@ class Workers:
         for asker in self._askers:
             asker.end()
 
-    def _watch(self) -> None:
+    def _watch(self, worker: Remote) -> None:
         """Asks for signs of life: what does not answer in time is lost, also while a call waits for its results."""
         while not self._ended.wait(_PULSE):
-            for worker in self.remotes:
-                with contextlib.suppress(FlashError):
-                    if self._is_attached:
-                        worker.told = worker.ask({"op": "stats"})
-                    else:
-                        worker.ask({"op": "ping"})
+            with contextlib.suppress(FlashError):
+                if self._is_attached:
+                    worker.told = worker.ask({"op": "stats"})
+                else:
+                    worker.ask({"op": "ping"})
 
 
 @atexit.register
