@@ -65,6 +65,11 @@ def test_what_a_step_is_worth_is_learnt(per_step: float) -> None:
     assert steps.per_step == pytest.approx(per_step, rel=0.25, abs=0.5)
 
 
+def test_a_call_that_generates_has_no_more_tokens_than_a_call_may_have() -> None:
+    apart = [2, 0, 2, 0, 2, 0, 2, 0]  # fourteen tokens would save two steps
+    assert Steps(8, 8, few=16).even(apart) == apart
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]])
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [2, 2, 5, 2], [1, 0, 2, 2], [3, 3, 0, 3]])
 def test_the_engine_takes_as_many_steps_whatever_the_order_of_sequences(order: list[int], counts: list[int]) -> None:

@@ -110,7 +110,7 @@ class Steps:
 
     def even(self, counts: Sequence[int]) -> list[int]:
         """As `filled`, for the call that begins."""
-        most = self._few if sum(counts) <= self._few else self._n_batch
+        most = min(self._few, self._n_batch) if sum(counts) <= self._few else self._n_batch
         found = filled(counts, self._n_ubatch, most, self.per_step)
         self._n_steps = len(steps_of(found, self._n_ubatch))
         if found != list(counts):
