@@ -18,6 +18,7 @@ from llama_flash.batch.engine import Engine
 from llama_flash.drafts.length import Length
 from llama_flash.observe.stats import DraftStats
 from llama_flash.server.driver import EngineDriver
+from llama_flash.session.steps import Steps
 
 ARCEE = Path(str(resources.files("llama_flash") / "models/stdlib-arcee-q8_0.gguf"))
 CODE = "def push(heap, item):\n    heap.append(item)\n\ndef push_all(heap, items):\n"
@@ -164,6 +165,7 @@ def test_the_head_of_a_model_drafts_for_clients_at_the_same_time(
 def test_idle_sequences_between_others_have_tokens_in_their_passes_and_keep_their_text(
     draft: str | Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Steps, "per_step", 16.0)  # what it is here depends on the machine
     between = [{"prompt": CODE + "x" * i, "n_predict": 4, "temperature": 0.0, "id_slot": i} for i in (1, 2)]
     around: list[dict[str, Any]] = [
         {"prompt": CODE * 2, "n_predict": 40, "temperature": 0.0, "id_slot": 0},

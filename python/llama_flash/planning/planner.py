@@ -546,10 +546,7 @@ def speeds_together(
 ) -> dict[int, float]:
     """Tokens per second of all sequences together, by their number: powers of two up to `most` that have room.
 
-    Each number is planned by itself, as it would be loaded: what has a place in memory beside one context may lie on
-    flash beside many.
-
-    one: the context of a sequence.
+    Each is planned by itself: beside many contexts more lies on flash. one: the context of a sequence.
 
     Raises:
         FlashBudgetError: there is no room for one.

@@ -123,7 +123,7 @@ class Pulse:
     """
 
     def __init__(self, wire: Wire) -> None:
-        self.seconds = 1.0  # from one sign of life to the next
+        self.seconds = 0.02  # from one sign of life to the next, until the client has said how long it waits
         self._wire = wire
         self._turn = threading.Lock()
         self._since: float | None = None  # when work on an answer began
