@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_flash import complete_many
 from llama_flash.batch.company import Company
 from llama_flash.batch.order import by_length
+from llama_flash.server.driver import EngineDriver
+
+SHIPPED = Path(str(resources.files("llama_flash") / "models" / "stdlib-moe-q8_0.gguf"))
 
 
 def cost_of(company: Company | None, parallel: int, tokens: list[int]) -> tuple[int, int]:
@@ -83,3 +90,27 @@ def test_all_are_asked_once_and_neighbours_are_alike(lengths: list[int], paralle
         run = asked[first : first + 8 * parallel]
         assert run == sorted(run, key=lambda one: one[1])
         assert sorted(i for i, _ in run) == list(range(first, first + len(run))), "nothing is asked far from its place"
+
+
+def test_a_prompt_that_waits_is_not_in_the_next_call_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, int]] = []
+    hold, begin = Company.__call__, EngineDriver.begin
+
+    def holds(self: Company, n_new: int, n_begun: int) -> bool:
+        if held := hold(self, n_new, n_begun):
+            said.append(("held beside", n_begun))
+        return held
+
+    def begins(self: EngineDriver, context: int, n_tokens: int, n_sequences: int) -> None:
+        said.append(("computes", n_sequences))
+        begin(self, context, n_tokens, n_sequences)
+
+    monkeypatch.setattr(Company, "__call__", holds)
+    monkeypatch.setattr(EngineDriver, "begin", begins)
+    prompts = [f"{'    ' * (i % 4)}def call_{i}(" for i in range(24)]
+    many = complete_many(SHIPPED, prompts, parallel=4, n_ctx=256, max_tokens=40, stop=[":", "\n"], seed=3)
+    with many:
+        assert sorted(one.index for one in many) == list(range(24))
+    beside = [(n, after) for (what, n), after in pairwise(said) if what == "held beside" and n]
+    assert beside, "answers end at different times"
+    assert all(after == ("computes", n) for n, after in beside)

@@ -1,7 +1,7 @@
 """When the prompts of a batch begin: in company, as prompts that begin together share the reading of weights.
 
 A prompt that begins while others generate makes a step of its own. One that waits leaves a sequence idle. It waits
-until the idle ones have cost as much as a step: so it never costs more than twice what would have been best.
+until the idle ones have cost as much as a step.
 """
 
 from __future__ import annotations
