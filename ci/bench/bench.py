@@ -102,7 +102,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cases", default="naive,limits", help=f"comma-separated: {groups}; {names}")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="with --cases drafts: of its cases")
-    parser.add_argument("--naive", action="store_true", help="naive runs beside all cases")
+    parser.add_argument(
+        "--naive", action=argparse.BooleanOptionalAction, help="naive runs beside all cases, or none (they are slow)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting, the median counts")
     parser.add_argument("--tokens", type=int, help="tokens decoded per run, instead of each case's number")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file (default: bench.json)")
@@ -139,7 +141,7 @@ def _unused(options: argparse.Namespace) -> str:
     else:
         used = {"against"} if options.against else {"naive", "tokens", "device_rate"}
     special = ("only", "naive", "tokens", "against", "device_rate")
-    given = [name for name in special if getattr(options, name) and name not in used]
+    given = [name for name in special if getattr(options, name) not in (None, []) and name not in used]
     return ", ".join("--" + name.replace("_", "-") for name in given)
 
 

@@ -200,15 +200,17 @@ measure.run = lambda setting, *_, **__: measure.Run(setting, None, False, 0, Fal
 (case,) = [case for case in cases.FULL if case.name == "full-4gib"]
 model = Files(Path("bench.py"), Path("bench.py"))
 said = []
-measured = measure.measure(case, model, measure.settings_of(case, model, naive=False), 1, said.append)
-print(json.dumps([[run.setting.mode for run in measured.runs], said[-1]]))
+measured = measure.measure(case, model, measure.settings_of(case, model, naive=None), 1, said.append)
+without = [setting.mode for setting in measure.settings_of(case, model, naive=False)]
+print(json.dumps([[run.setting.mode for run in measured.runs], said[-1], without]))
 """
 
 
 def test_a_whole_model_is_not_loaded_into_memory_that_is_not_free() -> None:
     done = subprocess.run([sys.executable, "-c", NO_ROOM], cwd=BENCH, capture_output=True, text=True, timeout=60)
-    modes, said = json.loads(done.stdout)
+    modes, said, without = json.loads(done.stdout)
     assert "naive" in modes and modes[-1] == "flash"
+    assert without == ["flash", "resident"]
     assert said == "full-4gib: no resident run, for which the machine has too little memory free"
 
 

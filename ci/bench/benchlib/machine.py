@@ -18,6 +18,7 @@ from llama_flash.native.calls import probe_reads
 RECORD = 864 << 10  # one expert's slice of one matrix of Qwen3-30B-A3B in Q4_0, and the unit of the raw read rates
 LINUX_READAHEAD_KB = 128
 _SPARE = 1 << 30  # bytes
+_REST = 20.0  # seconds
 _FIRST_TOUCH = Path(__file__).with_name("first_touch.py")
 
 
@@ -118,8 +119,20 @@ def fits(n_bytes: int) -> bool:
     return n_bytes + _SPARE <= machine_memory().available
 
 
+def rest(*paths: Path) -> None:
+    """Empties the page cache and waits until a host has taken back what is free: memory as a run finds it that begins.
+
+    A virtual machine that reports its free pages gives them up within seconds, and each costs a fault in the host
+    when it is touched again: from ten times to a hundred times what a page costs that was free for a moment only.
+    """
+    drop_caches(*paths)
+    time.sleep(_REST)
+
+
 def first_touch(n_bytes: int) -> float:
     """Seconds that it takes to touch so many bytes of fresh anonymous memory, in a memory cgroup of their own.
+
+    `rest()` before it, if the memory was in use a moment ago.
 
     Raises FlashCapError where memory cannot be limited, OSError where it is not there.
     """

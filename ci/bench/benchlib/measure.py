@@ -187,14 +187,16 @@ def _first_token(run: Run) -> tuple[float, float]:
     return run.measured["load_seconds"] + run.measured["seconds"], run.measured["device_bytes"]
 
 
-def settings_of(case: Case, files: Files, *, naive: bool) -> list[Setting]:
-    """What a case compares. naive: also stock with mmap, which is slow."""
+def settings_of(case: Case, files: Files, *, naive: bool | None) -> list[Setting]:
+    """What a case compares. naive: whether also stock with mmap, which is slow; None: where the case's targets ask."""
     wanted = [FLASH, *([CACHED] if case.cached else [])]
     if case.beside_all or case.targets.over_resident or (case.targets.over_limit and not case.cached):
         wanted.append(RESIDENT)
     if case.drafts:
         wanted.append(SINGLE)
-    if naive or case.beside_all or case.targets.over_naive or case.targets.first_token:
+    if naive is None:
+        naive = bool(case.beside_all or case.targets.over_naive or case.targets.first_token)
+    if naive:
         wanted = [*naive_settings(files.stock), *wanted]
     return wanted
 
@@ -212,6 +214,7 @@ def measure(
     outcome = Outcome(case, model_bytes, case.cap(model_bytes))
     remaining = list(settings)
     spec = case.spec | overrides
+    rests = case.targets.first_touch and overrides.get("patience") != 0.0
     if files.stream and case.work in ("decode", "text"):
         spec |= {"stream": str(files.stream)}
     for i in range(repeats):
@@ -226,12 +229,16 @@ def measure(
             flash = case.flash | ({"what": "ffn"} if setting == CACHED else {}) if ours else {}
             model = files.flash if ours else files.stock
             draft = {} if setting == FLASH else {"draft": 0}
+            if rests:
+                machine.rest(files.flash, files.stock)
             result = run(setting, model, cap, work=case.work, flash=flash, **(spec | draft))
             outcome.runs.append(result)
             if setting == FLASH and result.ok:
                 rate = raw_rate(files.flash, result)
                 outcome.rates += [rate] if rate else []
                 if case.targets.first_touch:
+                    if rests:
+                        machine.rest(files.flash, files.stock)
                     outcome.touches.append(machine.first_touch(result.measured["anonymous_bytes"]))
         best = max((outcome.median(setting) or 0.0 for setting in remaining if setting.mode == "naive"), default=0.0)
         remaining = [s for s in remaining if s.mode != "naive" or (outcome.median(s) or 0.0) >= best / 2]
