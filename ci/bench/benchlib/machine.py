@@ -123,7 +123,7 @@ def rest(*paths: Path) -> None:
     """Empties the page cache and waits until a host has taken back what is free: memory as a run finds it that begins.
 
     A virtual machine that reports its free pages gives them up within seconds, and each costs a fault in the host
-    when it is touched again: from ten times to a hundred times what a page costs that was free for a moment only.
+    when it is touched again: here twenty times what a page costs that was free for a moment only.
     """
     drop_caches(*paths)
     time.sleep(_REST)
