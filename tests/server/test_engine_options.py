@@ -22,7 +22,7 @@ import openai
 import pytest
 from caps import require_caps
 from lora import write_lora
-from serving import KEY, PATIENCE, SERVE, Server, refusal, serving, smallest_budget
+from serving import KEY, PATIENCE, SERVE, Server, eventually, refusal, serving, smallest_budget
 
 import llama_flash
 from llama_flash.server.figures import COUNTERS, EVENTS, GAUGES
@@ -139,18 +139,21 @@ def test_statistics_are_told_while_a_prompt_is_computed(server: Server) -> None:
     done = threading.Event()
 
     def ask() -> None:
-        for _ in range(3):
-            complete(server.client(), prompt, 64)
-        done.set()
+        client = server.client()
+        while not done.is_set():
+            complete(client, prompt, 64)
 
-    seen: list[float] = []
+    def told() -> bool:
+        assert json.loads(server.get("/health", key=None))["status"] == "ok"
+        return server.metrics()["llamacpp:requests_processing"] == 1.0
+
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
-        while not done.is_set() and not asked.done():
-            assert json.loads(server.get("/health", key=None))["status"] == "ok"
-            seen.append(server.metrics()["llamacpp:requests_processing"])
+        try:
+            assert eventually(told), "none was asked while it computed"
+        finally:
+            done.set()
         asked.result(PATIENCE)
-    assert 1.0 in seen, "none was asked while it computed"
 
 
 def test_a_prompt_seen_before_is_not_computed_again_and_its_memory_is_counted(

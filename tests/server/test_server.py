@@ -80,10 +80,13 @@ def streamed(client: openai.OpenAI, prompt: str, n: int = 48) -> str:
 
 
 def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:
-    client = server.client()
+    client, gone = server.client(), "llama_flash_requests_total path=/v1/chat/completions status=499"
+    assert eventually(lambda: server.metrics()["llama_flash_requests_in_flight"] == 0)
+    before = server.metrics().get(gone, 0)
     for prompt in PROMPTS[:2]:
         assert streamed(client, prompt) == chat(client, prompt)
-    assert not any("status=499" in name for name in server.metrics())
+    assert eventually(lambda: server.metrics()["llama_flash_requests_in_flight"] == 0)
+    assert server.metrics().get(gone, 0) == before, "nobody has left"
 
 
 def test_four_clients_at_once_get_the_answers_of_one_after_the_other(server: Server) -> None:
@@ -174,6 +177,7 @@ def test_health_tells_what_is_on_flash_but_no_path(server: Server, model: Path, 
 
 def test_metrics_are_what_prometheus_reads(server: Server, cap: int) -> None:
     chat(server.client(), PROMPTS[0])
+    assert eventually(lambda: server.metrics()["llama_flash_requests_in_flight"] == 0)
     families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics"))}
     ours = {name: family for name, family in families.items() if name.startswith("llama_flash_")}
     assert len(ours) > 15
@@ -202,7 +206,8 @@ def test_a_read_that_fails_is_an_error_for_that_client_only(model: Path, cap: in
                 streamed(client, PROMPTS[3])
             assert told.value.type == "flash_read_error"
         assert chat(client, PROMPTS[2]) == want
-        assert server.metrics()["llama_flash_requests_total path=/v1/chat/completions status=500"] == 2
+        failed = "llama_flash_requests_total path=/v1/chat/completions status=500"
+        assert eventually(lambda: server.metrics().get(failed) == 2)
 
 
 def test_a_question_longer_than_the_context_is_an_error(server: Server) -> None:
@@ -270,7 +275,13 @@ def test_memory_does_not_grow(server: Server) -> None:
         return server.metrics()["process_resident_memory_bytes"]
 
     some()
-    assert some() - some() < 4 * MIB
+
+    def grows() -> bool:
+        before = some()
+        return some() - before >= 4 * MIB
+
+    # pages of libraries that were taken from it come back at any time; what is kept of requests grows each time
+    assert not all(grows() for _ in range(4))
 
 
 def test_models_of_a_settings_file_take_turns(model: Path, tmp_path: Path) -> None:
