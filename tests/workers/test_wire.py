@@ -21,7 +21,7 @@ def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one() -> Non
         other = Wire(theirs)
         first = other.receive()
         os.kill(os.getpid(), signal.SIGINT)  # of Ctrl-C, while the answer is waited for
-        assert first is not None and interrupted.wait(20)
+        assert first is not None and interrupted.wait(200)
         other.send({"to": first["op"]})
         second = other.receive()
         assert second is not None
@@ -31,14 +31,14 @@ def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next_one() -> Non
     thread = threading.Thread(target=serve)
     try:
         with ours, theirs:
-            ours.settimeout(20)
+            ours.settimeout(200)
             wire = Wire(ours)
             with pytest.raises(KeyboardInterrupt):
                 thread.start()
                 wire.ask({"op": "check"})
             interrupted.set()
             assert wire.ask({"op": "stats"}) == {"to": "stats"}
-            thread.join(20)
+            thread.join(200)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -53,14 +53,14 @@ def test_who_waits_for_a_long_answer_hears_that_it_is_worked_on() -> None:
         pulse.seconds = 0.02
         while (line := other.receive()) is not None:
             with pulse.working():
-                assert heard.wait(20)
+                assert heard.wait(200)
                 time.sleep(0.2)  # some signs of life come before each answer
             other.send({"to": line["op"]})
 
     thread = threading.Thread(target=serve)
     with theirs:
         with ours:
-            ours.settimeout(20)
+            ours.settimeout(200)
             wire = Wire(ours)
             thread.start()
             wire.send({"op": "attach"})
@@ -71,4 +71,4 @@ def test_who_waits_for_a_long_answer_hears_that_it_is_worked_on() -> None:
                 pass
             assert answer == {"to": "attach"}
             assert wire.ask({"op": "few"}) == {"to": "few"}
-        thread.join(20)
+        thread.join(200)

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from batches import PATIENCE
 from workers import MOE, WorkerProcess, workers_of
 
 from llama_flash import FlashOffload, FlashWorkerError, complete_many
@@ -69,7 +71,7 @@ def test_many_prompts_without_their_workers(two: list[WorkerProcess]) -> None:
 
 def _batch(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llama_flash", "batch", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def _answers(path: Path) -> dict[str, Any]:
@@ -96,9 +98,10 @@ def test_a_batch_that_has_lost_a_worker_goes_on_with_the_same_command(two: list[
         assert process.stderr is not None
         while not target.exists() or len(target.read_text().splitlines()) < 5:
             assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
         os.kill(two[1].guest(), signal.SIGKILL)
         said = process.stderr.read()
-        assert process.wait(60) == 1
+        assert process.wait(PATIENCE) == 1
     assert f"worker {two[1].endpoint} is lost" in said and "the same command goes on from here" in said
     assert 5 <= len(_answers(target)) < n and all(each["status_code"] == 200 for each in _answers(target).values())
     done = _batch(*command)

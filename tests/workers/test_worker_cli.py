@@ -25,7 +25,7 @@ def named(two: list[WorkerProcess]) -> str:
 
 def flash(*arguments: str, said: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llama_flash", *arguments]
-    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

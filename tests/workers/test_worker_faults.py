@@ -113,7 +113,7 @@ def test_a_worker_that_is_killed_while_a_token_is_computed(two: list[WorkerProce
 
 
 def test_a_frozen_worker_is_given_up_in_time_and_is_free_for_the_next(two: list[WorkerProcess], stock: Bits) -> None:
-    with contextlib.closing(open_model(MOE, two, worker_timeout=1.0)) as llm:
+    with contextlib.closing(open_model(MOE, two, worker_timeout=2.5)) as llm:
         assert_works(llm, stock)
         guest = two[0].guest()
         os.kill(guest, signal.SIGSTOP)
@@ -134,7 +134,7 @@ def test_a_worker_hears_from_its_client_while_another_takes_long_to_answer(two: 
             os.kill(guest, signal.SIGSTOP)
             try:
                 time.sleep(1.5)  # it is being asked for a sign of life
-                before, end = sum(proxy.up), time.monotonic() + 20
+                before, end = sum(proxy.up), time.monotonic() + 50
                 while sum(proxy.up) == before:
                     assert time.monotonic() < end, "a worker that hears nothing for two minutes ends"
                     time.sleep(0.05)
@@ -185,7 +185,7 @@ def test_a_connection_that_is_cut_during_the_load(two: list[WorkerProcess], stoc
 def test_a_network_that_holds_everything_back(two: list[WorkerProcess]) -> None:
     proxy = Proxy(two[0].endpoint)
     try:
-        with contextlib.closing(open_model(MOE, [proxy.endpoint, two[1]], worker_timeout=1.0)) as llm:
+        with contextlib.closing(open_model(MOE, [proxy.endpoint, two[1]], worker_timeout=2.5)) as llm:
             llm.eval([1, 2, 3])
             proxy.held.clear()
             error = generate_until(llm, FlashWorkerError)
@@ -297,7 +297,7 @@ for closes in (True, False):
 print("went on")
 """
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0 and "went on" in done.stdout, done.stdout + done.stderr
 
 
@@ -325,7 +325,7 @@ if {frozen}:
         if frozen:
             os.kill(two[0].guest(), signal.SIGSTOP)
         process.stdin.close()
-        assert process.wait(60) == 0
+        assert process.wait(400) == 0
     with contextlib.closing(open_model(MOE, two)) as llm:
         llm.eval([1])
 

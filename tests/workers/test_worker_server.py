@@ -250,16 +250,16 @@ def _assert_away(server: Server, worker: str) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(80):  # that say nothing, or nonsense
             one = stack.enter_context(socket.create_connection((address[0], int(address[2]))))
-            one.settimeout(20)
+            one.settimeout(200)
             with contextlib.suppress(OSError):
                 one.sendall(b"\0\n\r\n")
         one.close()
-    assert complete(server)[0] == 503
+    assert eventually(told)
 
 
 def test_a_frozen_worker_is_given_up_in_time(two: list[WorkerProcess], tmp_path: Path, alone: dict[str, Any]) -> None:
     settings = tmp_path / "settings.json"
-    flash = {"workers": [worker.endpoint for worker in two], "worker_timeout": 1.5}
+    flash = {"workers": [worker.endpoint for worker in two], "worker_timeout": 3.0}
     settings.write_text(json.dumps({"models": [{"model": str(MOE), "n_ctx": 512, "flash_offload": flash}]}))
     with serving(
         ["--config-file", settings, "--parallel", "4", "--api-key", KEY], tmp_path / "log", command=SERVE
