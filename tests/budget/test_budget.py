@@ -84,10 +84,14 @@ def test_the_reserve_can_be_stated(trees: Path) -> None:
 
 
 def test_what_the_process_holds_is_measured_on_this_machine() -> None:
-    before = held_by_process()
-    block = bytearray(256 * MIB)
-    block[::4096] = b"x" * len(block[::4096])
-    assert 250 * MIB < held_by_process() - before < 300 * MIB
+    def taken() -> int:
+        before = held_by_process()
+        block = bytearray(256 * MIB)
+        block[::4096] = b"x" * len(block[::4096])
+        return held_by_process() - before
+
+    # models of other tests may be collected meanwhile
+    assert any(250 * MIB < taken() < 300 * MIB for _ in range(4))
     assert resolve_budget().total > 256 * MIB  # our own memory is part of the budget
 
 

@@ -27,7 +27,7 @@ MERGED = 2 << 20
 
 
 def command(*words: str | Path) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
     if done.returncode != 0:
         raise OSError(f"{words[0]}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
@@ -65,7 +65,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         try:
             yield Disk(image, folder)
         finally:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 400
             gc.collect()  # maps of the file
             while subprocess.run(["umount", folder], capture_output=True, check=False).returncode != 0:
                 assert time.monotonic() < end, "the file system stays in use"
