@@ -76,7 +76,8 @@ def test_a_token_misses_exactly_what_is_not_there(model_file: ModelFile) -> None
 
 
 def test_slots_are_counted_alike_when_they_are_few(model_file: ModelFile) -> None:
-    with open_flash(model_file("qwen3moe", "Q4_0"), share=QUARTER) as llm:
+    # what was read ahead in vain may still be on its way
+    with open_flash(model_file("qwen3moe", "Q4_0"), share=QUARTER, lookahead=False) as llm:
         for token in tokens(20, seed=7):
             llm.eval([token])
             found = llm.flash.residency()

@@ -31,12 +31,16 @@ llm = llama_cpp.Llama(sys.argv[1], n_ctx=2048, n_batch=512, n_ubatch=512, n_thre
 share, rng, seen = llm.flash.share, np.random.default_rng(1), []
 planned = share.granted
 for turn in range(3):
+    if llm.n_tokens > 1500:
+        llm.reset()
     llm.eval(rng.integers(0, llm.n_vocab(), 500).tolist())
-    prompt = share.granted
-    for i in range(140):
+    prompt, n, end = share.granted, 0, time.monotonic() + 200
+    # whoever lends looks now and then, and has to have seen tokens for a while
+    while n < 60 or (share.granted <= planned and time.monotonic() < end):
+        if llm.n_tokens == 2000:
+            llm.reset()
         llm.eval([int(rng.integers(0, llm.n_vocab()))])
-        if share.granted > planned and i > 60:
-            break
+        n += 1
     seen.append((prompt, share.granted))
 print(json.dumps({"planned": planned, "seen": seen}))
 """

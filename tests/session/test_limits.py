@@ -65,7 +65,7 @@ def run(place: Path, what: str, more: int, io_engine: str = "auto", n_threads: i
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"

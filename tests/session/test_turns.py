@@ -66,18 +66,27 @@ def in_threads(work: Callable[[int], Any], n: int) -> list[Any]:
         return list(pool.map(work, range(n)))
 
 
-def waits(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """A thread that is waiting for its turn, and what it will have as an answer."""
+def begun(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """A thread, and what it will have as an answer."""
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(work()), daemon=True)
     thread.start()
+    return thread, answers
+
+
+def waits(work: Callable[[], Any], llm: Any = None) -> tuple[threading.Thread, list[Any]]:
+    """The same of one that is waiting for its turn; llm: is looked at until it is."""
+    n = len(llm._turn._waiters) if llm is not None else 0
+    thread, answers = begun(work)
     thread.join(0.05)
+    while llm is not None and len(llm._turn._waiters) == n and thread.is_alive():
+        time.sleep(0.001)
     assert not answers and thread.is_alive()
     return thread, answers
 
 
 def done(thread: threading.Thread, answers: list[Any]) -> Any:
-    thread.join(60)
+    thread.join(200)
     assert not thread.is_alive(), "it waits for ever"
     (answer,) = answers
     return answer
@@ -175,7 +184,7 @@ def who_waits_for_a_stream_that_nobody_reads_is_told_so_and_the_stream_goes_on(l
     turns._LONGEST_REST = 0.3
     stream = ask(llm, 0, stream=True)
     pieces = [next(stream)]
-    waiting = [waits(lambda: failure(lambda: text(llm, 1))) for _ in range(2)]
+    waiting = [begun(lambda: failure(lambda: text(llm, 1))) for _ in range(2)]
     for one in waiting:
         error = done(*one)
         assert isinstance(error, FlashError) and "close()" in str(error), repr(error)
@@ -280,10 +289,10 @@ def the_longest_waiting_comes_first(llm: Any) -> None:
     order: list[int] = []
     stream = ask(llm, 0, stream=True)
     next(stream)
-    waiting = [waits(lambda i=i: (text(llm, i), order.append(i))) for i in range(1, 6)]
+    waiting = [waits(lambda i=i: (text(llm, i), order.append(i)), llm) for i in range(1, 6)]
     stream.close()
     for thread, _ in waiting:
-        thread.join(60)
+        thread.join(200)
     assert order == [1, 2, 3, 4, 5]
 
 
@@ -425,7 +434,7 @@ def embeddings_of_many_threads_are_those_of_one_after_the_other(llm: Any) -> Non
 def outcomes() -> dict[str, str]:
     """Of all claims, tried in one process one after the other; a crash or a hang is of the one after the last told."""
     try:
-        result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=240)
+        result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=1200)
         output, end = result.stdout, f"exit code {result.returncode}\n{result.stderr[-3000:]}"
     except subprocess.TimeoutExpired as error:
         output, end = (error.stdout or b"").decode(), "it hangs"
@@ -442,7 +451,7 @@ def test_threads_take_turns(name: str, outcomes: dict[str, str]) -> None:
 
 def _try_all() -> None:
     for name, scenario in _SCENARIOS.items():
-        faulthandler.dump_traceback_later(90, exit=True)
+        faulthandler.dump_traceback_later(400, exit=True)
         try:
             scenario(load())
             outcome = "kept"

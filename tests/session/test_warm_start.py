@@ -61,7 +61,7 @@ def slots_used(llm: Any) -> int:
     return int(raw.slots_used + raw.neuron_slots_used)
 
 
-def until(condition: Any, seconds: float = 20.0) -> bool:
+def until(condition: Any, seconds: float = 400.0) -> bool:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -36,7 +36,7 @@ def run(model: Path, io_engine: str, refused: int | None = None) -> str:
         env={"PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         preexec_fn=None if refused is None else refuse_io_uring(refused),
     )
     assert result.returncode == 0, result.stderr

@@ -155,19 +155,22 @@ def a_wrong_guess_that_fails_is_nobodys_error(path: Path, io_engine: str) -> Non
     """An expert read ahead of the router, which then chooses others: more reads fail than decodes."""
     with opened(path, QUARTER, io_engine) as llm:
         expected = logits_of(llm, PROMPT, DECODED * 4)
-        llm.reset()
-        llm.eval(PROMPT)
         before, raised = llm.flash.stats().total.errors, 0
-        for k, token in enumerate(DECODED * 4):
-            with faults(EIO, 1, k % 13):
-                try:
-                    llm.eval([token])
-                except FlashReadError:
-                    raised += 1
-                else:
-                    continue
-            llm.eval([token])
-        failed = llm.flash.stats().total.errors - before
+        for _ in range(10):  # several threads read: which read is the n-th is not the same each time
+            llm.reset()
+            llm.eval(PROMPT)
+            for k, token in enumerate(DECODED * 4):
+                with faults(EIO, 1, k % 13):
+                    try:
+                        llm.eval([token])
+                    except FlashReadError:
+                        raised += 1
+                    else:
+                        continue
+                llm.eval([token])
+            failed = llm.flash.stats().total.errors - before
+            if failed > raised > 0:
+                break
         assert failed > raised > 0, (failed, raised)
         assert_same_logits(np.array(llm.scores[: llm.n_tokens]), expected, len(PROMPT) + 4 * len(DECODED))
 
@@ -182,7 +185,7 @@ def a_warm_start_that_fails_is_nobodys_error(path: Path, io_engine: str) -> None
         native.set_memory(native.memory().total)  # empty again
         with faults(EIO, 1 << 30):
             native.warm(ids)
-            end = time.monotonic() + 20
+            end = time.monotonic() + 200
             # a call takes note of what has failed
             while llm.flash.stats().total.errors == 0 and time.monotonic() < end:
                 native.warm(ids[:0])
