@@ -66,7 +66,7 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
             with whole_file(path) as file:
                 file.write(b"mine")
         assert path.read_bytes() == b"mine"
-        process.communicate("\n", timeout=60)
+        process.communicate("\n", timeout=400)
         assert process.returncode == 0
     assert path.read_bytes() == b"half whole" and list(tmp_path.iterdir()) == [path]
 
@@ -100,14 +100,19 @@ def test_a_folder_that_was_left_is_removed_with_all_that_is_in_it(tmp_path: Path
 
 
 def killed(command: list[str], folder: Path, pattern: str, **settings: str) -> None:
-    """Runs a command and kills it as soon as there is something that fits the pattern."""
-    with subprocess.Popen(command, env={**os.environ, **settings}, stderr=subprocess.PIPE, text=True) as process:
-        while not list(folder.glob(pattern)):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
-    assert list(folder.glob(pattern)), "it was done before it was killed"
+    """Runs a command and kills it as soon as there is something that fits the pattern; again if it was done before."""
+    for _ in range(10):
+        with subprocess.Popen(command, env={**os.environ, **settings}, stderr=subprocess.PIPE, text=True) as process:
+            while not list(folder.glob(pattern)) and not list(folder.iterdir()):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait(400)
+        if list(folder.glob(pattern)):
+            return
+        for file in folder.iterdir():
+            file.unlink()
+    raise AssertionError("it was done before it was killed")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_a_killed_command_is_run_again_and_leaves_only_its_file(command: str, tm
         if command == "reorder":
             run = [*tools, "reorder", str(source), str(out), "--text", str(text), "--tokens", "4500"]
     killed(run, out.parent, ".b.gguf.????????.partial")
-    again = subprocess.run(run, capture_output=True, text=True, timeout=240)
+    again = subprocess.run(run, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stderr
     assert "which a run that was killed had left unfinished" in again.stderr
     assert not [file for file in out.parent.iterdir() if file.name.startswith(".")] and out.exists()
@@ -207,7 +212,7 @@ def test_processes_that_keep_files_at_the_same_time_do_not_fail(cache: Path, tmp
         "    assert hot.save(pathlib.Path(f'{sys.argv[1]}-{i % 9}.gguf'), 'm', np.arange(9, dtype=np.uint64))\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code, f"model-{n}"]) for n in range(4)]
-    assert [process.wait(120) for process in processes] == [0] * 4
+    assert [process.wait(900) for process in processes] == [0] * 4
     left = list((cache / "hot").iterdir())
     assert 1 <= len(left) <= 4 + 4 and all(file.suffix == ".hot" for file in left)
 

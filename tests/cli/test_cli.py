@@ -20,7 +20,7 @@ import llama_flash
 MIB = 1 << 20
 
 
-def flash(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def flash(*arguments: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llama_flash", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
@@ -141,12 +141,12 @@ def test_ctrl_c_ends_a_profile_and_leaves_nothing(tmp_path: Path) -> None:
         except OSError:
             return False
 
-    deadline = time.monotonic() + 60
-    while not temporary() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 400
+    while not temporary():
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    assert temporary()
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=400)
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
@@ -215,7 +215,7 @@ def test_a_signal_ends_a_run_cleanly(number: signal.Signals, model: Path) -> Non
     assert process.stdout is not None
     process.stdout.read(1)  # the model is loaded
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=400)
     assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     assert "read per token" in stderr

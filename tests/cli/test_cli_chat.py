@@ -151,7 +151,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(templated: Path) -> None:
 
 
 def test_under_a_cap_the_terminal_is_the_chats(templated: Path) -> None:
-    with terminal(templated, "-c", 30000, "--cap", "50%") as opened:
+    with terminal(templated, "-c", 30000, "--temp", 0, "--cap", "50%") as opened:
         opened.type("import os\n")
         end = opened.wait_for(r"[1-9][\d.]* tokens/s")
         opened.type("\x03")

@@ -84,7 +84,7 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
         env=with_support(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
 

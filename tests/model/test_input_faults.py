@@ -29,7 +29,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIO
 
 def flash(*arguments: str | Path | bytes, stdin: bytes = b"", **environment: str) -> tuple[int, bytes, bytes]:
     command = [sys.executable, "-m", "llama_flash", *arguments]
-    done = subprocess.run(command, input=stdin, capture_output=True, timeout=120, env={**os.environ, **environment})
+    done = subprocess.run(command, input=stdin, capture_output=True, timeout=400, env={**os.environ, **environment})
     return done.returncode, done.stdout, done.stderr
 
 

@@ -145,7 +145,7 @@ try:
 except llama_flash.FlashError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "pictures need matplotlib: pip install 'matplotlib>=3.8' (the extra `plot`)\n"
     assert (tmp_path / "all.png").stat().st_size > 10_000
@@ -408,7 +408,7 @@ def test_a_model_that_is_all_in_memory_has_a_latency(model_file: ModelFile) -> N
 
 def flash(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llama_flash", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize("cap", [(), ("--cap", "50%", "--json")])

@@ -38,7 +38,7 @@ def test_a_signal_during_a_run_stops_what_would_follow(cap: int, number: signal.
     with subprocess.Popen(command, cwd=BENCH, stdout=subprocess.PIPE, text=True, **as_given) as process:  # type: ignore[call-overload]
         assert process.stdout and process.stdout.readline() == "begun\n"
         process.send_signal(number)
-        assert process.communicate(timeout=60)[0] == "stopped\n"
+        assert process.communicate(timeout=400)[0] == "stopped\n"
 
 
 def answers(folder: Path, mode: str, **spec: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def answers(folder: Path, mode: str, **spec: Any) -> dict[str, Any]:
     given |= {"work": "text", "stream": str(prompts), "n_ctx": 128, "warm_up": 10, "tokens": 20, "per_prompt": 8}
     (folder / "spec.json").write_text(json.dumps(given | {"mode": mode, "out": str(folder / "out.json")} | spec))
     child = BENCH / "benchlib/child.py"
-    subprocess.run([sys.executable, child, folder / "spec.json"], check=True, timeout=120)
+    subprocess.run([sys.executable, child, folder / "spec.json"], check=True, timeout=400)
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return found
 
@@ -76,7 +76,9 @@ print(json.dumps([one.ratio(), *one.interval()]))
 
 def compared(other: list[float], this: list[float]) -> list[float]:
     command = [sys.executable, "-c", COMPARED, json.dumps([other, this])]
-    return json.loads(subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60).stdout)  # type: ignore[no-any-return]
+    return json.loads(
+        subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=400).stdout
+    )  # type: ignore[no-any-return]
 
 
 def test_a_drift_of_the_machine_is_no_difference_of_builds() -> None:
@@ -141,7 +143,7 @@ print(json.dumps([{case.name: caps(case) for case in (*cases.FULL, *cases.HUGE)}
 
 def test_whole_models_have_caps_in_gib_and_need_room_on_the_disk() -> None:
     command = [sys.executable, "-c", CAPS]
-    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=400)
     caps, (one_by_one, kept), works = json.loads(done.stdout)
     assert {
         name: whole >> 30 for name, (whole, _) in caps.items() if "-prompt-" not in name and "-first-" not in name
@@ -179,7 +181,7 @@ print(json.dumps([cpu_outside_kernels(counted), decode.limit().tok_s, decode.ver
 
 def test_what_whole_models_are_compared_with() -> None:
     command = [sys.executable, "-c", FIGURES]
-    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=400)
     outside, limit, decode, first = json.loads(done.stdout)
     assert abs(outside - 0.06) < 1e-9  # of 0.18 s two threads are 0.06 s each in kernels
     assert abs(limit - 1 / 0.06) < 1e-6  # of the kernels: reading takes 0.05 s
@@ -207,7 +209,7 @@ print(json.dumps([[run.setting.mode for run in measured.runs], said[-1], without
 
 
 def test_a_whole_model_is_not_loaded_into_memory_that_is_not_free() -> None:
-    done = subprocess.run([sys.executable, "-c", NO_ROOM], cwd=BENCH, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", NO_ROOM], cwd=BENCH, capture_output=True, text=True, timeout=400)
     modes, said, without = json.loads(done.stdout)
     assert "naive" in modes and modes[-1] == "flash"
     assert without == ["flash", "resident"]
@@ -217,7 +219,7 @@ def test_a_whole_model_is_not_loaded_into_memory_that_is_not_free() -> None:
 def test_fresh_memory_is_touched_in_a_group_of_its_own() -> None:
     code = "from benchlib.machine import first_touch; print(first_touch(64 << 20))"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=400)
     assert 0 < float(done.stdout) < 30
 
 

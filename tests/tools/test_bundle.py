@@ -350,7 +350,7 @@ def test_600_mb_are_bundled_in_the_memory_that_is_given(tmp_path: Path) -> None:
     path = zero_model(tmp_path / "a.gguf", n_layer=2, n_embd=4096, n_ff=34816)
     assert path.stat().st_size > 600e6
     command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / "b.gguf"), str(32 * MIB)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     assert json.loads(result.stdout) < (32 + 16) * MIB  # besides: blocks of what is copied, threads
     (tmp_path / "b.gguf").unlink()
 
@@ -362,11 +362,15 @@ def test_a_command_that_is_stopped_leaves_nothing(
 ) -> None:
     path = zero_model(tmp_path / "a.gguf", n_layer=4, n_embd=2048, n_ff=8192)
     command = [sys.executable, "-m", module, "bundle", str(path), str(tmp_path / "b.gguf"), "--memory", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not list(tmp_path.glob(".*.partial")):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=30)
+    for _ in range(5):  # unless the signal came when it had ended by itself
+        (tmp_path / "b.gguf").unlink(missing_ok=True)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            while not list(tmp_path.glob(".*.partial")) and not (tmp_path / "b.gguf").exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
+            process.send_signal(number)
+            output, errors = process.communicate(timeout=400)
+        if process.returncode != 0:
+            break
     assert (process.returncode, output, errors) == (status, "", "")
     assert list(tmp_path.iterdir()) == [path]

@@ -463,6 +463,6 @@ def test_350_mb_of_experts_are_bundled_in_the_memory_that_is_given(tmp_path: Pat
     path = zero_experts(tmp_path / "a.gguf", n_embd=2048, n_ff=768, n_expert=72)
     assert path.stat().st_size > 350e6
     command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / "b.gguf"), str(32 * MIB)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     assert json.loads(result.stdout) < (32 + 16) * MIB  # besides: blocks of what is copied, threads
     (tmp_path / "b.gguf").unlink()

@@ -47,7 +47,7 @@ def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
 
 def test_it_runs_as_a_module(model_file: ModelFile, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gguf_tools", "bundle", str(model_file("arcee")), str(tmp_path / "b.gguf")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert (result.returncode, result.stderr) == (0, "")
     assert "3 layers of 512 neurons, records of 544 bytes (up Q8_0, down Q8_0), relu2" in result.stdout
     assert "down: Q8_0 -> Q8_0 along n_embd" in result.stdout
