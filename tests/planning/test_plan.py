@@ -303,10 +303,15 @@ def test_experts_are_read_as_expected_with_even_routing_and_less_otherwise(name:
 def test_planning_leaves_no_memory_taken(model_file: ModelFile) -> None:
     path = MODELS / "stdlib-opt-q8_0-flash.gguf"
     llama_flash.plan(path)
-    before = held_by_process()
-    for _ in range(5):
-        llama_flash.plan(path)
-    assert held_by_process() - before < 4 * MIB
+
+    def taken() -> int:
+        before = held_by_process()
+        for _ in range(5):
+            llama_flash.plan(path)
+        return held_by_process() - before
+
+    # pages of libraries that others have pushed out of memory come back; what is not freed is taken each time
+    assert min(taken() for _ in range(3)) < 4 * MIB
 
 
 def test_a_model_that_fits_is_planned_resident_and_reads_nothing(model_file: ModelFile) -> None:

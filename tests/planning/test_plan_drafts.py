@@ -7,7 +7,6 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 
-import psutil
 import pytest
 from engines import Model
 from hypothesis import given
@@ -16,7 +15,7 @@ from mtp_models import write_mtp
 
 import llama_flash
 from llama_flash import FlashBudgetError, FlashError, FlashOffload
-from llama_flash.budget.rooms import resolve_budget
+from llama_flash.budget.rooms import held_by_process, resolve_budget
 from llama_flash.model.gguf import read_gguf
 from llama_flash.model.mtp import mtp_head
 from llama_flash.model.no_alloc import context_params, no_alloc_context
@@ -32,7 +31,7 @@ ARCEE, MOE = MODELS / "stdlib-arcee-q8_0.gguf", MODELS / "stdlib-moe-q8_0.gguf"
 
 def budget() -> int:
     """Too little for all weights, whatever this process has taken by now. Bytes."""
-    return int(psutil.Process().memory_info().rss) + (320 << 20)
+    return held_by_process() + (320 << 20)
 
 
 def cost(seconds: float) -> Cost:
