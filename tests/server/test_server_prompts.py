@@ -17,7 +17,7 @@ import pytest
 from architectures import write
 from engines import tokens
 from lora import write_lora
-from serving import KEY, SERVE, Server, eventually, post, serving
+from serving import KEY, PATIENCE, SERVE, Server, eventually, post, serving
 
 MODELS = Path(str(resources.files("llama_flash") / "models"))
 TEXT = inspect.getsource(queue)  # what all prompts begin with
@@ -86,9 +86,11 @@ def test_a_prompt_is_taken_from_a_sequence_that_is_busy(model: Path, tmp_path: P
 
         def taken() -> bool:
             """False: that sequence has come to its end before."""
+            ask(server, "x = 1\n", 1, id_slot=1)  # of the text nothing is left there
             body = json.dumps({"prompt": BEGIN + ENDS[0], **long}).encode()
             headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-            with urllib.request.urlopen(urllib.request.Request(f"{server.url}/completion", body, headers)) as stream:
+            request = urllib.request.Request(f"{server.url}/completion", body, headers)
+            with urllib.request.urlopen(request, timeout=PATIENCE) as stream:
                 stream.readline()
                 shutil.rmtree(tmp_path / "prompts", ignore_errors=True)  # not from there
                 again, cached = ask(server, BEGIN + ENDS[1], id_slot=1)
