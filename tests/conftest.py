@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from repository import ROOT
 
 from gguf_tools.synthetic import tiny, write
@@ -25,9 +25,9 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
 
-# how long an example takes says what else the machine does
-settings.register_profile("without a deadline", deadline=None)
-settings.load_profile("without a deadline")
+# how long an example takes, or is made, says what else the machine does
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 ModelFile = Callable[..., Path]
 

@@ -97,7 +97,9 @@ def tokens_of(llm: Llama, n: int, **sampling: Any) -> list[int]:
     raise AssertionError("it ended")
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=12),
     st.sampled_from([{"temp": 0.0}, {"temp": 0.9, "top_k": 30}, {"temp": 1.3, "repeat_penalty": 1.2}]),

@@ -199,7 +199,7 @@ def crowd(request: pytest.FixtureRequest, model_file: ModelFile) -> Iterator[tup
         yield context, alone(context)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(passes=PASSES)
 def test_neither_neighbours_nor_drafts_change_a_bit(passes: Any, crowd: tuple[Sequences, dict[Any, Any]]) -> None:
     context, expected = crowd

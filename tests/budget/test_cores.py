@@ -136,7 +136,9 @@ def test_recorded_trees_without_quotas_have_none(trees: Path) -> None:
         assert choose_threads(tree, allowed={0, 1}).n == 2
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     version=st.sampled_from([1, 2]),
     quotas=st.lists(st.none() | st.integers(1_000, 10_000_000), min_size=3, max_size=3),

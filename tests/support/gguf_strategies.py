@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from gguf_tools.source import KeyValue
 
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 many = settings(few, max_examples=300)
 
 whole_types = {

@@ -54,7 +54,10 @@ from gguf_tools.verify import verify
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 FUZZ = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    database=None,
 )
 
 
