@@ -25,11 +25,19 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
 
-# how long an example takes, or is made, says what else the machine does
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
-
 ModelFile = Callable[..., Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile(
+        "any machine",
+        # how long an example takes, or is made, says what else the machine does
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        # a change is judged by what it changes, not by the day's luck; `make test-full` tries others each time
+        derandomize=config.getoption("markexpr") == "not full",
+    )
+    settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
