@@ -145,8 +145,9 @@ class Proxy:
         self.up: list[int] = []  # by connection, from the client to the worker
         self.down: list[int] = []
         self.cut_after: int | None = None  # bytes from now on, both ways together
-        self.held = threading.Event()  # nothing is passed on while this is not set
+        self.held, self.data_held = threading.Event(), threading.Event()  # nothing is passed on while not set
         self.held.set()
+        self.data_held.set()  # of all connections but the first, which is the control channel
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -170,6 +171,8 @@ class Proxy:
         with suppress(OSError):
             while piece := one.recv(1 << 16):
                 self.held.wait()
+                if number > 0:
+                    self.data_held.wait()
                 if self.cut_after is not None:
                     piece = piece[: self.cut_after]
                     self.cut_after -= len(piece)
@@ -189,4 +192,5 @@ class Proxy:
     def close(self) -> None:
         self._socket.close()
         self.held.set()
+        self.data_held.set()
         self.cut()
