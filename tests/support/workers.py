@@ -36,13 +36,20 @@ _STARTING, _ENDING = 400.0, 200.0  # seconds: a busy machine is not a failure
 class WorkerProcess:
     """One, at a port of its own. What it says is in `said()`."""
 
-    def __init__(self, model: Path, folder: Path, *arguments: str, budget: str = BUDGET, port: int = 0) -> None:
+    def __init__(
+        self, model: Path, folder: Path, *arguments: str, budget: str = BUDGET, port: int = 0, waits: bool = True
+    ) -> None:
         self.log = folder / f"worker-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "llama_flash", "worker", str(model), "--dram-budget", budget]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--listen", f"127.0.0.1:{port}", *arguments], stdout=log, stderr=log
             )
+        self.endpoint = ""
+        if waits:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
         end = time.monotonic() + _STARTING
         while not (ready := _READY.search(self.log.read_bytes())):
             assert self.process.poll() is None and time.monotonic() < end, self.said()
@@ -89,13 +96,16 @@ def workers_of(
     started: list[WorkerProcess] = []
     try:
         for _ in range(n):
-            started.append(WorkerProcess(model, folder, *arguments, **settings))
+            started.append(WorkerProcess(model, folder, *arguments, waits=False, **settings))
+        for worker in started:
+            worker.wait_until_ready()
         yield started
     finally:
         for worker in started:
-            if worker.process.poll() is None:
-                worker.process.send_signal(signal.SIGCONT)
-                worker.end()
+            worker.process.send_signal(signal.SIGCONT)
+            worker.process.send_signal(signal.SIGTERM)
+        for worker in started:
+            worker.process.wait(_ENDING)
 
 
 def open_model(path: Path, workers: Sequence[WorkerProcess | str] = (), flash: bool = True, **options: Any) -> Any:

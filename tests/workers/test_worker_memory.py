@@ -46,6 +46,9 @@ class CappedWorker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "llama_flash", "cap", cap, "--", *worker], stdout=log, stderr=log
             )
+        self.endpoint = ""
+
+    def wait_until_ready(self) -> None:
         end = time.monotonic() + 400
         while not (ready := re.search(rb" at (127\.0\.0\.1:\d+), ", self.log.read_bytes())):
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
@@ -92,6 +95,8 @@ def test_two_workers_in_cgroups_of_their_own_run_what_neither_could_hold(large_m
     require_caps()
     capped = [CappedWorker(large_model, tmp_path, CAP) for _ in range(2)]
     try:
+        for worker in capped:
+            worker.wait_until_ready()
         assert large_model.stat().st_size > 2 * (180 << 20)
         prompt, generated = list(range(5, 69)), list(range(100, 124))
         with contextlib.closing(open_model(large_model, flash=False)) as llm:
@@ -144,6 +149,7 @@ def test_a_worker_follows_a_limit_that_moves(large_model: Path, tmp_path: Path) 
     require_caps()
     capped = CappedWorker(large_model, tmp_path, "300MiB")
     try:
+        capped.wait_until_ready()
         with contextlib.closing(open_model(large_model, [capped.endpoint])) as llm:
             _bits(llm, list(range(5, 69)), list(range(100, 140)))
             (before,) = llm.flash.worker_stats()
