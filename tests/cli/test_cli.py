@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import in_this_process
 from conftest import ModelFile
 from neurons import bundled, write_model
 
@@ -73,8 +74,10 @@ def test_cap_reports_an_oom_kill() -> None:
         (("profile", "/", "--io-engine", "aio"), "io_engine: 'aio' is not one of"),
     ],
 )
-def test_mistakes_are_one_line_without_traceback(arguments: tuple[str, ...], said: str) -> None:
-    result = flash(*arguments)
+def test_mistakes_are_one_line_without_traceback(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = in_this_process(capsys, monkeypatch)(*arguments)
     assert result.returncode == 1
     assert said in result.stderr
     assert "Traceback" not in result.stderr

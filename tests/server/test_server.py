@@ -318,6 +318,17 @@ def test_models_of_a_settings_file_take_turns(model: Path, tmp_path: Path) -> No
         assert values["llama_flash_model_loaded model=two"] == 0
 
 
+# in place of five seconds: for answers under way when a signal comes
+IMPATIENT = """
+import runpy, sys
+from llama_flash.server import listen
+
+listen._PATIENCE = 1
+sys.argv[0] = "llama-flash"
+runpy.run_module("llama_flash", run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize(
     "signals", [(signal.SIGTERM,), pytest.param((signal.SIGINT, signal.SIGINT), marks=pytest.mark.full)]
 )
@@ -328,7 +339,8 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(
     environment = {"LLAMA_FLASH_CACHE": str(cache), "LLAMA_FLASH_WARM_START": "1"}
     context = ["-c", str(N_CTX)]
     budget = ["--dram-budget", str(smallest_budget(model, *context) + 8 * MIB)]
-    with serving([model, *context, *budget], tmp_path / "log", **environment) as server:
+    command = [sys.executable, "-c", IMPATIENT, "serve", "--classic"]
+    with serving([model, *context, *budget], tmp_path / "log", command=command, **environment) as server:
         stream = server.client().chat.completions.create(
             model="any",
             messages=[{"role": "user", "content": PROMPTS[1]}],

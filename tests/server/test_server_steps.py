@@ -79,7 +79,7 @@ def test_sequences_with_an_idle_one_between_read_as_much_as_neighbours(server: S
 
 
 def test_every_probability_is_that_of_the_prompt_alone(server: Server) -> None:
-    how = {"n": 12, "n_probs": 4096}
+    how = {"n": 8, "n_probs": 4096}
     alone = [ask(server, prompt, slot, **how) for slot, prompt in enumerate(PROMPTS)]
 
     def fills_up() -> bool:

@@ -118,9 +118,19 @@ def open_model(path: Path, workers: Sequence[WorkerProcess | str] = (), flash: b
     return llama_cpp.Llama(str(path), flash_offload=offload, n_ctx=512, n_threads=2, logits_all=True, verbose=False)
 
 
+_least: dict[tuple[object, ...], int] = {}  # what was found by this process
+
+
 def least_budget(model: Path, folder: Path, n: int = 2, **options: Any) -> int:
     """MiB that each of so many workers needs, as their refusals say. How much of its libraries a process holds depends
     on the machine."""
+    key = (model, n, *sorted(options.items()))
+    if key not in _least:
+        _least[key] = _least_budget(model, folder, n, **options)
+    return _least[key]
+
+
+def _least_budget(model: Path, folder: Path, n: int, **options: Any) -> int:
     from llama_flash import FlashBudgetError, FlashWorkerError
 
     mib = 64

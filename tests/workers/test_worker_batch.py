@@ -80,13 +80,13 @@ def _answers(path: Path) -> dict[str, Any]:
 
 def test_a_batch_that_has_lost_a_worker_goes_on_with_the_same_command(two: list[WorkerProcess], tmp_path: Path) -> None:
     requests, target, expected = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl", tmp_path / "alone.jsonl"
-    n = 60
+    n = 36
     lines = [
         {
             "custom_id": str(i),
             "method": "POST",
             "url": "/v1/completions",
-            "body": {"prompt": PROMPTS[i % 4] + str(i), "max_tokens": 100, "temperature": 0, "ignore_eos": True},
+            "body": {"prompt": PROMPTS[i % 4] + str(i), "max_tokens": 60, "temperature": 0, "ignore_eos": True},
         }
         for i in range(n)
     ]
