@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MOST_SECONDS = 5.0  # of processor time, of which threads that wait for others on a busy machine take some, too
+MOST_SECONDS = 1.0  # of processor time
 MOST_GROWTH = 200 << 20  # bytes of memory, at the peak
 NO_MEMORY = "budget: "  # what is told of a file that claims more than this machine has
 _PATIENCE = 300  # seconds until a case counts as endless
