@@ -51,7 +51,7 @@ def mtp_head(meta: GgufMeta) -> MtpHead | None:
         return None
     if meta.number("rope.dimension_sections") and meta.architecture in _ATTENTION:
         return None  # the head's graph rotates as if there were none, which ends the process
-    tensors = tuple(t for t in meta.tensors.values() if t.layer is not None and first <= t.layer < first + n_layers)
+    tensors = _behind(meta)
     if len(tensors) == sum(t.layer is not None for t in meta.tensors.values()):
         return None  # a head for another file
     output = "output.weight" if "output.weight" in meta.tensors else "token_embd.weight"
@@ -74,9 +74,16 @@ def takes_too_many(meta: GgufMeta) -> bool:
 
 
 def without_mtp(meta: GgufMeta) -> GgufMeta:
-    """As the engine loads the file when no drafts are made of its head."""
-    head = mtp_head(meta)
-    if head is None:
+    """As the engine loads the file when no drafts are made of its head, also of one that it cannot compute."""
+    names = {tensor.name for tensor in _behind(meta)}
+    if not names:
         return meta
-    names = {tensor.name for tensor in head.tensors}
     return replace(meta, tensors={name: tensor for name, tensor in meta.tensors.items() if name not in names})
+
+
+def _behind(meta: GgufMeta) -> tuple[TensorInfo, ...]:
+    """Tensors of the layers behind the model's own; empty where it has none of its own: a head for another file."""
+    first = meta.number("block_count") - meta.number("nextn_predict_layers")
+    if first < 1 or first >= meta.number("block_count"):
+        return ()
+    return tuple(t for t in meta.tensors.values() if t.layer is not None and t.layer >= first)
