@@ -58,8 +58,14 @@ typedef struct llama_flash_draft {
     int32_t *       tokens;
 } llama_flash_draft;
 
+// A sequence that computes of its prompt in the next pass, and how many tokens are left of that.
+typedef struct llama_flash_ahead {
+    int32_t sequence;
+    int32_t n_tokens;
+} llama_flash_ahead;
+
 // Makes drafts of n of the n_generating sequences that go on with the next pass. Called on the server's thread.
-typedef void (*llama_flash_make_drafts_t)(int n_generating, llama_flash_draft * drafts, int n);
+typedef void (*llama_flash_make_drafts_t)(int n_generating, llama_flash_draft * drafts, int n, const llama_flash_ahead * prompts, int n_prompts);
 
 // Whether n_new prompts wait for the next pass. Called on the server's thread, before each pass that could begin some.
 typedef bool (*llama_flash_holds_prompts_t)(int n_new, int n_begun);
@@ -107,7 +113,8 @@ static void set_prompts(const llama_flash_prompt_hooks & prompts) {
 
 static const int32_t MOST_DRAFTED = 15; // tokens: the most that are asked for (planning/drafted.py)
 
-static void ask_for_drafts(llama_flash_make_drafts_t make_drafts, int n_generating, std::vector<server_draft> & drafts) {
+static void ask_for_drafts(llama_flash_make_drafts_t make_drafts, int n_generating, std::vector<server_draft> & drafts,
+                           const std::vector<server_prompt_ahead> & prompts) {
     std::vector<llama_flash_draft> asked;
     asked.reserve(drafts.size());
     for (auto & draft : drafts) {
@@ -116,7 +123,12 @@ static void ask_for_drafts(llama_flash_make_drafts_t make_drafts, int n_generati
         asked.push_back({ draft.id_slot, (int32_t) draft.text->size(), draft.text->data(), std::max(0, std::min(draft.n_max, n_room)), n_room,
                           0, draft.result.data() });
     }
-    make_drafts(n_generating, asked.data(), (int) asked.size());
+    std::vector<llama_flash_ahead> ahead;
+    ahead.reserve(prompts.size());
+    for (const auto & prompt : prompts) {
+        ahead.push_back({ prompt.id_slot, prompt.n_tokens });
+    }
+    make_drafts(n_generating, asked.data(), (int) asked.size(), ahead.data(), (int) ahead.size());
     for (size_t i = 0; i < drafts.size(); i++) {
         drafts[i].result.resize(std::min((size_t) std::max(0, asked[i].n_tokens), drafts[i].result.size()));
     }
@@ -157,8 +169,9 @@ int llama_flash_serve(int argc, char ** argv, const llama_hooks * hooks, llama_f
             set_prompts(*prompts);
         }
         if (make_drafts != nullptr) {
-            llama_server_make_drafts = [make_drafts](int n_generating, std::vector<server_draft> & drafts) {
-                ask_for_drafts(make_drafts, n_generating, drafts);
+            llama_server_make_drafts = [make_drafts](int n_generating, std::vector<server_draft> & drafts,
+                                                     const std::vector<server_prompt_ahead> & prompts) {
+                ask_for_drafts(make_drafts, n_generating, drafts, prompts);
             };
         }
         if (holds_prompts != nullptr) {

@@ -281,6 +281,36 @@ def test_idle_texts_in_a_pass_leave_less_room_and_are_part_of_what_it_takes(n_te
     assert longest == 16 // (n_texts + idle)
 
 
+def test_others_that_are_filled_up_leave_less_room_and_make_no_second_step() -> None:
+    clock, others = Clock(), 3
+    text = unique(900)
+    drafter = Drafter(lambda i: Guesser(text, 0.95, clock, 0.0), 4096, 10**6, flat, clock=clock)
+    said, lengths = 100, list[int]()
+    while said < 500:
+        (draft,) = drafter.draft([(0, np.array(text[:said], np.intc), 4096, 4096)], others, fills=True)
+        lengths.append(len(draft))
+        each = 1 + len(draft)
+        assert (1 + others) * each <= 16
+        assert drafter.passed(each + others, ONE, (1 + others) * each)
+        said += int(np.cumprod(draft == np.array(text[said : said + len(draft)])).sum()) + 1
+    assert lengths.count(3) > 0.9 * len(lengths)
+    assert drafter.passes.seconds(16) < 1.2 * drafter.passes.seconds(4), "they were one step"
+
+
+def test_prompts_of_few_tokens_leave_room_for_few_drafted_ones() -> None:
+    clock = Clock()
+    text = unique(900)
+    drafter = Drafter(lambda i: Guesser(text, 0.95, clock, 0.0), 4096, 10**6, flat, clock=clock)
+    said = 100
+    for _ in range(40):  # what passes take is known then
+        (draft,) = drafter.draft([(0, np.array(text[:said], np.intc), 4096, 4096)])
+        assert drafter.passed(1 + len(draft), ONE)
+        said += int(np.cumprod(draft == np.array(text[said : said + len(draft)])).sum()) + 1
+    assert len(draft) > 9
+    (draft,) = drafter.draft([(0, np.array(text[:said], np.intc), 4096, 4096)], prompts=6)
+    assert len(draft) == 9
+
+
 def test_a_cold_first_pass_of_several_texts_is_not_what_passes_take() -> None:
     """No pass has one token: what it takes is known from those with one of each."""
     passes = Passes(flat)

@@ -18,6 +18,7 @@ from llama_flash.batch.engine import Engine
 from llama_flash.drafts.length import Length
 from llama_flash.observe.stats import DraftStats
 from llama_flash.server.driver import EngineDriver
+from llama_flash.session.session import FlashSession
 from llama_flash.session.steps import Steps
 
 ARCEE = Path(str(resources.files("llama_flash") / "models/stdlib-arcee-q8_0.gguf"))
@@ -80,9 +81,9 @@ def ask_all(engine: Engine, requests: Sequence[dict[str, Any]]) -> list[tuple[st
 
 @contextlib.contextmanager
 def engine(
-    path: Path, draft: str | Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, draft: str | Path, monkeypatch: pytest.MonkeyPatch, most: int = 3
 ) -> Iterator[tuple[Engine, list[EngineDriver]]]:
-    """Four sequences at the same time, with three drafted tokens in each pass, whatever they cost on this machine."""
+    """Four sequences at the same time, with `most` drafted tokens in each pass, whatever they cost on this machine."""
     drivers: list[EngineDriver] = []
     made = EngineDriver.__init__
 
@@ -94,9 +95,9 @@ def engine(
     with monkeypatch.context() as patched:
         patched.setattr(EngineDriver, "__init__", noted)
         patched.setattr(Length, "begins", lambda *_: True)
-        patched.setattr(Length, "goes_on", lambda self, width, *_: width <= 3)
-        patched.setattr(Length, "best", lambda self, width, expected, chances, spent: min(3, len(chances)))
-        patched.setattr(Length, "common", lambda self, chances, spent, room, *_: min(3, room))
+        patched.setattr(Length, "goes_on", lambda self, width, *_: width <= most)
+        patched.setattr(Length, "best", lambda self, width, expected, chances, spent: min(most, len(chances)))
+        patched.setattr(Length, "common", lambda self, chances, spent, room, *_, **__: min(most, room))
         running = Engine(path, 4, lambda line: None, n_ctx=256, threads=1, flash_offload=flash)
         try:
             yield running, drivers
@@ -183,3 +184,41 @@ def test_idle_sequences_between_others_have_tokens_in_their_passes_and_keep_thei
         assert saved > 10, "they were computed at the same time"
         tokens = session.stats().decode.tokens
         assert tokens > 70 * rounds, "what fills is not counted, and makes no prompt of a pass"
+
+
+@pytest.mark.parametrize("draft", ["ngram", ARCEE])
+def test_a_pass_with_drafts_reads_the_weights_once(draft: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a guess or none, begins with a prompt that is there, or ends: counted are panels, of which a step
+    takes each once."""
+    monkeypatch.setattr(Steps, "per_step", 16.0)  # what it is here depends on the machine
+    passes: list[tuple[int, int, int]] = []  # tokens, drafted ones of them, panels
+    after = FlashSession.after_call
+
+    def noted(self: FlashSession, n_tokens: int, n_sequences: int = 1) -> None:
+        assert self.native is not None and self.drafter is not None
+        now = self.native.stats()
+        panels = int(now.panel_hits + now.panel_reads)
+        passes.append((n_tokens, self.drafter.n_drafted, panels - before.get(id(self), 0)))
+        before[id(self)] = panels
+        after(self, n_tokens, n_sequences)
+
+    before: dict[int, int] = {}
+    monkeypatch.setattr(FlashSession, "after_call", noted)
+    monkeypatch.setattr("llama_flash.batch.engine.Company", lambda parallel: None)  # prompts begin at once
+    requests: list[dict[str, Any]] = [
+        {"prompt": CODE, "n_predict": 90, "temperature": 0.0, "id_slot": 1, "ignore_eos": True},
+        {"prompt": CODE * 2, "n_predict": 40, "temperature": 0.0, "id_slot": 0, "ignore_eos": True},
+        {"prompt": "import os\n\n", "n_predict": 25, "temperature": 0.9, "seed": 4, "id_slot": 3, "n_probs": 1},
+        {"prompt": CODE, "n_predict": 33, "temperature": 0.0, "id_slot": 2, "ignore_eos": True},
+    ]
+    with engine(ARCEE, draft, monkeypatch, most=15) as (running, drivers):
+        expected = ask_all(running, requests)
+        passes.clear()
+        for _ in range(3):  # all but one token of each prompt is there
+            assert ask_all(running, requests) == expected
+        assert stats_of(drivers).accepted > 20
+    generating = [each for each in passes if each[0] <= 16]
+    one = min(panels for *_, panels in generating)
+    assert sum(n_drafted > 0 for _, n_drafted, _ in generating) > 20
+    assert [each for each in generating if each[2] != one] == []
+    assert len(passes) == len(generating), "no draft makes a prompt of a pass"

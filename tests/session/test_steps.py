@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llama_flash.server.driver import EngineDriver
 from llama_flash.session.session import FlashSession
-from llama_flash.session.steps import Steps, filled, steps_of
+from llama_flash.session.steps import Beside, Steps, beside_drafts, filled, steps_of
 
 DENSE = Path(str(resources.files("llama_flash") / "models" / "stdlib-arcee-q8_0.gguf"))
 N = 4
@@ -68,6 +68,19 @@ def test_what_a_step_is_worth_is_learnt(per_step: float) -> None:
 def test_a_call_that_generates_has_no_more_tokens_than_a_call_may_have() -> None:
     apart = [2, 0, 2, 0, 2, 0, 2, 0]  # fourteen tokens would save two steps
     assert Steps(8, 8, few=16).even(apart) == apart
+
+
+def test_what_a_pass_has_beside_drafts() -> None:
+    steps = Steps(512, 512, few=16)
+    assert beside_drafts(steps, 2, [0, 3], []) == Beside(), "the engine has not asked: it cannot remove what fills"
+    steps.even([1, 0, 0, 1])
+    assert beside_drafts(steps, 1, [0], []) == Beside() == beside_drafts(steps, 4, [0, 1, 2, 3], [])
+    assert beside_drafts(steps, 2, [0, 3], []) == Beside(idle=2)
+    assert beside_drafts(steps, 1, [1], [(3, 1), (0, 1)]) == Beside(others=2, idle=1, fills=True)
+    assert beside_drafts(steps, 1, [1], [(3, 5), (0, 1)]) == Beside(prompts=6)
+    assert beside_drafts(steps, 2, [1, 2], [(0, 40)]) == Beside(), "it is no pass that generates"
+    assert beside_drafts(steps, 3, [1, 2], []) == Beside(others=1) == beside_drafts(None, 2, [1, 2], [(0, 1)])
+    assert beside_drafts(steps, 1, [], [(0, 1)]) == Beside(others=1)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]])

@@ -100,6 +100,7 @@ class Drafter:
         self._asked: list[_Text] = []  # texts that go on in the pass under way
         self._others = 0  # ... and were not asked for
         self._idle = 0  # texts that do not, and have tokens in it
+        self._fills = False  # the others have as many as the first ones
         self._spent = 0.0  # seconds of drafting for it
         self._once = 0.0  # of them the reading of texts that are new
         self._pass = 0.0  # seconds of it; 0: it was not made yet
@@ -124,7 +125,14 @@ class Drafter:
         (draft,) = self.draft([(0, input_ids, self._n_ctx, self._n_ctx)])
         return draft
 
-    def draft(self, asked: Sequence[tuple[int, Tokens, int, int]], others: int = 0, idle: int = 0) -> list[Tokens]:
+    def draft(
+        self,
+        asked: Sequence[tuple[int, Tokens, int, int]],
+        others: int = 0,
+        idle: int = 0,
+        fills: bool = False,
+        prompts: int = 0,
+    ) -> list[Tokens]:
         """The drafts behind texts that go on in the next pass; each: its number, its tokens, tokens of a draft that can
         be of use, and tokens of a draft at most.
 
@@ -133,10 +141,12 @@ class Drafter:
         Args:
             others: texts that go on with one token, and are not asked for.
             idle: texts that do not go on, and have as many tokens in the pass as each of the others.
+            fills: the others have as many tokens, too: the pass is one step.
+            prompts: tokens of prompts in the pass, if those are few.
         """
         self._settle({number: tokens for number, tokens, *_ in asked})
         began = self._clock()
-        self._once, self._others, self._idle = 0.0, others, idle
+        self._once, self._others, self._idle, self._fills = 0.0, others, idle, fills
         n_texts = len(asked) + others
         n_rows = n_texts + idle
         for number, tokens, *_ in asked:
@@ -146,7 +156,7 @@ class Drafter:
             self._asked.append(self._texts[number])
         if asked and not self._failed and self._begins(n_texts):
             room = min(min(most, self._n_ctx - len(tokens) - 1) for _, tokens, _, most in asked)
-            room = min(room, self._length.most, (FEW_TOKENS - n_rows) // n_rows)
+            room = min(room, self._length.most, (FEW_TOKENS - prompts - n_rows) // n_rows)
             try:
                 if room > 0:
                     self._make_all(asked, room, others)
@@ -229,7 +239,7 @@ class Drafter:
                     self._length.took_to_guess((self._clock() - ready) / len(chances))
             found.append(chances)
         spent = self._clock() - began - self._once if self._costs else 0.0
-        n = self._length.common(found, spent, room, others, self._idle) if any(found) else 0
+        n = self._length.common(found, spent, room, others, self._idle, fills=self._fills) if any(found) else 0
         for text, tokens in zip(self._asked, texts, strict=True):
             del text.draft[n:], text.kinds[n:]
             missing = n - len(text.draft)
@@ -265,8 +275,10 @@ class Drafter:
             self._forget()
             return False
         self._pass = seconds
-        if not self._others or not self.n_drafted:  # else it was made in two steps
-            self.passes.add(n_computed or n_tokens, seconds, len(self._asked) + self._others + self._idle)
+        n_rows, n_computed = len(self._asked) + self._others + self._idle, n_computed or n_tokens
+        each = 1 + self.n_drafted // len(self._asked)
+        if not self._others or each == 1 or n_computed == n_rows * each:  # else it was made in two steps
+            self.passes.add(n_computed, seconds, n_rows)
         return True
 
     def _settle(self, texts: dict[int, Tokens]) -> None:

@@ -90,7 +90,14 @@ class Length:
         return found
 
     def common(
-        self, chances: Sequence[Sequence[float]], spent: float, room: int, others: int = 0, idle: int = 0
+        self,
+        chances: Sequence[Sequence[float]],
+        spent: float,
+        room: int,
+        others: int = 0,
+        idle: int = 0,
+        *,
+        fills: bool = False,
     ) -> int:
         """How many tokens to check behind each of several texts: of each the same number, up to `room`.
 
@@ -101,6 +108,7 @@ class Length:
             chances: of the guesses at each text; what a text's draft has more is never right.
             others: texts of the pass that have one token.
             idle: see begins.
+            fills: the others are filled up to as many.
         """
         n_texts, passes = len(chances) + others, self._passes
         one = n_texts / passes.seconds(n_texts + idle)
@@ -110,14 +118,14 @@ class Length:
             following = [each[n - 1] if n <= len(each) else 0.0 for each in chances]
             reach = [before * chance for before, chance in zip(reach, following, strict=True)]
             expected += sum(reach)
-            seconds = passes.seconds((len(chances) + idle) * (1 + n))
-            if others:  # a token of each, then the drafts
+            seconds = passes.seconds((n_texts + idle) * (1 + n))
+            if others and not fills:  # a token of each, then the drafts
                 seconds = passes.seconds(n_texts) + passes.seconds(len(chances) * n)
             rate = expected / (seconds + spent)
             if rate > most:
                 found, most = n, rate
         if not found and not self._explores and any(chances) and self._may_explore(_HOPELESS, n_texts):
-            return self.common(chances, spent, room, others, idle)
+            return self.common(chances, spent, room, others, idle, fills=fills)
         return found
 
     def checked(self, n_texts: int, n_drafted: int, n_tokens: int, seconds: float, spent: float, idle: int = 0) -> None:

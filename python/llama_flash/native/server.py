@@ -60,7 +60,15 @@ class _Draft(ctypes.Structure):
     )
 
 
-_MakeDrafts = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.POINTER(_Draft), ctypes.c_int)
+class _Ahead(ctypes.Structure):
+    """struct llama_flash_ahead"""
+
+    _fields_ = (("sequence", ctypes.c_int32), ("n_tokens", ctypes.c_int32))
+
+
+_MakeDrafts = ctypes.CFUNCTYPE(
+    *(None, ctypes.c_int, ctypes.POINTER(_Draft), ctypes.c_int, ctypes.POINTER(_Ahead), ctypes.c_int)
+)
 _HoldsPrompts = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_int, ctypes.c_int)
 _HEALTH = 0  # of enum llama_flash_page; else METRICS
 
@@ -161,11 +169,15 @@ class Prompts(Protocol):
 class Drafts(Protocol):
     """Who guesses at the tokens to come. It may not raise."""
 
-    def __call__(self, n_generating: int, texts: Sequence[tuple[int, Tokens, int, int]]) -> Sequence[Tokens]:
+    def __call__(
+        self, n_generating: int, texts: Sequence[tuple[int, Tokens, int, int]], prompts: Sequence[tuple[int, int]]
+    ) -> Sequence[Tokens]:
         """A draft for each text, which is its sequence, its tokens (valid meanwhile), how many tokens of a draft can be
         of use, and how many there may be.
 
-        n_generating: sequences that go on with the next pass, those without a draft included.
+        Args:
+            n_generating: sequences that go on with the next pass, those without a draft included.
+            prompts: sequences that compute of their prompts then, and how many tokens each has left of it.
         """
 
 
@@ -332,12 +344,13 @@ def _tell(library: Any, pages: Pages) -> Any:
 
 
 def _make_drafts(drafts: Drafts) -> Any:
-    def make(n_generating: int, asked: Any, n: int) -> None:
+    def make(n_generating: int, asked: Any, n: int, prompts: Any, n_prompts: int) -> None:
         texts = [
             (each.sequence, np.ctypeslib.as_array(each.text, (each.n_text,)), each.n_max, each.n_room)
             for each in (asked[i] for i in range(n))
         ]
-        for i, draft in enumerate(drafts(n_generating, texts)):
+        ahead = [(each.sequence, each.n_tokens) for each in (prompts[i] for i in range(n_prompts))]
+        for i, draft in enumerate(drafts(n_generating, texts, ahead)):
             asked[i].n_tokens = len(draft)
             for j, token in enumerate(draft.tolist()):
                 asked[i].tokens[j] = token

@@ -18,6 +18,7 @@ from ..model.load import load_model, new_context
 from ..native.server import FAILED, Tokens, copy_of, write_back
 from ..options import FlashOffload
 from ..session.session import FlashSession, open_session
+from ..session.steps import beside_drafts
 
 __all__ = ["EngineDriver"]
 
@@ -142,16 +143,15 @@ class EngineDriver:
         except Exception:  # C++ called it; without a draft everything is right, too
             logger.exception("no drafts behind %d tokens", len(tokens))
 
-    def make_drafts(self, n_generating: int, texts: Sequence[tuple[int, Tokens, int, int]]) -> Sequence[Tokens]:
+    def make_drafts(
+        self, n_generating: int, texts: Sequence[tuple[int, Tokens, int, int]], prompts: Sequence[tuple[int, int]] = ()
+    ) -> Sequence[Tokens]:
         """For a native.server.Drafts."""
         try:
             for session in self._sessions.values():
                 if session.drafter is not None:
-                    others = n_generating - len(texts)
-                    numbers = [number for number, *_ in texts]
-                    fills = session.steps is not None and texts and not others
-                    gaps = max(numbers) - min(numbers) + 1 - len(texts) if fills else 0
-                    return session.drafter.draft(texts, others, gaps)
+                    beside = beside_drafts(session.steps, n_generating, [number for number, *_ in texts], prompts)
+                    return session.drafter.draft(texts, *beside)
         except Exception:  # C++ called it; without a draft everything is right, too
             logger.exception("no drafts for %d sequences", len(texts))
         return [np.zeros(0, np.intc) for _ in texts]

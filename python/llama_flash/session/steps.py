@@ -8,10 +8,12 @@ them, makes further steps. Filled up to their length it makes none; what was com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..observe.stats import StepStats
+from ..planning.lent import FEW_TOKENS
 
-__all__ = ["Steps", "filled", "steps_of"]
+__all__ = ["Beside", "Steps", "beside_drafts", "filled", "steps_of"]
 
 _ASSUMED = 16.0  # tokens that take as long as a further step, before anything was seen
 _MOST = 256.0
@@ -93,6 +95,7 @@ class Steps:
         self._n_ubatch, self._n_batch, self._few = n_ubatch, n_batch, few
         self._normal, self._right = [[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]
         self._n_seen = self._n_steps = 0
+        self._is_asked = False  # not where the engine could not remove what fills
         self.stats = StepStats()
 
     @property
@@ -108,10 +111,18 @@ class Steps:
             return _MOST
         return min(_MOST, max(0.0, step / token))
 
+    def in_one(self, counts: Sequence[int]) -> bool:
+        """Whether a call in which sequence i has counts[i] tokens would be filled up to one step, if it is not one."""
+        return self._is_asked and len(steps_of(self._filled(counts), self._n_ubatch)) == 1
+
+    def _filled(self, counts: Sequence[int]) -> list[int]:
+        most = min(self._few, self._n_batch) if sum(counts) <= self._few else self._n_batch
+        return filled(counts, self._n_ubatch, most, self.per_step)
+
     def even(self, counts: Sequence[int]) -> list[int]:
         """As `filled`, for the call that begins."""
-        most = min(self._few, self._n_batch) if sum(counts) <= self._few else self._n_batch
-        found = filled(counts, self._n_ubatch, most, self.per_step)
+        found = self._filled(counts)
+        self._is_asked = True
         self._n_steps = len(steps_of(found, self._n_ubatch))
         if found != list(counts):
             saved = len(steps_of(counts, self._n_ubatch)) - self._n_steps
@@ -132,3 +143,41 @@ class Steps:
             for j in range(2):
                 self._normal[i][j] = _FADING * self._normal[i][j] + row[i] * row[j]
         self._n_seen += 1
+
+
+class Beside(NamedTuple):
+    """What a pass has beside the texts that have drafts in it: see drafts.drafter.Drafter.draft."""
+
+    others: int = 0
+    idle: int = 0
+    fills: bool = False
+    prompts: int = 0
+
+
+def beside_drafts(
+    steps: Steps | None, n_generating: int, texts: Sequence[int], prompts: Sequence[tuple[int, int]]
+) -> Beside:
+    """What the next pass has beside drafts.
+
+    A prompt of which one token is left is a text that goes on with one token: a longer draft makes a step of its own,
+    unless it is filled up. One that is longer is another step with drafts and without them.
+
+    Args:
+        steps: None: nothing is filled up.
+        n_generating: sequences that go on.
+        texts: those of them that may have drafts.
+        prompts: sequences of which a part of the prompt is computed, and how many tokens are left of it.
+    """
+    others, n_prompts = n_generating - len(texts), sum(n for _, n in prompts)
+    if not texts or n_generating + n_prompts > FEW_TOKENS:
+        return Beside(others)  # the memory of prompts is in use
+    if any(n > 1 for _, n in prompts):
+        return Beside(others, prompts=n_prompts)
+    if steps is None or others:
+        return Beside(others + len(prompts))
+    rows = [*texts, *(sequence for sequence, _ in prompts)]
+    n_rows = max(rows) - min(rows) + 1
+    plain = [int(i in rows) for i in range(max(rows) + 1)]
+    idle = n_rows - len(rows) if steps.in_one(plain) else 0
+    drafted = [max(2, FEW_TOKENS // n_rows) if i in texts else n for i, n in enumerate(plain)]
+    return Beside(len(prompts), idle, bool(prompts) and steps.in_one(drafted))
