@@ -125,11 +125,13 @@ void stock_get_rows(const ggml_compute_params * params, const ggml_tensor & op, 
     ggml_compute_forward_get_rows(params, &dst);
 }
 
-void stock_mul_mat_id(const stock_kernel & kernel, const ggml_compute_params * params, const ggml_tensor * op, const void * const * table) {
+void stock_mul_mat_id(const stock_kernel & kernel, const ggml_compute_params * params, const ggml_tensor * op, const void * const * table,
+                      bool again) {
     ggml_tensor w = shadow_weight(kernel, op, nullptr, op->src[0]->ne[1]);
 
     ggml_tensor addresses = {};
     addresses.data        = const_cast<void **>((void * const *) table);
+    addresses.op_params[0] = again;
 
     ggml_tensor dst = *op;
     dst.src[0]      = &w;

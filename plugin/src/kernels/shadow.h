@@ -40,7 +40,9 @@ void stock_mul_mat(const stock_kernel & kernel, const ggml_compute_params * para
 void stock_get_rows(const ggml_compute_params * params, const ggml_tensor & op, const void * rows, int64_t n);
 
 // MUL_MAT_ID with the experts that have an address in table[n_expert]. Entered by all threads.
-void stock_mul_mat_id(const stock_kernel & kernel, const ggml_compute_params * params, const ggml_tensor * op, const void * const * table);
+// again: the call before was of the same kernel and input, and nothing has used the work buffer since, which has the input converted.
+void stock_mul_mat_id(const stock_kernel & kernel, const ggml_compute_params * params, const ggml_tensor * op, const void * const * table,
+                      bool again);
 
 // the i0-th of the experts that token i1 of a MUL_MAT_ID passes through
 inline int32_t expert_at(const ggml_tensor * ids, int64_t i0, int64_t i1) {

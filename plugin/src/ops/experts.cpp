@@ -320,6 +320,8 @@ struct expert_op::this_run {
     flash_tensor &              t;
     const ggml_compute_params * params;
     ggml_tensor *               op;
+    const ggml_tensor *         input     = nullptr; // that the work buffer has, as this kernel takes it
+    const void *                of_kernel = nullptr;
 
     void first() {
         o.first_wave(t, op);
@@ -331,10 +333,18 @@ struct expert_op::this_run {
             o.fetch_expected();
         }
         if (o.now_early) {
-            stock_mul_mat_id(o.table.tensors[o.early.second()].kernel, params, o.early.op(), o.addresses.data());
+            multiply(o.table.tensors[o.early.second()].kernel, o.early.op());
         } else {
-            stock_mul_mat_id(t.kernel, params, op, o.addresses.data());
+            multiply(t.kernel, op);
         }
+    }
+
+    // An op has many waves, of one input.
+    void multiply(const stock_kernel & kernel, const ggml_tensor * product) {
+        const bool again = kernel.extra && kernel.extra == of_kernel && product->src[1] == input;
+        stock_mul_mat_id(kernel, params, product, o.addresses.data(), again);
+        input     = product->src[1];
+        of_kernel = kernel.extra;
     }
 
     void next() {

@@ -254,7 +254,7 @@ void resident_rows(ffn_op & s, flash_bundle & b, ffn_part part, const ggml_compu
         for (size_t e = 0; e < b.n_expert; e++) {
             table[e] = p.resident + e * b.n_ff * p.row_bytes;
         }
-        stock_mul_mat_id(p.kernel, params, op, table.data());
+        stock_mul_mat_id(p.kernel, params, op, table.data(), false);
     } else {
         stock_mul_mat(p.kernel, params, op, p.resident, 0, b.n_ff);
     }
