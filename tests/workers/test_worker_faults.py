@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 from repository import SUPPORT
+from rich.console import Console
 from workers import MOE, Proxy, WorkerProcess, least_budget, logits_of, open_model, workers_of
 
-from llama_flash import FlashBudgetError, FlashReadError, FlashWorkerError
+from llama_flash import FlashBudgetError, FlashOffload, FlashReadError, FlashWorkerError
+from llama_flash.cli.plan_view import print_divided
+from llama_flash.model.shape import ContextShape
 from llama_flash.workers import client
+from llama_flash.workers.planned import plan_workers
 
 Bits = Any
 
@@ -254,9 +259,27 @@ def test_a_worker_with_another_file_is_refused(model_file: Any, two: list[Worker
         open_model(longer, two)
 
 
-def test_another_build_and_another_cpu_are_refused(two: list[WorkerProcess], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_cpu_is_allowed_and_named(
+    two: list[WorkerProcess],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     real = client.identity_of
-    for name, said in (("build", "install the same wheel"), ("cpu", "answers could differ"), ("head", "another head")):
+    monkeypatch.setattr(client, "identity_of", lambda meta: {**real(meta), "cpu": "avx2 other"})
+    said = rf"worker {two[0].endpoint} has a CPU with .*, this one avx2 other: answers are not promised"
+    with contextlib.closing(open_model(MOE, two)) as llm:
+        llm.eval([1, 2, 3])
+        assert all("this one avx2 other" in stats["other_cpu"] for stats in llm.flash.worker_stats())
+    assert re.search(said, caplog.text)
+    options = FlashOffload(workers=[worker.endpoint for worker in two])
+    print_divided(Console(soft_wrap=True), plan_workers(MOE, options, ContextShape(n_ctx=512)))
+    assert f"{two[1].endpoint} has a CPU with" in capsys.readouterr().out
+
+
+def test_another_build_is_refused(two: list[WorkerProcess], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = client.identity_of
+    for name, said in (("build", "install the same wheel"), ("head", "another head")):
         with monkeypatch.context() as patched:
             patched.setattr(client, "identity_of", lambda meta, name=name: {**real(meta), name: "other"})
             with pytest.raises(FlashWorkerError, match=said):

@@ -123,6 +123,11 @@ def print_divided(console: Console, plan: DividedPlan) -> None:
     table.add_row("sent to it for a token, at most", "-", *(format_size(each.up) for each in traffic))
     table.add_row("sent back", "-", *(format_size(each.down) for each in traffic))
     console.print(table)
+    for offer in (part.offer for part in parts if part.offer.other_cpu):
+        console.print(
+            f"{offer.endpoint} has {offer.other_cpu}: answers are not promised to be those of one machine to the bit",
+            soft_wrap=True,
+        )
     console.print("no weight crosses; each host waits for the one before it", soft_wrap=True)
     if not all(part.seconds for part in parts):
         console.print(

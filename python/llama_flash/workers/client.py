@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import queue
 import socket
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ from ..native.calls import discard_compute
 from ..options import FlashOffload
 from ..planning.lent import few_tokens
 from .division import Offer, Part
-from .identity import compare, identity_of
+from .identity import compare, identity_of, other_cpu
 from .listen import read_token
 from .placing import bundled_names, names_pattern
 from .wire import Line, Wire, connect
 
 __all__ = ["Remote", "Workers"]
+
+logger = logging.getLogger("llama_flash")
 
 _PULSE = 1.0  # seconds from one sign of life to the next
 _STARTING = 60.0  # seconds that a worker's process for this client may take to begin
@@ -69,7 +73,7 @@ class Remote:
         connection.settimeout(self._timeout)
         try:
             compare(identity, hello.get("identity"), endpoint)
-            self.offer = _offer_of(endpoint, hello)
+            self.offer = replace(_offer_of(endpoint, hello), other_cpu=other_cpu(identity, hello.get("identity")))
         except FlashWorkerError:
             self.close()
             raise
@@ -165,9 +169,9 @@ def _offer_of(endpoint: str, hello: Line) -> Offer:
             raise FlashWorkerError(f"worker {endpoint} says {value!r} where its {name} should be", host=endpoint)
         return value
 
-    sizes = (int(number(name, hello.get(name))) for name in ("budget", "held", "reserve"))
-    rates = (float(number(name, hello.get(name, 0))) for name in ("flash_rate", "dram_rate"))
-    return Offer(endpoint, *sizes, *rates)
+    budget, held, reserve = (int(number(name, hello.get(name))) for name in ("budget", "held", "reserve"))
+    flash_rate, dram_rate = (float(number(name, hello.get(name, 0))) for name in ("flash_rate", "dram_rate"))
+    return Offer(endpoint, budget, held, reserve, flash_rate, dram_rate)
 
 
 class Workers:
@@ -217,6 +221,10 @@ class Workers:
         itself.
         """
         self.parts = list(parts)
+        for worker in self.remotes:
+            if worker.offer.other_cpu:
+                said = "worker %s has %s: answers are not promised to be those of one machine to the bit"
+                logger.warning(said, worker.endpoint, worker.offer.other_cpu)
         neurons = {"predictor": options.predictor, "window": options.window}
         devices = [
             remote.open_data(dict(part.homes), few_tokens, neurons)
@@ -309,7 +317,10 @@ class Workers:
 
     def stats(self) -> list[Line]:
         """What each worker has counted, and where its budget goes."""
-        return [{"worker": worker.endpoint, **worker.ask({"op": "stats"})} for worker in self.remotes]
+        return [
+            {"worker": worker.endpoint, "other_cpu": worker.offer.other_cpu, **worker.ask({"op": "stats"})}
+            for worker in self.remotes
+        ]
 
     def figures(self) -> list[Line]:
         """The same as of a second ago, and whether each is `lost`, without asking: nobody is waited for."""

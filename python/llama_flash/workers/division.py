@@ -30,6 +30,7 @@ class Offer:
     reserve: int
     flash_rate: float = 0.0  # bytes per second of its drive; 0: nobody has measured it
     dram_rate: float = 0.0  # bytes per second of its memory; the same
+    other_cpu: str = ""  # what its CPU has that the client's does not, or the reverse: answers may have other bits
 
     @property
     def room(self) -> int:

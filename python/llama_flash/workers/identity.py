@@ -1,4 +1,4 @@
-"""What two hosts must have in common for the same bits: the model's files, the engine's build, the CPU's features."""
+"""What two hosts must have in common: the model's files, the engine's build; for the same bits, the CPU's features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..model.gguf import GgufMeta
 from ..native.build import build_mark
 from ..version import version
 
-__all__ = ["compare", "identity_of"]
+__all__ = ["compare", "identity_of", "other_cpu"]
 
 _FLAGS = ("avx2", "fma", "f16c", "bmi2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8")
 
@@ -21,7 +21,6 @@ _SAID = {  # what is compared, in this order, and what it means if it differs
     "bytes": ("a model of {theirs} bytes, this one {ours}", "copy the client's file to the worker"),
     "head": ("a model with another head or other tensors", "copy the client's file to the worker"),
     "build": ("an engine from another build", "install the same wheel on both"),
-    "cpu": ("a CPU with {theirs}, this one with {ours}: answers could differ", "use hosts with the same features"),
 }
 
 
@@ -43,6 +42,12 @@ def compare(ours: dict[str, str], theirs: object, endpoint: str) -> None:
         if other != ours[name]:
             what = said.format(theirs=other, ours=ours[name])
             raise FlashWorkerError(f"worker {endpoint} has {what}; {mend}", host=endpoint)
+
+
+def other_cpu(ours: dict[str, str], theirs: object) -> str:
+    """Which features a worker's CPU has, and which this one's; "": the same."""
+    other = str(theirs.get("cpu")) if isinstance(theirs, dict) else ""
+    return "" if other == ours["cpu"] else f"a CPU with {other or 'none of them'}, this one {ours['cpu'] or 'none'}"
 
 
 def _head_mark(meta: GgufMeta) -> str:

@@ -51,6 +51,7 @@ class DividedPlan:
         workers = [
             {
                 "worker": part.offer.endpoint,
+                "other_cpu": part.offer.other_cpu,
                 "layers": [part.layers.start, part.layers.stop - 1],
                 "budget": part.offer.budget,
                 "held": part.offer.held,
