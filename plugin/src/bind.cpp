@@ -42,7 +42,9 @@ bool llama_flash_session::load(ggml_tensor * tensor, int fd, uint64_t offset) {
     if (file && !loader) {
         llama_flash_error e;
         loader = weight_loader::create(params, &e);
-        if (!loader) {
+        if (loader) {
+            loader->report_to(reads.waited_for());
+        } else {
             reads.refuse(e);
         }
     }

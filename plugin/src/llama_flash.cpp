@@ -11,6 +11,7 @@
 #include "llama-ext.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <iterator>
 
 uint32_t llama_flash_api_version(void) {
@@ -215,6 +216,23 @@ int32_t llama_flash_session_trace_tensor(const llama_flash_session * session, ui
 bool llama_flash_abort(void * data) {
     const auto * session = (const llama_flash_session *) data;
     return session && (session->failed() || session->forked());
+}
+
+uint64_t llama_flash_session_waiting(const llama_flash_session * session, llama_flash_error * read) {
+    uint64_t ns = 0;
+    guarded(read, [&] {
+        const waited_read now = session && !session->forked() ? session->reads.waited_for().look() : waited_read{};
+        if (read && now.ns > 0) {
+            flash_fail(read, LLAMA_FLASH_E_READ, "a read of %s at offset %llu (%llu bytes) has not ended for %.1f s", now.file.c_str(),
+                       (unsigned long long) now.offset, (unsigned long long) now.size, (double) now.ns / 1e9);
+            snprintf(read->file, sizeof(read->file), "%s", now.file.c_str());
+            read->offset = now.offset;
+            read->size   = now.size;
+        }
+        ns = (uint64_t) now.ns;
+        return LLAMA_FLASH_OK;
+    });
+    return ns;
 }
 
 int32_t llama_flash_session_take_error(llama_flash_session * session, llama_flash_error * err) {

@@ -13,7 +13,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { NONE, FAIL_EIO, FAIL_EINTR, SHORT, END_OF_FILE, FAIL_EIO_SLOWLY };
+enum { NONE, FAIL_EIO, FAIL_EINTR, SHORT, END_OF_FILE, FAIL_EIO_SLOWLY, HANG };
 
 struct control {
     _Atomic int32_t what;
@@ -62,6 +62,11 @@ static ssize_t disturbed(ssize_t (*real)(int, void *, size_t, off_t), int fd, vo
             usleep(left % 2 ? 200000 : 0);
             errno = EIO;
             return -1;
+        case HANG: // until it is told otherwise
+            while (*(volatile int32_t *) &c->what == HANG) {
+                usleep(10000);
+            }
+            return real(fd, buf, size, offset);
         case FAIL_EINTR:
             errno = EINTR;
             return -1;

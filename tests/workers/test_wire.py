@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from llama_flash import FlashError
 from llama_flash.workers.wire import Pulse, Wire
 
 
@@ -72,3 +73,24 @@ def test_who_waits_for_a_long_answer_hears_that_it_is_worked_on() -> None:
             assert answer == {"to": "attach"}
             assert wire.ask({"op": "few"}) == {"to": "few"}
         thread.join(200)
+
+
+def test_who_gives_up_says_why_in_place_of_an_answer_that_is_not_ready() -> None:
+    ours, theirs = socket.socketpair()
+    gave_up = threading.Event()
+
+    def serve() -> None:
+        other = Wire(theirs)
+        pulse = Pulse(other)
+        assert other.receive() == {"op": "stats"}
+        with pulse.working():  # it never ends
+            pulse.give_up("a drive does not answer")
+            gave_up.set()
+
+    thread = threading.Thread(target=serve, daemon=True)  # it would wait for its turn for good
+    with ours, theirs:
+        ours.settimeout(200)
+        thread.start()
+        with pytest.raises(FlashError, match="a drive does not answer"):
+            Wire(ours).ask({"op": "stats"})
+        assert gave_up.wait(200)

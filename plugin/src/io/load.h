@@ -13,6 +13,9 @@ class weight_loader {
   public:
     static std::unique_ptr<weight_loader> create(const llama_flash_params & params, llama_flash_error * err);
 
+    // from now on what is waited for is told there
+    void report_to(read_watch & watch) { reads->report_to(watch); }
+
     // Reads `size` bytes at `offset` of the file to dst, wherever that is. false: a read failed, and `failed` says which.
     bool read(const flash_file & file, uint64_t offset, uint64_t size, uint8_t * dst, reader::done & failed);
 

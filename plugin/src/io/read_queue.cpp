@@ -8,6 +8,9 @@
 
 bool read_queue::open(const llama_flash_params & params, llama_flash_error * err) {
     reads = reader::create(params, err);
+    if (reads) {
+        reads->report_to(watch);
+    }
     return reads != nullptr;
 }
 

@@ -28,6 +28,10 @@ class read_queue {
   public:
     bool open(const llama_flash_params & params, llama_flash_error * err);
 
+    // what is waited for, here or by a reader that reports to the same. By any thread; waits for nothing.
+    const read_watch & waited_for() const { return watch; }
+    read_watch &       waited_for() { return watch; }
+
     // waits for what is under way; owners are not told
     void close() { reads.reset(); }
 
@@ -104,6 +108,7 @@ class read_queue {
   private:
     void fail_read(const flash_file & file, const std::string & tensor, int32_t sys_errno, uint64_t offset, uint64_t size, const char * why);
 
+    read_watch                watch;
     std::unique_ptr<reader>   reads;
     std::vector<reader::done> done;
     const flash_file *        checked = nullptr; // known to be unchanged, for this op

@@ -236,14 +236,46 @@ void reader::submit() {
         }
         piece->next = nullptr;
         bytes += piece->size;
-        in_flight++;
-        bytes_in_flight += piece->size;
+        note_started(piece);
         engine->start(piece);
         any = true;
     }
     if (any) {
         engine->flush();
     }
+}
+
+void reader::note_started(read_piece * piece) {
+    in_flight++;
+    bytes_in_flight += piece->size;
+    piece->older   = youngest;
+    piece->younger = nullptr;
+
+    (youngest ? youngest->younger : oldest) = piece;
+    youngest                                = piece;
+}
+
+void reader::note_ended(read_piece * piece) {
+    in_flight--;
+    bytes_in_flight -= piece->size;
+
+    (piece->older ? piece->older->younger : oldest)     = piece->younger;
+    (piece->younger ? piece->younger->older : youngest) = piece->older;
+}
+
+// for a piece that has ended; nullptr: none is under way
+read_piece * reader::wait() {
+    if (!oldest) {
+        return nullptr;
+    }
+    if (watch) {
+        watch->begin(oldest->job->file->path, oldest->offset, oldest->size);
+    }
+    read_piece * piece = engine->finished(worth_waking());
+    if (watch) {
+        watch->end();
+    }
+    return piece;
 }
 
 bool reader::settle(read_piece * piece) {
@@ -297,13 +329,12 @@ bool reader::next(done & out, bool wait) {
         read_piece * piece = engine->finished(0);
         if (!piece) {
             submit();
-            piece = engine->finished(wait && in_flight > 0 ? worth_waking() : 0);
+            piece = wait ? this->wait() : engine->finished(0);
         }
         if (!piece) {
             return false;
         }
-        in_flight--;
-        bytes_in_flight -= piece->size;
+        note_ended(piece);
         read_job * job = piece->job;
         if (settle(piece)) {
             out       = { job->tag, job->error, job->error_offset, job->file, job->owner };

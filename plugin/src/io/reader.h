@@ -8,6 +8,7 @@
 
 #include "base/sector.h"
 #include "io/checksum.h"
+#include "io/read_watch.h"
 #include "llama_flash.h"
 
 #include <cstddef>
@@ -77,7 +78,9 @@ struct read_piece {
     int64_t      result; // bytes read or -errno, set by the I/O engine
     uint32_t     tries;  // times in a row that it ended without a byte, for no fault of the device
     read_job *   job;
-    read_piece * next; // lists of the I/O engine and of the reader
+    read_piece * next;  // lists of the I/O engine and of the reader
+    read_piece * older; // of those under way
+    read_piece * younger;
 };
 
 struct read_job {
@@ -135,6 +138,9 @@ class reader {
 
     bool idle() const { return in_flight == 0 && !queue_head; }
 
+    // from now on what next() waits for is told there
+    void report_to(read_watch & to) { watch = &to; }
+
     llama_flash_io_engine engine_kind() const { return engine->kind(); }
 
     uint64_t bytes   = 0; // asked of the device
@@ -152,6 +158,9 @@ class reader {
     read_job *   new_job();
     void         requeue(read_piece * piece);
     uint32_t     worth_waking() const;
+    read_piece * wait();
+    void         note_started(read_piece * piece);
+    void         note_ended(read_piece * piece);
     bool         settle(read_piece * piece); // true if its job has ended with it
 
     std::unique_ptr<io_engine> engine;
@@ -159,6 +168,10 @@ class reader {
     uint32_t                   piece_size      = 0;
     uint32_t                   in_flight       = 0;
     uint64_t                   bytes_in_flight = 0;
+
+    read_watch * watch    = nullptr;
+    read_piece * oldest   = nullptr; // under way
+    read_piece * youngest = nullptr;
 
     read_piece * queue_head = nullptr;
     read_piece * queue_tail = nullptr;

@@ -38,6 +38,15 @@ def worker(
             "--listen-anywhere", help="HOST may be reached by others. Nothing is encrypted: a private network."
         ),
     ] = False,
+    read_timeout: Annotated[
+        float,
+        typer.Option(
+            "--read-timeout",
+            metavar="SECONDS",
+            min=0,
+            help="A read that takes longer ends the client's session: its drive does not answer. 0: never.",
+        ),
+    ] = 30.0,
     lookahead: c.Lookahead = None,
     warm_start: c.WarmStart = True,
     io_engine: c.IoEngine = "auto",
@@ -61,7 +70,7 @@ def worker(
         "warm_start": warm_start,
     }
     FlashOffload(**options)  # type: ignore[arg-type]  # refuses what makes no sense
-    settings = Settings(path, listen, token_file, listen_anywhere, tuple(options.items()), threads)
+    settings = Settings(path, listen, token_file, listen_anywhere, tuple(options.items()), threads, read_timeout)
     listener = Listener(settings, lambda text: c.stderr.print(f"llama-flash worker: {text}", soft_wrap=True))
     stopped: list[int] = []
 

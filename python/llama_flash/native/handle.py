@@ -141,6 +141,12 @@ class Session:
         self._lib.llama_flash_session_requirements(self._address, ctypes.byref(needs))
         return needs
 
+    def waiting(self) -> tuple[float, str]:
+        """Seconds for which a read has been waited for, and which; 0: none is. Waits for nothing itself."""
+        read = bindings.llama_flash_error()
+        seconds = self._lib.llama_flash_session_waiting(self._address, ctypes.byref(read)) / 1e9
+        return seconds, bytes(read.message).decode(errors="replace") if seconds else ""
+
     # memory
 
     def set_memory(self, n_bytes: int) -> None:

@@ -46,6 +46,7 @@ class Settings:
     anywhere: bool = False  # whether it may listen at an address that others reach
     options: tuple[tuple[str, Any], ...] = ()  # of FlashOffload
     n_threads: int = 0
+    read_timeout: float = 30.0  # seconds that one read may take; 0: as long as it does
 
 
 @dataclass
@@ -57,6 +58,7 @@ class _Guest:
     process: subprocess.Popen[bytes]
     channel: socket.socket  # to that process, for connections
     control: socket.socket  # which that process answers
+    stuck: str = ""  # why it is still there, though its client has left
 
     def is_there(self) -> bool:
         """Whether it is being served. A process whose client has left is ended, also where it hangs."""
@@ -69,7 +71,11 @@ class _Guest:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_LEAVING)
         self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(_LEAVING)
+        except subprocess.TimeoutExpired:  # in the kernel, which waits for a drive
+            self.stuck = ", which has left, and whose process waits for a drive that does not answer"
+            return True
         return False
 
 
@@ -174,7 +180,7 @@ class Listener:
         with self._lock:
             guest = self._guest
             if guest is not None and guest.is_there():
-                return _no("busy", f"busy: it serves {guest.name}, and one client at a time")
+                return _no("busy", f"busy: it serves {guest.name}{guest.stuck}, and one client at a time")
             if self._stopping:
                 return _no("busy", "it is stopping")
             ours, theirs = socket.socketpair()
@@ -183,6 +189,7 @@ class Listener:
                 "model": str(settings.model),
                 "options": dict(settings.options),
                 "n_threads": settings.n_threads,
+                "read_timeout": settings.read_timeout,
                 "key": key,
                 "control": connection.fileno(),
                 "channel": theirs.fileno(),
@@ -229,7 +236,8 @@ class Listener:
             guest.process.wait(_ENDING)
         except subprocess.TimeoutExpired:
             guest.process.kill()
-            guest.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # in the kernel, which waits for a drive
+                guest.process.wait(_LEAVING)
 
 
 def _no(kind: str, message: str) -> Line:

@@ -3,7 +3,7 @@
 The first line of a connection says what it is for. A connection for data is the engine's from then on.
 
 An answer may take long: pinned panels are filled, or memory is given back. Meanwhile lines say that it is being worked
-on (`Pulse`), so who asked waits for as long as they come.
+on (`Pulse`), so who asked waits for as long as they come. Who gives up says so in place of an answer, asked or not.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ LONGEST_LINE = 8 << 20  # bytes: names of all weights
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))  # seconds, and times
 
 _AT_WORK = {"at": "work"}  # no answer yet
+_GIVEN_UP = "given_up"  # why: no answer any more
 
 Line = dict[str, Any]
 
@@ -107,6 +108,8 @@ class Wire:
                 raise ConnectionError("the other end has left")
             if answer == _AT_WORK:
                 continue
+            if _GIVEN_UP in answer:
+                raise FlashError(str(answer[_GIVEN_UP]))
             self._due -= 1
             if self._due == 0:
                 return answer
@@ -119,7 +122,7 @@ class Pulse:
     """Says that an answer is being worked on, while it takes long.
 
     Args:
-        wire: on which only the thread sends that works on answers, and not within `working`.
+        wire: on which nobody else sends.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -138,6 +141,16 @@ class Pulse:
         finally:
             with self._turn:
                 self._since = None
+
+    def answer(self, line: Line) -> None:
+        """Raises OSError."""
+        with self._turn:
+            self._wire.send(line)
+
+    def give_up(self, why: str) -> None:
+        """Nothing is sent after this. From any thread. Raises OSError."""
+        self._turn.acquire(timeout=1.0)  # for good; who does not read does not hold this up
+        self._wire.send({_GIVEN_UP: why})
 
     def _run(self) -> None:
         while True:
