@@ -143,6 +143,8 @@ class Generator:
         return f"ctypes.{SCALARS[name]}"
 
     def _pointer(self, target: c_ast.Node) -> str:
+        if isinstance(target, c_ast.FuncDecl):
+            return "ctypes.c_void_p"
         if isinstance(target, c_ast.PtrDecl):
             return f"ctypes.POINTER({self._pointer(target.type)})"
         base = target.type

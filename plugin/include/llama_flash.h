@@ -356,6 +356,10 @@ LLAMA_FLASH_API int32_t llama_flash_session_reuse(const struct llama_flash_sessi
 // ggml_abort_callback: true once a flash op has failed, so that llama_decode stops. data: the session.
 LLAMA_FLASH_API bool llama_flash_abort(void * data);
 
+// For how long a read has been waited for, in nanoseconds, and which (its file, offset and size, in *read); 0: none is. Unlike other
+// calls it waits for nothing: where a drive does not answer, it is the one that says so.
+LLAMA_FLASH_API uint64_t llama_flash_session_waiting(const struct llama_flash_session * session, struct llama_flash_error * read);
+
 // Moves the first error since the last call to *err and lets the session compute again.
 // Returns its code, LLAMA_FLASH_OK if there was none.
 LLAMA_FLASH_API int32_t llama_flash_session_take_error(struct llama_flash_session * session, struct llama_flash_error * err);
@@ -537,6 +541,13 @@ LLAMA_FLASH_API void                        llama_flash_worker_free(struct llama
 // Before serve: a weight of the file. type: enum ggml_type; ne: 4 numbers of elements; home: enum llama_flash_home.
 LLAMA_FLASH_API int32_t llama_flash_worker_add_weight(struct llama_flash_worker * worker, const char * name, uint32_t type, const int64_t * ne, uint32_t file,
                                                       uint64_t offset, uint32_t home, struct llama_flash_error * err);
+
+// Before serve: whom to tell, on its thread, that the client is about to touch more of its buffers than was expected.
+LLAMA_FLASH_API int32_t llama_flash_worker_on_many(struct llama_flash_worker * worker, void (*many)(void * data), void * data, struct llama_flash_error * err);
+
+// The client says that it computes few tokens at once: until this is called again, so many bytes of its buffers are touched at most.
+// UINT64_MAX: as many as there are. Before more is touched, `many` is called, once.
+LLAMA_FLASH_API int32_t llama_flash_worker_expect(struct llama_flash_worker * worker, uint64_t bytes, struct llama_flash_error * err);
 
 // Serves one connection; returns when the client has left or sent what is refused. Once per worker. After the client's load:
 // llama_flash_session_bind_end and set_memory of the session, from another thread.

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
-__all__ = ["HELLO", "Tensor", "command", "graph", "random_message"]
+from repository import ROOT
+
+__all__ = ["HELLO", "Tensor", "command", "graph", "op_number", "random_message"]
 
 # enum rpc_cmd
 ALLOC, ALIGNMENT, MAX_SIZE, BASE, FREE, CLEAR, SET, BIND, GET, COPY, GRAPH, MEMORY, INIT, ALLOC_SIZE = range(14)
 HELLO, DEVICES, AGAIN, MEMSET = 14, 15, 16, 17
+F32, I32 = 0, 26  # enum ggml_type
 _TENSOR = struct.Struct("<QIQ4I4II16ii10QQQQ64si")
 
 
@@ -38,6 +44,18 @@ class Tensor:
             *(self.id, self.type, self.buffer, *self.ne, *self.nb, self.op, *self.params, self.flags, *self.src),
             *(self.view_src, self.view_offs, self.data, self.name, 0),
         )
+
+
+@cache
+def _ops() -> list[str]:
+    header = ROOT / "build/engine/vendor/llama.cpp/ggml/include/ggml.h"
+    ops = header.read_text().partition("enum ggml_op {")[2].partition("}")[0]
+    return re.findall(r"^\s*GGML_OP_(\w+)\b", ops, re.M)
+
+
+def op_number(name: str) -> int:
+    """enum ggml_op"""
+    return _ops().index(name)
 
 
 def command(number: int, body: bytes = b"") -> bytes:
@@ -75,23 +93,121 @@ def _tensor(rng: random.Random, buffer: int, base: int, size: int, number: int) 
     at = base + rng.randrange(0, max(1, size), 32)
     sound = Tensor(number, kind, buffer, ne, nb, rng.randrange(101), data=at)  # type: ignore[arg-type]
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
-        what = rng.randrange(9)
-        sound = (
-            replace(sound, type=_number(rng)),
-            replace(sound, buffer=rng.choice((0, 1, rng.getrandbits(64), buffer))),
-            replace(sound, ne=tuple(_number(rng) for _ in range(4))),  # type: ignore[arg-type]
-            replace(sound, nb=tuple(_number(rng) for _ in range(4))),  # type: ignore[arg-type]
-            replace(sound, op=_number(rng)),
-            replace(sound, data=rng.choice((0, rng.getrandbits(64), base + size - 1, base - 1))),
-            replace(sound, view_offs=rng.getrandbits(64)),
-            replace(sound, params=tuple(rng.getrandbits(31) for _ in range(16))),
-            replace(sound, name=rng.randbytes(64)),
-        )[what]
+        sound = _damaged(rng, sound, buffer, base, size)
     return sound
 
 
-def random_message(rng: random.Random, buffer: int, base: int, size: int) -> bytes:
-    """One, for a client that has a buffer."""
+def _damaged(rng: random.Random, sound: Tensor, buffer: int, base: int, size: int) -> Tensor:
+    """In one way."""
+    changes = (
+        lambda: replace(sound, type=_number(rng)),
+        lambda: replace(sound, buffer=rng.choice((0, 1, rng.getrandbits(64), buffer))),
+        lambda: replace(sound, ne=tuple(_number(rng) for _ in range(4))),  # type: ignore[arg-type]
+        lambda: replace(sound, nb=tuple(_number(rng) for _ in range(4))),  # type: ignore[arg-type]
+        lambda: replace(sound, op=_number(rng)),
+        lambda: replace(sound, data=rng.choice((0, rng.getrandbits(64), base + size - 1, base - 1))),
+        lambda: replace(sound, view_offs=rng.getrandbits(64)),
+        lambda: replace(sound, params=tuple(rng.getrandbits(31) for _ in range(16))),
+        lambda: replace(sound, name=rng.randbytes(64)),
+        lambda: replace(sound, data=(sound.data + rng.choice((1, 2, 4, 32, 4096, -1, -4, -32))) % (1 << 64)),
+        lambda: replace(sound, ne=_one_changed(rng, sound.ne)),
+        lambda: replace(sound, nb=_one_changed(rng, sound.nb)),
+        lambda: replace(sound, src=tuple(rng.sample(sound.src, len(sound.src)))),
+    )
+    return rng.choice(changes)()
+
+
+def _one_changed(rng: random.Random, numbers: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    changed, at = list(numbers), rng.randrange(4)
+    changed[at] = max(0, rng.choice((changed[at] - 1, changed[at] + 1, changed[at] * 2, changed[at] // 2, 0, 4)))
+    return tuple(changed)  # type: ignore[return-value]
+
+
+class _Products:
+    """Weights times tokens, one after the other, as a model's graph has them."""
+
+    def __init__(self, rng: random.Random, buffer: int, base: int) -> None:
+        self._rng, self._buffer, self._next = rng, buffer, base
+        self.tensors: list[Tensor] = []
+        self.nodes: list[int] = []
+        self._n_tokens = rng.choice((1, 1, 2, 3, 15, 16, 17, 40, 64, 65))
+        self._n_used = rng.choice((1, 2, 2, 3))
+        self._ids = self._add(I32, (self._n_used, self._n_tokens))  # where a client's numbers of experts lie
+        self._results: list[Tensor] = []
+
+    def _add(self, kind: int, ne: tuple[int, ...], op: str = "NONE", src: tuple[int, ...] = ()) -> Tensor:
+        shape = (*ne, 1, 1, 1)[:4]
+        nb = (4, 4 * shape[0], 4 * shape[0] * shape[1], 4 * shape[0] * shape[1] * shape[2])
+        sources = (*src, *[0] * 10)[:10]
+        made = Tensor(
+            *(len(self.tensors) + 1, kind, self._buffer, shape, nb, op_number(op)),
+            src=sources,
+            data=self._next,
+        )
+        self._next += -(-nb[3] * shape[3] // 64) * 64
+        self.tensors.append(made)
+        if op != "NONE":
+            self.nodes.append(made.id)
+        return made
+
+    def _input(self, ne: tuple[int, ...]) -> Tensor:
+        """What was computed before, if it fits, or else numbers of the client's."""
+        shape = (*ne, 1, 1, 1)[:4]
+        fitting = [result for result in self._results if result.ne == shape]
+        return fitting[-1] if fitting and self._rng.randrange(4) else self._add(F32, ne)
+
+    def multiply(self, weight: Tensor) -> None:
+        own = replace(weight, id=len(self.tensors) + 1)
+        self.tensors.append(own)
+        if own.ne[2] > 1:
+            x = self._input((own.ne[0], self._rng.choice((1, self._n_used)), self._n_tokens))
+            out = (own.ne[1], self._n_used, self._n_tokens)
+            self._results.append(self._add(F32, out, "MUL_MAT_ID", (own.id, x.id, self._ids.id)))
+        elif own.ne[1] > 1:
+            x = self._input((own.ne[0], self._n_tokens))
+            self._results.append(self._add(F32, (own.ne[1], self._n_tokens), "MUL_MAT", (own.id, x.id)))
+        else:
+            x = self._input((own.ne[0], self._n_tokens))
+            self._results.append(self._add(F32, (own.ne[0], self._n_tokens), "MUL", (x.id, own.id)))
+
+    def join(self) -> None:
+        """Gate and up become what down takes."""
+        if len(self._results) > 1 and self._results[-1].ne == self._results[-2].ne:
+            one, other = self._results[-2:]
+            self._results.append(self._add(F32, one.ne, "GLU", (one.id, other.id)))
+
+
+def _products(rng: random.Random, weights: Sequence[Tensor], buffer: int, base: int, size: int) -> bytes:
+    """A graph of products, damaged in some way or not at all."""
+    made = _Products(rng, buffer, base)
+    order = list(weights)
+    if rng.randrange(3) == 0:
+        rng.shuffle(order)
+    for weight in order[rng.randrange(len(order)) :]:
+        made.multiply(weight)
+        if rng.randrange(2):
+            made.join()
+    tensors, nodes = made.tensors, made.nodes
+    for _ in range(rng.choice((0, 0, 1, 1, 1, 2))):
+        at = rng.randrange(len(tensors))
+        tensors[at] = _damaged(rng, tensors[at], rng.choice((buffer, weights[0].buffer)), base, size)
+    if rng.randrange(8) == 0:
+        rng.shuffle(nodes)
+    return graph(nodes, tensors)
+
+
+def _experts(rng: random.Random, buffer: int, base: int) -> bytes:
+    """Numbers of experts, where graphs of products look for them: some of them are none."""
+    most = rng.choice((2, 4, 4, 8, 8, 1 << 31))
+    numbers = [rng.randrange(most) if rng.randrange(50) else rng.getrandbits(31) for _ in range(256)]
+    if rng.randrange(2):  # those of a token differ
+        numbers = [i % 2 for i in range(256)]
+    body = struct.pack(f"<Q{len(numbers)}I", 0, *numbers)
+    return command(SET, Tensor(1, I32, buffer, (256, 1, 1, 1), (4, 1024, 1024, 1024), data=base).pack() + b"\0" + body)
+
+
+def random_message(rng: random.Random, buffer: int, base: int, size: int, weights: Sequence[Tensor] = ()) -> bytes:
+    """One, for a client that has a buffer, and weights bound in another one."""
 
     def tensor(number: int = 1) -> Tensor:
         return _tensor(rng, buffer, base, size, number)
@@ -123,6 +239,8 @@ def random_message(rng: random.Random, buffer: int, base: int, size: int) -> byt
         nodes,
         nodes,
         nodes,
+        *((lambda: _products(rng, weights, buffer, base, size),) * 12 if weights else ()),
+        *((lambda: _experts(rng, buffer, base),) * 2 if weights else ()),
         lambda: command(MEMORY, struct.pack("<I", rng.choice((0, 7)))),
         lambda: command(INIT, tensor().pack()),
         lambda: command(

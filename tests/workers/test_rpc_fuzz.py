@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import random
-import re
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rpc_fuzz as rpc
-from repository import ROOT
 from workers import MOE, WorkerProcess, logits_of, open_model, workers_of
 
 from llama_flash import FlashError
+from llama_flash.model.gguf import read_gguf
 from llama_flash.workers.wire import Wire
 
 BUFFER = 1 << 20  # bytes
@@ -46,12 +46,18 @@ class Client:
         wire.send({"op": "data", "token": "", "key": hello["key"]})
         assert wire.receive(exactly=True) == {"ok": True}
         self.ask(rpc.HELLO, bytes(24), 28)
-        self.buffer, _ = struct.unpack("<QQ", self.ask(rpc.ALLOC, struct.pack("<IQ", 0, BUFFER), 16))
+        self.buffer = self.allocate(BUFFER)
         (self.base,) = struct.unpack("<Q", self.ask(rpc.BASE, struct.pack("<Q", self.buffer), 8))
 
     def ask(self, number: int, body: bytes, size: int) -> bytes:
         """The answer, which has that size."""
         return rpc.ask(self.data, number, body, size)
+
+    def allocate(self, size: int) -> int:
+        """A buffer."""
+        buffer, _ = struct.unpack("<QQ", self.ask(rpc.ALLOC, struct.pack("<IQ", 0, size), 16))
+        assert buffer, self.complaint()
+        return int(buffer)
 
     def complaint(self) -> str:
         """Why the connection was ended."""
@@ -80,11 +86,8 @@ FUNCTIONS = ["MAP_CUSTOM1", "MAP_CUSTOM2", "MAP_CUSTOM3", "CUSTOM", "OPT_STEP_AD
 
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_ops_that_are_functions_by_address_are_refused(worker: WorkerProcess, op: str) -> None:
-    header = ROOT / "build/engine/vendor/llama.cpp/ggml/include/ggml.h"
-    ops = header.read_text().partition("enum ggml_op {")[2].partition("}")[0]
-    names = re.findall(r"^\s*GGML_OP_(\w+)\b", ops, re.M)
     client = Client(worker)
-    node = client.tensor(op=names.index(op), src=(2, *[0] * 9), params=(0x41414141,) * 16)
+    node = client.tensor(op=rpc.op_number(op), src=(2, *[0] * 9), params=(0x41414141,) * 16)
     client.data.sendall(rpc.graph([1], [node, client.tensor(id=2)]))
     assert not client.is_served()
     assert "is not computed for others" in client.complaint()
@@ -112,14 +115,69 @@ def test_tensors_outside_of_their_buffers_are_refused(worker: WorkerProcess) -> 
 
 
 def test_a_graph_is_refused_if_its_shapes_do_not_fit(worker: WorkerProcess) -> None:
-    add, mul_mat, get_rows = 2, 30, 40
-    names = {add: "ADD", mul_mat: "MUL_MAT", get_rows: "GET_ROWS"}
-    for op in names:
+    for op in map(rpc.op_number, ("ADD", "MUL_MAT", "GET_ROWS")):
         client = Client(worker)
         one, other = client.tensor(id=2, ne=(8, 4, 1, 1), nb=(4, 32, 128, 128)), client.tensor(id=3, ne=(7, 1, 1, 1))
         client.data.sendall(rpc.graph([1], [client.tensor(op=op, src=(2, 3, *[0] * 8)), one, other]))
-        assert not client.is_served()
+        assert not client.is_served() and "its sources do not fit" in client.complaint()
         client.close()
+
+
+def test_a_graph_whose_tensors_take_less_than_it_needs_to_be_computed_is_refused(worker: WorkerProcess) -> None:
+    """A stride of zero: a row is as many as it likes, and each is converted."""
+    client, n = Client(worker), 1 << 17
+    weight = client.tensor(id=2, type=8, ne=(4096, 1, 1, 1), nb=(34, 4352, 4352, 4352))
+    rows = client.tensor(id=3, ne=(4096, n, 1, 1), nb=(4, 0, 0, 0))
+    product = client.tensor(op=rpc.op_number("MUL_MAT"), ne=(1, n, 1, 1), nb=(4, 4, 4 * n, 4 * n), src=(2, 3, *[0] * 8))
+    client.data.sendall(rpc.graph([1], [product, weight, rows]))
+    assert not client.is_served() and "more than its tensors take" in client.complaint()
+    client.close()
+
+
+def test_numbers_lie_where_a_number_may_lie(worker: WorkerProcess) -> None:
+    for wrong in ({"data": 2}, {"nb": (4, 30, 120, 120), "ne": (4, 4, 1, 1)}):
+        client = Client(worker)
+        bad = client.tensor(**{**wrong, "data": client.base + int(wrong.get("data", 0))})  # type: ignore[call-overload]
+        client.data.sendall(rpc.command(rpc.GET, bad.pack() + struct.pack("<QQ", 0, 8)))
+        assert not client.is_served() and "where a number may lie" in client.complaint()
+        client.close()
+
+
+def test_buffers_are_addresses_until_they_are_written_to(worker: WorkerProcess) -> None:
+    client = Client(worker)
+    large, other = (client.allocate(size << 20) for size in (90, 40))  # the budget has less for both
+    for buffer, value, said in (
+        (large, 1, ""),
+        (other, 0, ""),
+        (other, 1, "more than this worker's budget has for them"),
+    ):
+        client.data.sendall(rpc.command(rpc.CLEAR, struct.pack("<QB", buffer, value)))
+        complaint = client.complaint() if client.is_served() else "ended"
+        assert said in complaint if said else not complaint  # zeros take no memory
+    client.close()
+
+
+def test_a_client_that_says_few_and_writes_many_is_noticed_before_it_is_written(worker: WorkerProcess) -> None:
+    tensor = read_gguf(MOE).tensors["blk.0.ffn_gate_exps.weight"]
+    client = Client(worker, {tensor.name: 2})
+    row = tensor.size // (tensor.shape[1] * tensor.shape[2])
+    nb = (34, row, row * tensor.shape[1], tensor.size)
+    experts = client.tensor(type=tensor.type, ne=(*tensor.shape, 1), nb=nb, name=tensor.name.encode())
+    weights = client.allocate(tensor.size)
+    (at,) = struct.unpack("<Q", client.ask(rpc.BASE, struct.pack("<Q", weights), 8))
+    bind = replace(experts, buffer=weights, data=at).pack() + struct.pack("<QQ", tensor.offset, 0)
+    assert client.ask(rpc.BIND, bind, 1) == b"\1", client.complaint()
+    assert "error" not in client.control.ask({"op": "bound"})
+    buffer = client.allocate(60 << 20)
+    context = {"n_ctx": 512, "n_ubatch": 512, "n_sequences": 1, "flash_attn": True, "kv": 1 << 20}
+    assert "error" not in client.control.ask({"op": "attach", "context": context})
+    assert client.control.ask({"op": "few", "few": True}) == {"ok": True}
+    client.data.sendall(rpc.command(rpc.SET, client.tensor().pack() + b"\0" + struct.pack("<Q", 0) + bytes(8)))
+    assert client.is_served() and "sends more" not in worker.said()
+    client.data.sendall(rpc.command(rpc.CLEAR, struct.pack("<QB", buffer, 1)))
+    assert client.is_served() and "sends more" in worker.said()
+    assert not client.complaint()
+    client.close()
 
 
 def test_a_message_that_is_larger_than_all_that_there_is(worker: WorkerProcess) -> None:
@@ -134,8 +192,6 @@ def test_a_message_that_is_larger_than_all_that_there_is(worker: WorkerProcess) 
 
 
 def test_weights_are_only_bound_where_the_file_has_them(worker: WorkerProcess) -> None:
-    from llama_flash.model.gguf import read_gguf
-
     tensor = read_gguf(MOE).tensors["blk.0.attn_norm.weight"]
     client = Client(worker, {tensor.name: 0})
     name = tensor.name.encode()
@@ -148,6 +204,18 @@ def test_weights_are_only_bound_where_the_file_has_them(worker: WorkerProcess) -
     ):
         assert client.ask(rpc.BIND, bad.pack() + struct.pack("<QQ", offset, file), 1) == b"\0"
         assert said in client.complaint()
+    assert client.ask(rpc.BIND, good.pack() + struct.pack("<QQ", tensor.offset, 0), 1) == b"\1"
+    again = replace(good, data=client.base + 4096)
+    assert client.ask(rpc.BIND, again.pack() + struct.pack("<QQ", tensor.offset, 0), 1) == b"\0"
+    assert "has bound it, or all weights, before" in client.complaint()
+    client.data.sendall(rpc.command(rpc.SET, good.pack() + b"\0" + struct.pack("<Q", 0) + bytes(8)))
+    assert client.is_served() and "writes to memory of weights" in client.complaint()
+    added = client.tensor(id=3, op=rpc.op_number("SQR"), src=(2, *[0] * 9))
+    client.data.sendall(rpc.graph([3], [added, client.tensor(id=2)]))
+    assert not client.is_served() and "writes to memory of weights" in client.complaint()
+    client.close()
+    client = Client(worker, {tensor.name: 0})
+    good = replace(good, buffer=client.buffer, data=client.base)
     assert client.ask(rpc.BIND, good.pack() + struct.pack("<QQ", tensor.offset, 0), 1) == b"\1"
     with MOE.open("rb") as file:
         file.seek(tensor.offset)

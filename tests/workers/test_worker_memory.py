@@ -22,9 +22,11 @@ from workers import MOE, WorkerProcess, least_budget, logits_of, open_model, wor
 from gguf_tools.synthetic import PRESETS, write
 from llama_flash import FlashBudgetError, FlashReadError, FlashWorkerError
 from llama_flash.budget.cgroup import memory_groups
+from llama_flash.workers.client import Workers
 
-EIO = 1  # as in faults.c
+EIO, HANG = 1, 6  # as in faults.c
 CAP = "200MiB"
+SENDS_MORE = "calls are of few tokens, and sends more"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,44 @@ def test_what_only_prompts_need_is_lent_to_slots_while_tokens_are_generated(larg
             assert np.array_equal(_bits(llm, list(range(5, 405)), [7, 8, 9]), alone)
             llm.eval(list(range(5, 69)))  # a prompt takes it back before it begins
             assert told()["flash"] <= prompt + (1 << 20)
+        assert SENDS_MORE not in workers[0].said()
+
+
+def _in_kib(status: Path, name: str) -> int:
+    return int(status.read_text().partition(f"{name}:")[2].split()[0])
+
+
+def test_a_client_that_says_few_and_sends_many_gets_no_more_memory_than_the_budget(
+    large_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was lent is given back before it is touched."""
+    prompt = list(range(5, 405))
+    with contextlib.closing(open_model(large_model, flash=False)) as llm:
+        alone = _bits(llm, prompt, [7])
+    with (
+        workers_of(large_model, tmp_path, 1, budget="260MiB") as (worker,),
+        contextlib.closing(open_model(large_model, [worker])) as llm,
+    ):
+        llm.eval(prompt)
+        honest = llm.flash.worker_stats()[0]["flash"]
+        told = Workers._tell_whether_few
+        monkeypatch.setattr(Workers, "_tell_whether_few", lambda self, few: told(self, True))
+        most, end = 0, time.monotonic() + 120
+        while most <= honest + (4 << 20) and time.monotonic() < end:
+            llm.reset()
+            llm.eval([7])
+            most = max(most, llm.flash.worker_stats()[0]["flash"])
+        assert most > honest + (4 << 20), "nothing was lent"
+        guest = Path(f"/proc/{worker.guest()}")
+        (guest / "clear_refs").write_text("5")  # the peak is counted anew
+        llm.reset()
+        llm.eval(prompt)
+        peak = _in_kib(guest / "status", "VmHWM") + _in_kib(Path(f"/proc/{worker.process.pid}/status"), "VmRSS")
+        assert peak <= 260 << 10
+        assert SENDS_MORE in worker.said()
+        assert llm.flash.worker_stats()[0]["flash"] <= honest + (1 << 20)
+        monkeypatch.setattr(Workers, "_tell_whether_few", told)
+        assert np.array_equal(_bits(llm, prompt, [7]), alone)
 
 
 def test_two_workers_in_cgroups_of_their_own_run_what_neither_could_hold(large_model: Path, tmp_path: Path) -> None:
@@ -184,10 +224,7 @@ def test_a_read_that_fails_at_a_worker_is_its_error_and_the_next_call_works(
     control.write_bytes(bytes(4096))
     with contextlib.closing(open_model(MOE, flash=False)) as llm:
         alone = logits_of(llm)
-    with monkeypatch.context() as patched:
-        patched.setenv("LD_PRELOAD", str(shim))
-        patched.setenv("FAULTS", str(control))
-        disturbed = WorkerProcess(MOE, tmp_path, "--io-engine", "pread", budget=f"{least_budget(MOE, tmp_path) + 1}MiB")
+    disturbed = _disturbed(shim, control, monkeypatch)
     try:
         with workers_of(MOE, tmp_path, 1) as others:
             with contextlib.closing(open_model(MOE, [disturbed, *others], what="experts")) as llm:
@@ -208,6 +245,55 @@ def test_a_read_that_fails_at_a_worker_is_its_error_and_the_next_call_works(
                 assert np.array_equal(logits_of(llm), alone)
     finally:
         disturbed.end()
+
+
+def _disturbed(shim: Path, control: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerProcess:
+    """A worker whose reads fail as the file says, with a budget with which it reads in each token."""
+    budget = f"{least_budget(MOE, control.parent) + 1}MiB"
+    with monkeypatch.context() as patched:
+        patched.setenv("LD_PRELOAD", str(shim))
+        patched.setenv("FAULTS", str(control))
+        return WorkerProcess(MOE, control.parent, "--io-engine", "pread", *arguments, budget=budget)
+
+
+def test_a_drive_that_does_not_answer_ends_the_call_with_the_workers_name(
+    shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a token and within a load; the worker is there for the next client."""
+    control = tmp_path / "faults"
+    control.write_bytes(bytes(4096))
+    with contextlib.closing(open_model(MOE, flash=False)) as llm:
+        alone = logits_of(llm)
+    disturbed = _disturbed(shim, control, monkeypatch, "--read-timeout", "1.5")
+    try:
+        with workers_of(MOE, tmp_path, 1) as others:
+            both = [*others, disturbed]
+            for skip in (0, 3):
+                with contextlib.closing(open_model(MOE, both, what="experts")) as llm:
+                    assert np.array_equal(logits_of(llm), alone)
+                    _set(control, HANG, left=1 << 30, skip=skip)
+                    with pytest.raises(FlashWorkerError) as caught:
+                        for prompt in (b"import os", b"class Tree:", b"0123456789", b"def f(x, y):"):
+                            logits_of(llm, 8, prompt)
+                _assert_says_which_read(caught.value, disturbed)
+                _set(control, 0)
+            _set(control, HANG, left=1 << 30, skip=2)
+            with pytest.raises(FlashWorkerError) as caught:
+                open_model(MOE, both)
+            _assert_says_which_read(caught.value, disturbed)
+            _set(control, 0)
+            with contextlib.closing(open_model(MOE, both)) as llm:
+                assert np.array_equal(logits_of(llm), alone)
+            assert disturbed.said().count("the client is given up") == 3
+    finally:
+        disturbed.end()
+
+
+def _assert_says_which_read(error: FlashWorkerError, worker: WorkerProcess) -> None:
+    assert error.host == worker.endpoint
+    assert re.search(rf"a read of {re.escape(str(MOE))} at offset \d+ \(\d+ bytes\) has not ended for", str(error)), (
+        error
+    )
 
 
 def _set(control: Path, what: int, left: int = 0, skip: int = 0) -> None:

@@ -209,11 +209,12 @@ std::string named(const ggml_tensor & t) {
     return std::string("the op ") + ggml_op_name(t.op) + " of tensor '" + t.name + "'";
 }
 
-// a weight that is not in the client's buffer has one use
+// a weight that is not in the client's buffer has one use: rows of floats, one behind the other, come of whole rows
 bool weights_are_used_right(const ggml_tensor & t) {
     for (int i = 0; i < GGML_MAX_SRC; i++) {
+        const bool is_product = i == 0 && (t.op == GGML_OP_MUL_MAT || t.op == GGML_OP_MUL_MAT_ID) && t.src[1];
         if (t.src[i] && worker_weights::is_elsewhere(*t.src[i]) &&
-            !(i == 0 && (t.op == GGML_OP_MUL_MAT || t.op == GGML_OP_MUL_MAT_ID))) {
+            !(is_product && ggml_is_contiguous(&t) && t.src[1]->nb[0] == ggml_type_size(t.src[1]->type))) {
             return false;
         }
     }
@@ -251,6 +252,18 @@ bool node_is_sound(const ggml_tensor & t, std::string & reason) {
     return true;
 }
 
+// kernels read numbers, and the halves in a block's head, where the CPU expects them
+bool is_aligned(const ggml_tensor & t) {
+    const size_t size = ggml_type_size(t.type);
+    const size_t unit = ggml_blck_size(t.type) == 1 ? size : size % 2 == 0 ? 2
+                                                                           : 1;
+    bool         ok   = (uintptr_t) t.data % unit == 0;
+    for (int i = 0; i < GGML_MAX_DIMS; i++) {
+        ok = ok && (t.ne[i] <= 1 || t.nb[i] % unit == 0);
+    }
+    return ok;
+}
+
 } // namespace
 
 bool tensor_is_sound(const ggml_tensor & tensor, std::string & reason) {
@@ -270,6 +283,10 @@ bool tensor_is_sound(const ggml_tensor & tensor, std::string & reason) {
     if (tensor.ne[0] % ggml_blck_size(tensor.type) != 0 || bytes > (unsigned __int128) 1 << 46 ||
         elements * tensor.ne[2] > (unsigned __int128) 1 << 62 || elements * tensor.ne[2] * tensor.ne[3] > (unsigned __int128) 1 << 62) {
         reason = std::string("tensor '") + tensor.name + "': its shape makes no sense";
+        return false;
+    }
+    if (!is_aligned(tensor)) {
+        reason = std::string("tensor '") + tensor.name + "': its numbers are not where a number may lie";
         return false;
     }
     return true;

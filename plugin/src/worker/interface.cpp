@@ -53,6 +53,26 @@ int32_t llama_flash_worker_add_weight(llama_flash_worker * worker, const char * 
     });
 }
 
+int32_t llama_flash_worker_on_many(llama_flash_worker * worker, void (*many)(void * data), void * data, llama_flash_error * err) {
+    return guarded(err, [&]() -> int32_t {
+        if (!worker || !many) {
+            return flash_fail(err, LLAMA_FLASH_E_INVALID, "worker_on_many: no worker, or nobody to be told");
+        }
+        worker->on_many(many, data);
+        return LLAMA_FLASH_OK;
+    });
+}
+
+int32_t llama_flash_worker_expect(llama_flash_worker * worker, uint64_t bytes, llama_flash_error * err) {
+    return guarded(err, [&]() -> int32_t {
+        if (!worker) {
+            return flash_fail(err, LLAMA_FLASH_E_INVALID, "worker_expect: no worker");
+        }
+        worker->buffers.expect(bytes);
+        return LLAMA_FLASH_OK;
+    });
+}
+
 int32_t llama_flash_worker_serve(llama_flash_worker * worker, int32_t fd, llama_flash_error * err) {
     return guarded(err, [&]() -> int32_t {
         if (!worker) {

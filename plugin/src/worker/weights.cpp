@@ -5,6 +5,7 @@
 
 #include "ggml-backend-impl.h"
 
+#include <algorithm>
 #include <iterator>
 #include <new>
 #include <unistd.h>
@@ -51,8 +52,11 @@ bool worker_weights::bind(ggml_tensor & tensor, uint64_t file, uint64_t offset, 
     if (reason.empty() && (!tensor.buffer || !tensor.data || !ggml_is_contiguous(&tensor) || file >= files.size())) {
         reason = "got no place for it";
     }
-    if (reason.empty() && (session.bound || elsewhere.count((uintptr_t) tensor.data))) {
+    if (reason.empty() && (session.bound || taken.count(tensor.name) || elsewhere.count((uintptr_t) tensor.data))) {
         reason = "has bound it, or all weights, before";
+    }
+    if (reason.empty() && known.at(tensor.name).home != weight_home::flash && ggml_nbytes(&tensor) > limit - std::min(limit, n_resident)) {
+        reason = "has more in it than this worker's budget has memory for";
     }
     if (!reason.empty()) {
         return false;
@@ -69,6 +73,7 @@ bool worker_weights::bind(ggml_tensor & tensor, uint64_t file, uint64_t offset, 
     }
     // what looks for the next layer's router reads weights only
     ggml_backend_buffer_set_usage(tensor.buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    taken[tensor.name] = tensor.buffer;
     n_resident += weight.resident;
     owners[tensor.buffer] += weight.resident;
     if (weight.own) {
@@ -165,6 +170,9 @@ bool worker_weights::is_elsewhere(const ggml_tensor & tensor) {
 void worker_weights::drop(ggml_backend_buffer_t buffer) {
     for (auto it = elsewhere.begin(); it != elsewhere.end();) {
         it = it->second.at_client.buffer == buffer ? elsewhere.erase(it) : std::next(it);
+    }
+    for (auto it = taken.begin(); it != taken.end();) { // what is on flash stays known to the session
+        it = it->second == buffer && known.at(it->first).home != weight_home::flash ? taken.erase(it) : std::next(it);
     }
     if (const auto owner = owners.find(buffer); owner != owners.end()) {
         n_resident -= owner->second;

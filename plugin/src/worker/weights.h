@@ -40,8 +40,8 @@ struct buffer_free {
 
 class worker_weights {
   public:
-    // files: descriptors of the shards, which the session reads; closed with it
-    worker_weights(llama_flash_session & session, std::vector<int> files) : session(session), files(std::move(files)) {}
+    // files: descriptors of the shards, which the session reads; closed with it. limit: bytes of weights in memory
+    worker_weights(llama_flash_session & session, std::vector<int> files, uint64_t limit) : session(session), files(std::move(files)), limit(limit) {}
     ~worker_weights();
     worker_weights(const worker_weights &)             = delete;
     worker_weights & operator=(const worker_weights &) = delete;
@@ -58,9 +58,8 @@ class worker_weights {
     // whether it is a weight that is not in the client's buffer
     static bool is_elsewhere(const ggml_tensor & tensor);
 
-    bool     holds(ggml_backend_buffer_t buffer) const { return owners.count(buffer) > 0; } // whether weights were bound in it
-    void     drop(ggml_backend_buffer_t buffer);                                            // it is about to be freed
-    uint64_t resident_bytes() const { return n_resident; }                                  // of weights that are not on flash
+    void     drop(ggml_backend_buffer_t buffer);           // it is about to be freed
+    uint64_t resident_bytes() const { return n_resident; } // of weights that are not on flash
 
   private:
     struct bound {
@@ -75,10 +74,12 @@ class worker_weights {
     bool        put_on_flash(bound & weight, const file_weight & where);
     bool        repack(bound & weight, const file_weight & where);
 
-    llama_flash_session &                               session;
-    std::vector<int>                                    files;
-    std::unordered_map<std::string, file_weight>        known;
-    std::map<uintptr_t, bound>                          elsewhere; // by the address in the client's buffer
-    std::unordered_map<ggml_backend_buffer_t, uint64_t> owners;    // resident bytes by the client's buffer
-    uint64_t                                            n_resident = 0;
+    llama_flash_session &                                  session;
+    std::vector<int>                                       files;
+    const uint64_t                                         limit;
+    std::unordered_map<std::string, file_weight>           known;
+    std::unordered_map<std::string, ggml_backend_buffer_t> taken;     // the client's buffers, by the weights that were bound in them
+    std::map<uintptr_t, bound>                             elsewhere; // by the address in the client's buffer
+    std::unordered_map<ggml_backend_buffer_t, uint64_t>    owners;    // resident bytes by the client's buffer
+    uint64_t                                               n_resident = 0;
 };

@@ -17,8 +17,10 @@ static llama_flash_worker & self(void * context) {
     return *(llama_flash_worker *) context;
 }
 
-llama_flash_worker::llama_flash_worker(llama_flash_session & session, std::vector<int> files, uint64_t limit, uint64_t weights) : weights(session, std::move(files)), session(session), limit(limit), most(limit + weights) {
+llama_flash_worker::llama_flash_worker(llama_flash_session & session, std::vector<int> files, uint64_t limit, uint64_t weights) : weights(session, std::move(files), limit), buffers(limit, limit + weights), session(session), limit(limit) {
     session.ref();
+    buffers.refuse    = [this](const std::string & why) { remember(why); };
+    buffers.many      = [] {};
     host.context      = this;
     host.max_message  = LEAST_MESSAGE;
     host.alloc_buffer = alloc_buffer;
@@ -33,22 +35,29 @@ llama_flash_worker::~llama_flash_worker() {
     session.unref();
 }
 
-bool llama_flash_worker::start(int n_threads, llama_flash_error * err) {
+bool llama_flash_worker::start(int threads, llama_flash_error * err) {
+    n_threads = threads;
     backend.reset(ggml_backend_cpu_init());
     if (!backend) {
         flash_fail(err, LLAMA_FLASH_E_MEMORY, "the engine cannot compute here%s", limits_of(ENOMEM).c_str());
         return false;
     }
     ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
-    ggml_backend_cpu_set_abort_callback(backend.get(), llama_flash_abort, &session);
+    ggml_backend_cpu_set_abort_callback(backend.get(), abort, this);
     return true;
 }
 
 void llama_flash_worker::serve(int fd) {
+    client_buffers::serve(&buffers);
     const std::string failed = flash_guarded_call([&] { ggml_backend_rpc_serve(fd, backend.get(), &host); });
+    client_buffers::serve(nullptr);
     if (!failed.empty()) {
         remember("the client sent what the engine cannot take: " + failed);
     }
+}
+
+void llama_flash_worker::on_many(void (*many)(void * data), void * data) {
+    buffers.many = [many, data] { many(data); };
 }
 
 void llama_flash_worker::remember(const std::string & what) {
@@ -70,50 +79,34 @@ llama_flash_worker_memory llama_flash_worker::memory() const {
 
 // A buffer of weights is addresses, for the most part: what is bound in it and stays there is counted by the weights themselves.
 void llama_flash_worker::note_memory() {
-    uint64_t others  = 0;
-    uint64_t largest = 0;
-    for (const auto & [buffer, bytes] : buffers) {
-        if (!weights.holds(buffer)) {
-            others += bytes;
-            largest = std::max(largest, bytes);
-        }
-    }
-    host.max_message = std::max<uint64_t>(LEAST_MESSAGE, std::min(limit, largest + (1u << 16)));
+    host.max_message = std::max<uint64_t>(LEAST_MESSAGE, std::min(limit, buffers.largest() + (1u << 16)));
+    buffers.resident = weights.resident_bytes();
     std::lock_guard<std::mutex> lock(mutex);
     now.resident = weights.resident_bytes();
-    now.buffers  = others;
+    now.buffers  = buffers.bytes();
 }
 
 ggml_backend_buffer_t llama_flash_worker::alloc_buffer(void * context, size_t size) {
-    llama_flash_worker & w = self(context);
-    if (size > w.most - w.allocated) {
-        w.remember("the client asks for a buffer of " + std::to_string(size) + " bytes, more than this worker's budget has for it");
-        return nullptr;
-    }
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
-    if (buffer) {
-        w.buffers[buffer] = size;
-        w.allocated += size;
-        w.note_memory();
-    }
+    llama_flash_worker &  w      = self(context);
+    ggml_backend_buffer_t buffer = w.buffers.allocate(size);
+    w.note_memory();
     return buffer;
 }
 
 void llama_flash_worker::free_buffer(void * context, ggml_backend_buffer_t buffer) {
     llama_flash_worker & w = self(context);
     w.weights.drop(buffer);
-    if (const auto it = w.buffers.find(buffer); it != w.buffers.end()) {
-        w.allocated -= it->second;
-        w.buffers.erase(it);
-    }
+    w.buffers.forget(buffer);
     w.note_memory();
 }
 
 bool llama_flash_worker::bind(void * context, ggml_tensor * tensor, uint64_t file, uint64_t offset) {
-    llama_flash_worker & w = self(context);
-    std::string          reason;
-    const bool           done = w.weights.bind(*tensor, file, offset, reason);
-    if (!done) {
+    llama_flash_worker & w      = self(context);
+    std::string          reason = "got no place for it beside what the client has written";
+    const bool           done   = w.buffers.may_bind(tensor->buffer) && w.weights.bind(*tensor, file, offset, reason);
+    if (done) {
+        w.buffers.give_to_weights(tensor->buffer);
+    } else {
         w.remember(std::string("tensor ") + tensor->name + ": this worker's file " + reason);
     }
     w.note_memory();
@@ -135,16 +128,51 @@ bool llama_flash_worker::place(void * context, ggml_tensor * tensor) {
 }
 
 bool llama_flash_worker::check(void * context, const ggml_cgraph * graph) {
-    std::string reason;
-    if (graph_is_sound(*graph, reason)) {
-        return true;
+    llama_flash_worker & w = self(context);
+    std::string          reason;
+    if (!graph_is_sound(*graph, reason)) {
+        w.remember(reason);
+        return false;
     }
-    self(context).remember(reason);
-    return false;
+    return w.has_work_for(*graph) && w.buffers.may_compute(*graph);
+}
+
+// What kernels take beside the client's buffers: of a graph that is what it looks like, no more than its tensors do. Strides of zero make
+// tensors that are larger than their memory.
+bool llama_flash_worker::has_work_for(const ggml_cgraph & graph) {
+    const ggml_cplan plan = ggml_graph_plan(const_cast<ggml_cgraph *>(&graph), n_threads, nullptr);
+    if (plan.work_size > buffers.largest() + LEAST_MESSAGE) {
+        remember("a graph needs " + std::to_string(plan.work_size) + " bytes to work with, more than its tensors take");
+        return false;
+    }
+    const session_lock lock(session);
+    for (int i = 0; lock && i < graph.n_nodes; i++) {
+        const ggml_tensor & node = *graph.nodes[i];
+        ffn_part            part;
+        if (node.src[0] && worker_weights::is_elsewhere(*node.src[0]) && session.find_part(node.src[0]->data, part)) {
+            const int64_t tokens = node.src[2] ? node.src[2]->ne[1] : node.src[1]->ne[1];
+            if (tokens > (int64_t) session.needs.n_ubatch) {
+                remember(std::string("tensor ") + node.src[0]->name + " is multiplied with " + std::to_string(tokens) +
+                         " tokens at once, more than the client's context has");
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool llama_flash_worker::abort(void * context) {
+    llama_flash_worker & w = self(context);
+    if (!w.computing) {
+        w.computing = true;
+        w.buffers.begin_graph();
+    }
+    return llama_flash_abort(&w.session);
 }
 
 void llama_flash_worker::computed(void * context, ggml_status status) {
     llama_flash_worker & w = self(context);
+    w.computing            = false;
     if (status != GGML_STATUS_SUCCESS && !w.session.failed()) { // else the session says why
         w.remember(std::string("a graph could not be computed: ") + ggml_status_to_string(status));
     }

@@ -2,17 +2,17 @@
 #pragma once
 
 #include "session.h"
+#include "worker/buffers.h"
 #include "worker/weights.h"
 
 #include "ggml-backend.h"
 #include "ggml-rpc.h"
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <unordered_map>
+#include <vector>
 
 struct backend_free {
     void operator()(ggml_backend_t backend) const { ggml_backend_free(backend); }
@@ -28,10 +28,12 @@ struct llama_flash_worker {
     void serve(int fd);
     void remember(const std::string & what); // the first one is told
 
+    void                      on_many(void (*many)(void * data), void * data); // before serve()
     std::string               take_refusal();
     llama_flash_worker_memory memory() const;
 
     worker_weights weights; // of serve()'s thread, but for add()
+    client_buffers buffers; // of serve()'s thread, but for expect()
 
   private:
     static ggml_backend_buffer_t alloc_buffer(void * context, size_t size);
@@ -40,18 +42,19 @@ struct llama_flash_worker {
     static bool                  place(void * context, ggml_tensor * tensor);
     static bool                  check(void * context, const ggml_cgraph * graph);
     static void                  computed(void * context, ggml_status status);
+    static bool                  abort(void * context); // asked before a graph, and within
 
     void note_memory();
+    bool has_work_for(const ggml_cgraph & graph);
 
     static constexpr size_t LEAST_MESSAGE = 16u << 20; // bytes that a message may have in any case
 
-    llama_flash_session &                               session;
-    const uint64_t                                      limit;
-    const uint64_t                                      most; // bytes of all buffers, addresses included
-    std::unique_ptr<struct ggml_backend, backend_free>  backend;
-    ggml_backend_rpc_host                               host = {};
-    std::unordered_map<ggml_backend_buffer_t, uint64_t> buffers; // bytes
-    uint64_t                                            allocated = 0;
+    llama_flash_session &                              session;
+    const uint64_t                                     limit;
+    std::unique_ptr<struct ggml_backend, backend_free> backend;
+    ggml_backend_rpc_host                              host      = {};
+    bool                                               computing = false; // a graph
+    int                                                n_threads = 1;
 
     mutable std::mutex        mutex; // of what follows
     std::string               refusal;

@@ -676,6 +676,7 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
         ],
     ),
     "llama_flash_abort": (ctypes.c_bool, [ctypes.c_void_p]),
+    "llama_flash_session_waiting": (ctypes.c_uint64, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
     "llama_flash_session_take_error": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_error)]),
     "llama_flash_session_stats": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_stats)]),
     "llama_flash_get_context_memory": (ctypes.c_int32, [ctypes.c_void_p, ctypes.POINTER(llama_flash_context_memory)]),
@@ -846,6 +847,23 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
             ctypes.c_uint32,
             ctypes.c_uint64,
             ctypes.c_uint32,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_worker_on_many": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.POINTER(llama_flash_error),
+        ],
+    ),
+    "llama_flash_worker_expect": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_uint64,
             ctypes.POINTER(llama_flash_error),
         ],
     ),

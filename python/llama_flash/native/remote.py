@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import FlashError
@@ -17,6 +17,8 @@ from .library import library, raise_error
 __all__ = ["Worker", "binding", "buffer_type_of", "connect", "place_layers", "settle"]
 
 _MOST_DIMENSIONS = 4
+_ANY = (1 << 64) - 1  # bytes
+_Many = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def connect(endpoint: str, connection: socket.socket) -> int:
@@ -107,6 +109,16 @@ class Worker:
         )
         if not self._address:
             raise_error(error)
+        self._many: Any = None  # what the plugin has the address of
+
+    def on_many(self, many: Callable[[], None]) -> None:
+        """Before `serve`: is called on its thread before more of the client's buffers is touched than was expected."""
+        self._many = _Many(lambda _: many())
+        self._call("llama_flash_worker_on_many", ctypes.cast(self._many, ctypes.c_void_p), None)
+
+    def expect(self, n_bytes: int | None) -> None:
+        """Until it is said again, so many bytes of the client's buffers are touched at most; None: any number."""
+        self._call("llama_flash_worker_expect", _ANY if n_bytes is None else n_bytes)
 
     def add_weight(self, name: str, kind: int, shape: Sequence[int], file: int, offset: int, home: int) -> None:
         """Before `serve`: a weight that the client may ask for. kind: enum ggml_type; home: enum llama_flash_home."""

@@ -18,6 +18,8 @@ __all__ = ["FEW_TOKENS", "Growth", "few_tokens", "lent_of"]
 FEW_TOKENS = 16  # drafts, and batches of a caller: computed at once at most, while the rest of the buffers is lent
 _LEAST_TOKENS = 8  # that are expected from one look of the controller to the next
 _SECONDS = 2.0  # twice the time between two looks, if nothing calls for one sooner
+_SPARE = 16 << 20  # bytes of pages that calls of few tokens touch beside what is expected of them
+_ROWS = 2 << 20  # bytes of pages of a KV cache, for each of a few tokens
 _PAGE_CELLS = mmap.PAGESIZE // 2  # of one row of a V cache that lies across its rows: F16
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -34,6 +36,10 @@ class Growth:
         memory: as planned.
         shape: of the context.
         at_once: what the first token of a sequence touches at once; None: not known, or there is no context yet.
+
+    Attributes:
+        most_touched: bytes that calls of few tokens touch between two looks at most, in pages; what touches more
+            computes many.
     """
 
     def __init__(self, memory: Breakdown, shape: ContextShape, at_once: AtOnce | None = None) -> None:
@@ -53,6 +59,8 @@ class Growth:
         if shape.aside:  # a prompt that is brought back, or put there, touches its memory at once
             self._graphs += self._cells
         self._huge_pages = b"[always]" in _read(_HUGE_PAGES)  # one token touches a huge page of each layer
+        rows = min(memory.kv, few * _ROWS) if shape.flash_attn else memory.kv
+        self.most_touched = self._most if self._huge_pages else min(self._most, 2 * self._graphs + rows + _SPARE)
         self._tokens = 0
         self._last: tuple[float, int] | None = None  # (seconds, tokens)
         self._rate = 0.0  # tokens per second

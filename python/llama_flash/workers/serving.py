@@ -13,6 +13,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +47,8 @@ __all__ = ["Serving", "main"]
 
 _READ = 1 << 20  # bytes: reads of which a drive's rate is told
 _TOO_MUCH = 1 << 62
+_LOOK = 0.1  # seconds, at most, from one look at what is waited for to the next
+_GAVE_UP = 4  # exit code
 _IDLE = 120.0  # seconds without a word from the client, which says every second that it is alive
 
 
@@ -71,6 +75,7 @@ class Serving:
         self._share: WorkerShare | None = None  # where something is on flash
         self._bundles: Bundles | None = None  # of its layers
         self._predictor: Mode | None = None  # how active neurons of these are found
+        self._read_timeout = float(about["read_timeout"])  # seconds; 0: a read may take as long as it does
         self._hot = HostRecords(self._meta.files, list(self._meta.tensors), self._options)
 
     def answer(self, line: Line) -> Line:
@@ -151,6 +156,7 @@ class Serving:
         limit = max(0, self._budget.total - self._budget.reserve)
         addresses = self._meta.file_bytes + sum(tensor_bytes(kind, shape) for _, kind, shape, _ in parts)
         worker = Worker(native, self._meta.files, self._n_threads, limit, addresses)
+        worker.on_many(self._many)
         numbers = {path: i for i, path in enumerate(self._meta.files)}
         bundled = set() if bundles is None else {layer.tensor.name for layer in bundles.layers}
         for name, home in homes.items():
@@ -162,6 +168,15 @@ class Serving:
         self._native, self._worker, self._bundles = native, worker, bundles
         threading.Thread(target=self._serve, args=(worker,), daemon=True).start()
         return {}
+
+    def watch_reads(self, give_up: Callable[[str], None]) -> None:
+        """Until a read has taken too long; then `give_up` is told which, and this returns."""
+        while self._read_timeout > 0:
+            time.sleep(min(_LOOK, self._read_timeout / 4))
+            seconds, read = (0.0, "") if self._native is None else self._native.waiting()
+            if seconds > self._read_timeout:
+                give_up(f"{read}: its drive does not answer")
+                return
 
     def keep(self) -> None:
         """Remembers what a next client will ask for. Waits for the op that is computed."""
@@ -224,7 +239,7 @@ class Serving:
         if on_flash and self._share is None:
             path = self._meta.files[0]
             beside -= self._door
-            share = WorkerShare(path, self._options, native, memory, self._budget, self._door, beside, self._hot)
+            share = WorkerShare(path, self._options, native, worker, self._budget, self._door, beside, self._hot)
             share.expect(kv, shape)
             share.give(left)
             self._share = share
@@ -235,6 +250,11 @@ class Serving:
         if self._share is not None:
             self._share.compute_few(line["few"] is True)
         return {}
+
+    def _many(self) -> None:
+        """On the engine's thread: the client touches more than calls of few tokens do."""
+        if self._share is not None:
+            self._share.compute_many()
 
     def _check(self, line: Line) -> Line:
         """What has failed since it was asked last; tokens: of the call that has ended."""
@@ -340,13 +360,21 @@ def main() -> None:
         with contextlib.suppress(OSError):
             wire.send(_error("refused", str(error)))
         os._exit(1)
+
+    def give_up(why: str) -> None:
+        print(f"llama-flash worker: {why}; the client is given up", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            pulse.give_up(why)
+        os._exit(_GAVE_UP)  # the read may end later: what it writes to goes with the process
+
+    threading.Thread(target=serving.watch_reads, args=(give_up,), name="llama-flash reads", daemon=True).start()
     line: Line | None = {"op": "open"}
     try:
         while line is not None:
             with pulse.working():
                 answer = serving.answer(line)
             pulse.seconds = serving.pulse
-            wire.send(answer)
+            pulse.answer(answer)
             line = wire.receive()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would keep the same, and wait for this
         serving.keep()

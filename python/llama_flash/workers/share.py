@@ -10,9 +10,9 @@ from pathlib import Path
 from ..budget.controller import Controller, FlashEvent
 from ..budget.rooms import Breakdown, Budget, refuse, reserve_of, resolve_budget
 from ..model.shape import ContextShape
-from ..native import bindings
 from ..native.handle import Session
 from ..native.library import IO_ENGINES
+from ..native.remote import Worker
 from ..observe.stats import Counters, FlashStats
 from ..options import FlashOffload
 from ..planning.hot import Records
@@ -42,13 +42,14 @@ class WorkerShare:
         path: Path,
         options: FlashOffload,
         native: Session,
-        memory: bindings.llama_flash_worker_memory,
+        worker: Worker,
         budget: Budget,
         door: int,
         beside: int,
         hot: Records,
     ) -> None:
         self._path, self._options, self._native, self._hot = path, options, native, hot
+        self._worker, memory = worker, worker.memory()
         self.budget, self._door = budget, door
         self.memory = Breakdown(
             interpreter=beside, weights=memory.resident, compute=memory.buffers, reserve=budget.reserve
@@ -72,6 +73,7 @@ class WorkerShare:
         controller = Controller.of_process()
         with controller.locked():  # whose thread moves it, too
             self.decoding = few
+            self._worker.expect(self._growth.most_touched if few else None)
             self._native.few_tokens(few)
             end = time.monotonic() + _LONGEST
             while not few and not self._native.resize(self.granted).done and time.monotonic() < end:
@@ -81,6 +83,14 @@ class WorkerShare:
             controller.look_soon()
         else:
             controller.recall()
+
+    def compute_many(self) -> None:
+        """The client is about to touch more than calls of few tokens do, whatever it has said."""
+        logger.warning("the client has said that its calls are of few tokens, and sends more: slots give back memory")
+        try:
+            self.compute_few(False)
+        except Exception:  # the thread computes for the client
+            logger.exception("what was lent to slots could not be given back")
 
     def computed(self, n_tokens: int) -> None:
         """So many more were."""
@@ -147,7 +157,11 @@ class WorkerShare:
         return self.memory.weights
 
     def soon(self, now: float) -> int:
-        return self.fixed if self._growth is None else self._growth.soon(now)
+        if self._growth is None:
+            return self.fixed
+        if self.decoding:
+            self._worker.expect(self._growth.most_touched)  # from now on
+        return self._growth.soon(now)
 
     @property
     def interpreter(self) -> int:
