@@ -168,7 +168,7 @@ def test_a_client_that_says_few_and_writes_many_is_noticed_before_it_is_written(
     bind = replace(experts, buffer=weights, data=at).pack() + struct.pack("<QQ", tensor.offset, 0)
     assert client.ask(rpc.BIND, bind, 1) == b"\1", client.complaint()
     assert "error" not in client.control.ask({"op": "bound"})
-    buffer = client.allocate(60 << 20)
+    buffer = client.allocate(32 << 20)
     context = {"n_ctx": 512, "n_ubatch": 512, "n_sequences": 1, "flash_attn": True, "kv": 1 << 20}
     assert "error" not in client.control.ask({"op": "attach", "context": context})
     assert client.control.ask({"op": "few", "few": True}) == {"ok": True}

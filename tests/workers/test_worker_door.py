@@ -23,6 +23,8 @@ from llama_flash.model.gguf import read_gguf
 from llama_flash.workers.identity import identity_of
 from llama_flash.workers.wire import Wire, connect
 
+NAME = "blk.0.attn_norm.weight"
+
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
@@ -193,6 +195,11 @@ def test_a_request_that_lacks_something_is_told_what(worker: WorkerProcess) -> N
             ({"op": "plan"}, "the request 'plan' has no 'homes'"),
             ({"op": "plan", "homes": 3}, "homes is no object"),
             ({"op": "plan", "homes": {"none": 2}}, "the file has no tensor 'none'"),
+            (
+                {"op": "plan", "homes": {}, "few_tokens": float("inf")},
+                "few_tokens: inf is not a whole number from 0 on",
+            ),
+            ({"op": "plan", "homes": {NAME: 0.5}}, f"{NAME}: 0.5 is not a whole number from 0 on"),
             ({"op": "attach"}, "there is no plan yet"),
         ):
             assert wire.ask(line)["error"] == {"kind": "refused", "message": said}

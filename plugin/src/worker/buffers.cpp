@@ -84,15 +84,18 @@ ggml_backend_buffer_t client_buffers::allocate(size_t size) {
         return nullptr;
     }
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
-    if (buffer) {
+    if (!buffer) {
+        return nullptr;
+    }
+    if (size > 0) { // of one without a byte the engine has no functions
         stock                       = buffer->iface;
         buffer->iface.memset_tensor = memset_tensor;
         buffer->iface.set_tensor    = set_tensor;
         buffer->iface.cpy_tensor    = cpy_tensor;
         buffer->iface.clear         = clear;
-        uses[buffer]                = { size };
-        allocated += size;
     }
+    uses[buffer] = { size };
+    allocated += size;
     return buffer;
 }
 

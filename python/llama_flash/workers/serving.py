@@ -47,6 +47,7 @@ __all__ = ["Serving", "main"]
 
 _READ = 1 << 20  # bytes: reads of which a drive's rate is told
 _TOO_MUCH = 1 << 62
+_MOST_FEW = 1 << 16  # tokens
 _LOOK = 0.1  # seconds, at most, from one look at what is waited for to the next
 _GAVE_UP = 4  # exit code
 _IDLE = 120.0  # seconds without a word from the client, which says every second that it is alive
@@ -104,7 +105,7 @@ class Serving:
             return _error("format", str(e))
         except KeyError as e:
             return _error("refused", f"the request {line.get('op')!r} has no {e}")
-        except (FlashError, OSError, ValueError, TypeError) as e:
+        except (FlashError, OSError, ValueError, TypeError, ArithmeticError) as e:
             return _error("refused", str(e) or type(e).__name__)
 
     # what may be asked
@@ -148,26 +149,38 @@ class Serving:
             lookahead=experts_ahead(options),
             tries_ahead=options.lookahead == "auto",
             panel_bytes=parse_size(options.panel_bytes),
-            few_tokens=int(line.get("few_tokens", 0)),
+            few_tokens=min(_MOST_FEW, _whole({"few_tokens": 0, **line}, "few_tokens", least=0)),
         )
+        try:
+            worker = self._worker_of(native, homes, bundles)
+        except BaseException:
+            native.close()
+            raise
+        self._native, self._worker, self._bundles = native, worker, bundles
+        threading.Thread(target=self._serve, args=(worker,), daemon=True).start()
+        return {}
+
+    def _worker_of(self, native: Session, homes: dict[str, Any], bundles: Bundles | None) -> Worker:
+        """With the weights that its client may ask for."""
         parts = [] if bundles is None else list(bundles.presented())
         for description in () if bundles is None else bundles.descriptions():
             native.add_bundle(description)
         limit = max(0, self._budget.total - self._budget.reserve)
         addresses = self._meta.file_bytes + sum(tensor_bytes(kind, shape) for _, kind, shape, _ in parts)
         worker = Worker(native, self._meta.files, self._n_threads, limit, addresses)
-        worker.on_many(self._many)
-        numbers = {path: i for i, path in enumerate(self._meta.files)}
-        bundled = set() if bundles is None else {layer.tensor.name for layer in bundles.layers}
-        for name, home in homes.items():
-            if name not in bundled:
-                tensor = self._meta.tensors[name]
-                worker.add_weight(name, tensor.type, tensor.shape, numbers[tensor.file], tensor.offset, int(home))
-        for name, kind, shape, tensor in parts:
-            worker.add_weight(name, kind, shape, numbers[tensor.file], tensor.offset, FLASH)
-        self._native, self._worker, self._bundles = native, worker, bundles
-        threading.Thread(target=self._serve, args=(worker,), daemon=True).start()
-        return {}
+        try:
+            worker.on_many(self._many)
+            numbers = {path: i for i, path in enumerate(self._meta.files)}
+            bundled = set() if bundles is None else {layer.tensor.name for layer in bundles.layers}
+            for name in homes.keys() - bundled:
+                tensor, home = self._meta.tensors[name], _whole(homes, name, least=0)
+                worker.add_weight(name, tensor.type, tensor.shape, numbers[tensor.file], tensor.offset, home)
+            for name, kind, shape, tensor in parts:
+                worker.add_weight(name, kind, shape, numbers[tensor.file], tensor.offset, FLASH)
+        except BaseException:
+            worker.close()
+            raise
+        return worker
 
     def watch_reads(self, give_up: Callable[[str], None]) -> None:
         """Until a read has taken too long; then `give_up` is told which, and this returns."""
