@@ -46,6 +46,7 @@ _ADDRESS = Kind(
     # CPython and its extensions keep memory until the process ends
     {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1"},
 )
+_HOSTILE = ("tests/workers/test_rpc_hostile.py", "tests/workers/test_rpc_fuzz.py")
 KINDS = (
     _ADDRESS,
     replace(
@@ -58,7 +59,7 @@ KINDS = (
         _ADDRESS,
         name="worker",
         # the rest needs a worker's budget, which a sanitizer's memory does not keep to
-        pytest=("-m", "", "-k", "not thousands", "tests/workers/test_rpc_hostile.py", "tests/workers/test_rpc_fuzz.py"),
+        pytest=("-m", "", "-k", "not thousands and not says_few", *_HOSTILE),
         folder="address",
     ),
     Kind(

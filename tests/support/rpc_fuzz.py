@@ -119,7 +119,7 @@ def _damaged(rng: random.Random, sound: Tensor, buffer: int, base: int, size: in
 
 def _one_changed(rng: random.Random, numbers: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     changed, at = list(numbers), rng.randrange(4)
-    changed[at] = max(0, rng.choice((changed[at] - 1, changed[at] + 1, changed[at] * 2, changed[at] // 2, 0, 4)))
+    changed[at] = rng.choice((changed[at] - 1, changed[at] + 1, changed[at] * 2, changed[at] // 2, 0, 4)) % (1 << 32)
     return tuple(changed)  # type: ignore[return-value]
 
 

@@ -69,7 +69,11 @@ static void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const
 }
 
 static bool cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tensor * dst) {
-    return may_write(buffer, dst->data, 0, ggml_nbytes(src)) && stock.cpy_tensor(buffer, src, dst);
+    const size_t bytes = ggml_nbytes(src);
+    const auto   from  = (uintptr_t) src->data;
+    const auto   to    = (uintptr_t) dst->data;
+    const bool   apart = from + bytes <= to || to + bytes <= from;
+    return apart && may_write(buffer, dst->data, 0, bytes) && stock.cpy_tensor(buffer, src, dst);
 }
 
 static void clear(ggml_backend_buffer_t buffer, uint8_t value) {
