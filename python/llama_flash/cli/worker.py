@@ -1,4 +1,7 @@
-"""`llama-flash worker`: layers of a model, for a client on another host."""
+"""`llama-flash worker`: layers of a model, for a client on another host.
+
+Long: a command's options are its function's arguments.
+"""
 
 from __future__ import annotations
 
