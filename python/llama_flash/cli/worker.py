@@ -1,6 +1,6 @@
 """`llama-flash worker`: layers of a model, for a client on another host.
 
-Long: a command's options are its function's arguments.
+Long: the options of the command are the parameters of its function.
 """
 
 from __future__ import annotations
