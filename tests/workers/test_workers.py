@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ModelFile
-from workers import DENSE, MOE, WorkerProcess, logits_of, open_model, workers_of
+from workers import DENSE, MOE, WorkerProcess, least_budget, logits_of, open_model, workers_of
 
 Bits = Any
 
@@ -39,6 +39,19 @@ def test_a_mixture_over_two_workers_gives_the_bits_of_one_machine(
         assert np.array_equal(logits_of(llm), stock[MOE])
         read = [stats["counters"]["bytes_read"] for stats in llm.flash.worker_stats()]
     assert all(read) if what != "auto" else not any(read)
+
+
+def test_a_worker_reads_ahead_from_one_of_its_layers_to_the_next(stock: dict[Path, Bits], tmp_path: Path) -> None:
+    """With a budget with which it reads in each token."""
+    budget = f"{least_budget(MOE, tmp_path, 1, what='experts') + 1}MiB"
+    for option in ("--lookahead", "--no-lookahead"):
+        with (
+            workers_of(MOE, tmp_path, 1, option, "--no-warm-start", budget=budget) as workers,
+            contextlib.closing(open_model(MOE, workers, what="experts")) as llm,
+        ):
+            assert np.array_equal(logits_of(llm), stock[MOE])
+            counters = llm.flash.worker_stats()[0]["counters"]
+        assert (counters["experts_expected"] > 0) == (option == "--lookahead")
 
 
 def test_a_dense_model_over_two_workers_gives_the_bits_of_one_machine(stock: dict[Path, Bits], tmp_path: Path) -> None:
