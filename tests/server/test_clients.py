@@ -378,16 +378,16 @@ def test_a_short_prompt_does_not_wait_for_longer_ones(server: Server) -> None:
         ended.clear()
         before = server.metrics()["llamacpp:prompt_tokens_total"]
         with ThreadPoolExecutor(4) as pool:
-            longer = [pool.submit(ask, f"long {i}", f"{i} " + "x = 1\n" * 100, i) for i in range(3)]
+            longer = [pool.submit(ask, f"long {i}", f"{i} " + "x = 1\n" * 180, i) for i in range(3)]
             while in_flight(server) < 3 and not all(one.done() for one in longer):
                 pass
             short = pool.submit(ask, "short", "One, two,", 3)
             for one in (*longer, short):
                 one.result(PATIENCE)
-        assert server.metrics()["llamacpp:prompt_tokens_total"] - before > 1100
+        assert server.metrics()["llamacpp:prompt_tokens_total"] - before > 2000
         return ended[0] == "short"
 
-    assert any(comes_first() for _ in range(5)), "each time"
+    assert any(comes_first() for _ in range(10)), "each time"
 
 
 def test_answers_are_those_given_alone_while_others_come_and_go(server: Server) -> None:
