@@ -129,8 +129,8 @@ void stock_mul_mat_id(const stock_kernel & kernel, const ggml_compute_params * p
                       bool again) {
     ggml_tensor w = shadow_weight(kernel, op, nullptr, op->src[0]->ne[1]);
 
-    ggml_tensor addresses = {};
-    addresses.data        = const_cast<void **>((void * const *) table);
+    ggml_tensor addresses  = {};
+    addresses.data         = const_cast<void **>((void * const *) table);
     addresses.op_params[0] = again;
 
     ggml_tensor dst = *op;
