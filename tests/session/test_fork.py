@@ -99,6 +99,7 @@ def calls_of(llm: Any) -> dict[str, Callable[[], tuple[int, str]]]:
         "session_reuse": call("session_reuse", (ctypes.c_uint64 * 256)()),
         "abort": call("abort", error=False),
         "session_take_error": call("session_take_error"),
+        "session_waiting": call("session_waiting"),
         "session_stats": call("session_stats", bindings.llama_flash_stats(), error=False),
         "session_free": call("session_free", error=False),
     }
@@ -116,7 +117,7 @@ def test_every_call_with_a_session_is_among_those_tried_here(model_file: ModelFi
 @pytest.mark.sanitize
 @pytest.mark.parametrize("form", ["qwen3moe", "llama"])
 def test_a_forked_child_is_refused_by_every_call(form: str, model_file: ModelFile) -> None:
-    numbers = {"session_hot", "session_trace_take", "session_tensors", "session_free"}
+    numbers = {"session_hot", "session_trace_take", "session_tensors", "session_waiting", "session_free"}
     silent = {"session_requirements", "session_memory", "session_trace_tensor", "session_stats"}
     with open_flash(model_file(form, "Q4_0"), share=LEAST) as llm:
         expected = logits_of(llm, PROMPT, DECODED)  # so that there is a pool of threads

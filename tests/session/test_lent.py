@@ -57,7 +57,9 @@ def test_under_a_cap_prompts_have_room(model_folder: Path) -> None:
         path.unlink()
     told = json.loads(run.stdout)
     for prompt, decode in told["seen"]:
-        assert prompt <= told["planned"] < decode, told
+        lent = decode - told["planned"]
+        # what the process holds beside is measured anew with each look: a little more or less than planned
+        assert lent > 0 and prompt - told["planned"] < lent / 20, told
 
 
 OPTIONS: dict[str, Any] = {"n_ctx": 4096, "n_batch": 512, "n_ubatch": 512, "n_threads": 2, "verbose": False}
