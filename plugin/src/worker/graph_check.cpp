@@ -144,7 +144,8 @@ bool experts_fit(const ggml_tensor & t) {
     if (t.op == GGML_OP_ADD_ID) {
         return ggml_are_same_shape(&a, &t) && a.ne[0] == b.ne[0] && a.ne[1] == ids.ne[0] && a.ne[2] == ids.ne[1] && ids.type == GGML_TYPE_I32;
     }
-    return ids.type == GGML_TYPE_I32 && a.ne[0] == b.ne[0] && a.ne[3] == 1 && ids.ne[1] == b.ne[2] && divides(b.ne[1], ids.ne[0]) &&
+    // a fourth source would be a table of addresses, see ggml_mul_mat_id_expert
+    return !t.src[3] && ids.type == GGML_TYPE_I32 && a.ne[0] == b.ne[0] && a.ne[3] == 1 && ids.ne[1] == b.ne[2] && divides(b.ne[1], ids.ne[0]) &&
            has_shape(t, a.ne[1], ids.ne[0], b.ne[2], 1);
 }
 
