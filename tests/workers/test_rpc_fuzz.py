@@ -123,6 +123,21 @@ def test_a_graph_is_refused_if_its_shapes_do_not_fit(worker: WorkerProcess) -> N
         client.close()
 
 
+def test_experts_lie_where_their_weight_does(worker: WorkerProcess) -> None:
+    """Within the engine a fourth source says where else: addresses."""
+    for n_sources in (3, 4):
+        client = Client(worker)
+        experts = client.tensor(id=2, ne=(8, 4, 2, 1), nb=(4, 32, 128, 256))
+        ids = client.tensor(id=4, type=rpc.I32, ne=(1, 1, 1, 1), nb=(4, 4, 4, 4))
+        src = (2, 3, 4, 5 if n_sources == 4 else 0, *[0] * 6)
+        op, out = rpc.op_number("MUL_MAT_ID"), client.base + 4096
+        product = client.tensor(op=op, ne=(4, 1, 1, 1), nb=(4, 16, 16, 16), src=src, data=out)
+        client.data.sendall(rpc.graph([1], [product, experts, client.tensor(id=3), ids, client.tensor(id=5)]))
+        assert client.is_served() == (n_sources == 3)
+        assert ("its sources do not fit" in client.complaint()) == (n_sources == 4)
+        client.close()
+
+
 def test_a_graph_whose_tensors_take_less_than_it_needs_to_be_computed_is_refused(worker: WorkerProcess) -> None:
     """A stride of zero: a row is as many as it likes, and each is converted."""
     client, n = Client(worker), 1 << 17
@@ -154,6 +169,33 @@ def test_buffers_are_addresses_until_they_are_written_to(worker: WorkerProcess) 
         client.data.sendall(rpc.command(rpc.CLEAR, struct.pack("<QB", buffer, value)))
         complaint = client.complaint() if client.is_served() else "ended"
         assert said in complaint if said else not complaint  # zeros take no memory
+    client.close()
+
+
+def test_weights_and_what_is_written_fit_into_the_budget_together(worker: WorkerProcess) -> None:
+    tensor = read_gguf(MOE).tensors["blk.0.ffn_gate_exps.weight"]
+    client = Client(worker, {tensor.name: 0})
+    size, written = 64 << 20, list[int]()
+    while size > tensor.size // 2:  # until nearly nothing is left
+        buffer = client.allocate(size)
+        client.data.sendall(rpc.command(rpc.CLEAR, struct.pack("<QB", buffer, 1)))
+        assert client.is_served()
+        if client.complaint():
+            client.data.sendall(rpc.command(rpc.FREE, struct.pack("<Q", buffer)))
+            size //= 2
+        else:
+            written.append(buffer)
+    assert written
+    weights = client.allocate(tensor.size)
+    (at,) = struct.unpack("<Q", client.ask(rpc.BASE, struct.pack("<Q", weights), 8))
+    row = tensor.size // (tensor.shape[1] * tensor.shape[2])
+    nb = (34, row, row * tensor.shape[1], tensor.size)
+    experts = client.tensor(type=tensor.type, ne=(*tensor.shape, 1), nb=nb, name=tensor.name.encode())
+    bind = replace(experts, buffer=weights, data=at).pack() + struct.pack("<QQ", tensor.offset, 0)
+    assert client.ask(rpc.BIND, bind, 1) == b"\0"
+    assert "than this worker's budget has memory for" in client.complaint()
+    client.data.sendall(rpc.command(rpc.FREE, struct.pack("<Q", written[0])))
+    assert client.ask(rpc.BIND, bind, 1) == b"\1", client.complaint()
     client.close()
 
 
@@ -217,6 +259,8 @@ def test_weights_are_only_bound_where_the_file_has_them(worker: WorkerProcess) -
     client = Client(worker, {tensor.name: 0})
     good = replace(good, buffer=client.buffer, data=client.base)
     assert client.ask(rpc.BIND, good.pack() + struct.pack("<QQ", tensor.offset, 0), 1) == b"\1"
+    client.data.sendall(rpc.command(rpc.CLEAR, struct.pack("<QB", client.buffer, 0)))
+    assert client.is_served() and "writes to memory of weights" in client.complaint()
     with MOE.open("rb") as file:
         file.seek(tensor.offset)
         whole = good.pack() + struct.pack("<QQ", 0, tensor.size)

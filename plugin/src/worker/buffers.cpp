@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <mutex>
 
 void page_set::add(uintptr_t begin, uint64_t bytes) {
     if (bytes == 0) {
@@ -50,7 +51,8 @@ void client_buffers::serve(client_buffers * buffers) {
     current = buffers;
 }
 
-static ggml_backend_buffer_i stock = {}; // of the engine's buffers in memory
+static ggml_backend_buffer_i stock = {}; // of the engine's buffers in memory, set once
+static std::once_flag        known;
 
 static bool may_write(ggml_backend_buffer_t buffer, const void * data, size_t offset, size_t size) {
     return !current || current->may_write(buffer, (uintptr_t) data + offset, size);
@@ -77,7 +79,9 @@ static bool cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, gg
 }
 
 static void clear(ggml_backend_buffer_t buffer, uint8_t value) {
-    if (value == 0 || may_write(buffer, ggml_backend_buffer_get_base(buffer), 0, buffer->size)) { // zero gives memory back
+    const bool gives_back = value == 0; // what is zero takes no memory
+    const bool may        = gives_back ? !current || current->may_empty(buffer) : may_write(buffer, ggml_backend_buffer_get_base(buffer), 0, buffer->size);
+    if (may) {
         stock.clear(buffer, value);
     }
 }
@@ -92,7 +96,7 @@ ggml_backend_buffer_t client_buffers::allocate(size_t size) {
         return nullptr;
     }
     if (size > 0) { // of one without a byte the engine has no functions
-        stock                       = buffer->iface;
+        std::call_once(known, [buffer] { stock = buffer->iface; });
         buffer->iface.memset_tensor = memset_tensor;
         buffer->iface.set_tensor    = set_tensor;
         buffer->iface.cpy_tensor    = cpy_tensor;
@@ -136,12 +140,20 @@ uint64_t client_buffers::largest() const {
     return most_bytes;
 }
 
-bool client_buffers::may_write(ggml_backend_buffer_t buffer, uintptr_t begin, uint64_t bytes) {
+bool client_buffers::may_empty(ggml_backend_buffer_t buffer) const {
     const auto it = uses.find(buffer);
     if (it == uses.end() || it->second.weights) {
         refuse("the client writes to memory of weights");
         return false;
     }
+    return true;
+}
+
+bool client_buffers::may_write(ggml_backend_buffer_t buffer, uintptr_t begin, uint64_t bytes) {
+    if (!may_empty(buffer)) {
+        return false;
+    }
+    const auto it = uses.find(buffer);
     if (!it->second.written) {
         if (it->second.bytes > limit - std::min(limit, written + resident)) {
             refuse("the client writes to buffers of " + std::to_string(written + it->second.bytes) + " bytes, more than this worker's budget has for them");
@@ -163,7 +175,9 @@ static uint64_t scattered(const ggml_tensor & node) {
     const uint64_t page = page_bytes();
     const uint64_t rows = (uint64_t) ggml_nrows(node.src[0]);
     const uint64_t each = ggml_row_size(node.type, node.ne[0]);
-    return std::min<uint64_t>(ggml_nbytes(&node), rows * ((each + page - 1) / page + (each > ONE_VALUE)) * page);
+    const uint64_t most = ((each + page - 1) / page + (each > ONE_VALUE)) * page; // of a row
+    const uint64_t all  = ggml_nbytes(&node);
+    return rows < all / most ? rows * most : all;
 }
 
 bool client_buffers::may_compute(const ggml_cgraph & graph) {

@@ -43,9 +43,13 @@ class client_buffers {
 
     uint64_t bytes() const; // of those without weights
     uint64_t largest() const;
+    uint64_t written_bytes() const { return written; } // of those that are written
 
     // Whether it may be written there. If not, that is refused.
     bool may_write(ggml_backend_buffer_t buffer, uintptr_t begin, uint64_t bytes);
+
+    // Whether its memory may be given back. If not, that is refused.
+    bool may_empty(ggml_backend_buffer_t buffer) const;
 
     // the same of all that a graph writes; it may be computed several times
     bool may_compute(const ggml_cgraph & graph);

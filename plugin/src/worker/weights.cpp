@@ -47,7 +47,7 @@ std::string worker_weights::mismatch(const ggml_tensor & tensor, uint64_t file, 
     return "";
 }
 
-bool worker_weights::bind(ggml_tensor & tensor, uint64_t file, uint64_t offset, std::string & reason) {
+bool worker_weights::bind(ggml_tensor & tensor, uint64_t file, uint64_t offset, uint64_t beside, std::string & reason) {
     reason = mismatch(tensor, file, offset);
     if (reason.empty() && (!tensor.buffer || !tensor.data || !ggml_is_contiguous(&tensor) || file >= files.size())) {
         reason = "got no place for it";
@@ -55,7 +55,7 @@ bool worker_weights::bind(ggml_tensor & tensor, uint64_t file, uint64_t offset, 
     if (reason.empty() && (session.bound || taken.count(tensor.name) || elsewhere.count((uintptr_t) tensor.data))) {
         reason = "has bound it, or all weights, before";
     }
-    if (reason.empty() && known.at(tensor.name).home != weight_home::flash && ggml_nbytes(&tensor) > limit - std::min(limit, n_resident)) {
+    if (reason.empty() && known.at(tensor.name).home != weight_home::flash && ggml_nbytes(&tensor) > limit - std::min(limit, n_resident + beside)) {
         reason = "has more in it than this worker's budget has memory for";
     }
     if (!reason.empty()) {

@@ -49,8 +49,8 @@ class worker_weights {
     void add(const std::string & name, const file_weight & weight) { known[name] = weight; }
 
     // The client's tensor (name, type, shape, address in its buffer) is the weight at this place of the file. false, with the reason:
-    // it is not.
-    bool bind(ggml_tensor & tensor, uint64_t file, uint64_t offset, std::string & reason);
+    // it is not. beside: bytes that count with resident weights.
+    bool bind(ggml_tensor & tensor, uint64_t file, uint64_t offset, uint64_t beside, std::string & reason);
 
     // A tensor of the client's: as it is computed with here. false: it reaches into the memory of a weight that is elsewhere.
     bool place(ggml_tensor & tensor) const;

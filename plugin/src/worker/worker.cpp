@@ -103,7 +103,7 @@ void llama_flash_worker::free_buffer(void * context, ggml_backend_buffer_t buffe
 bool llama_flash_worker::bind(void * context, ggml_tensor * tensor, uint64_t file, uint64_t offset) {
     llama_flash_worker & w      = self(context);
     std::string          reason = "got no place for it beside what the client has written";
-    const bool           done   = w.buffers.may_bind(tensor->buffer) && w.weights.bind(*tensor, file, offset, reason);
+    const bool           done   = w.buffers.may_bind(tensor->buffer) && w.weights.bind(*tensor, file, offset, w.buffers.written_bytes(), reason);
     if (done) {
         w.buffers.give_to_weights(tensor->buffer);
     } else {
@@ -150,7 +150,7 @@ bool llama_flash_worker::has_work_for(const ggml_cgraph & graph) {
         const ggml_tensor & node = *graph.nodes[i];
         ffn_part            part;
         if (node.src[0] && worker_weights::is_elsewhere(*node.src[0]) && session.find_part(node.src[0]->data, part)) {
-            const int64_t tokens = node.src[2] ? node.src[2]->ne[1] : node.src[1]->ne[1];
+            const int64_t tokens = node.op == GGML_OP_MUL_MAT_ID ? node.src[2]->ne[1] : ggml_nrows(node.src[1]);
             if (tokens > (int64_t) session.needs.n_ubatch) {
                 remember(std::string("tensor ") + node.src[0]->name + " is multiplied with " + std::to_string(tokens) +
                          " tokens at once, more than the client's context has");
