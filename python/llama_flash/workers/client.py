@@ -123,8 +123,14 @@ class Remote:
 
     def settle(self) -> None:
         """Waits until it has done all that it was sent. Raises FlashWorkerError."""
-        if not remote.settle(self.endpoint):
-            raise self.lose("its connection for data has ended")
+        if remote.settle(self.endpoint):
+            return
+        why = "its connection for data has ended"
+        try:
+            self.ask({"op": "check"})  # it may have refused something, or have given up
+        except FlashError as error:
+            why = f"{why}: {error}"
+        raise self.lose(why)
 
     def lose(self, why: str) -> FlashWorkerError:
         """Gives it up. Returns the error to raise."""

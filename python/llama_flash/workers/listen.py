@@ -64,6 +64,8 @@ class _Guest:
         """Whether it is being served. A process whose client has left is ended, also where it hangs."""
         if self.process.poll() is not None:
             return False
+        if self.stuck:  # it was killed, and nobody waits for it again
+            return True
         poll = select.poll()
         poll.register(self.control, select.POLLRDHUP)
         if not poll.poll(0):

@@ -150,6 +150,7 @@ class Pulse:
     def give_up(self, why: str) -> None:
         """Nothing is sent after this. From any thread. Raises OSError."""
         self._turn.acquire(timeout=1.0)  # for good; who does not read does not hold this up
+        self._wire.connection.settimeout(1.0)
         self._wire.send({_GIVEN_UP: why})
 
     def _run(self) -> None:
