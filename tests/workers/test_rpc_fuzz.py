@@ -177,14 +177,16 @@ def test_weights_and_what_is_written_fit_into_the_budget_together(worker: Worker
     client = Client(worker, {tensor.name: 0})
     size, written = 64 << 20, list[int]()
     while size > tensor.size // 2:  # until nearly nothing is left
-        buffer = client.allocate(size)
-        client.data.sendall(rpc.command(rpc.CLEAR, struct.pack("<QB", buffer, 1)))
-        assert client.is_served()
-        if client.complaint():
-            client.data.sendall(rpc.command(rpc.FREE, struct.pack("<Q", buffer)))
-            size //= 2
-        else:
+        buffer, _ = struct.unpack("<QQ", client.ask(rpc.ALLOC, struct.pack("<IQ", 0, size), 16))
+        if buffer:
+            client.data.sendall(rpc.command(rpc.CLEAR, struct.pack("<QB", buffer, 1)))
+            assert client.is_served()
+        if not client.complaint():
             written.append(buffer)
+            continue
+        size //= 2
+        if buffer:
+            client.data.sendall(rpc.command(rpc.FREE, struct.pack("<Q", buffer)))
     assert written
     weights = client.allocate(tensor.size)
     (at,) = struct.unpack("<Q", client.ask(rpc.BASE, struct.pack("<Q", weights), 8))
