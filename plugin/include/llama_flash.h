@@ -542,7 +542,8 @@ LLAMA_FLASH_API void                        llama_flash_worker_free(struct llama
 LLAMA_FLASH_API int32_t llama_flash_worker_add_weight(struct llama_flash_worker * worker, const char * name, uint32_t type, const int64_t * ne, uint32_t file,
                                                       uint64_t offset, uint32_t home, struct llama_flash_error * err);
 
-// Before serve: whom to tell, on its thread, that the client is about to touch more of its buffers than was expected.
+// Before serve: whom to tell, on its thread, that the client is about to touch more of its buffers than was expected, or one that it has
+// asked for since the session has its memory.
 LLAMA_FLASH_API int32_t llama_flash_worker_on_many(struct llama_flash_worker * worker, void (*many)(void * data), void * data, struct llama_flash_error * err);
 
 // The client says that it computes few tokens at once: until this is called again, so many bytes of its buffers are touched at most.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from workers import MOE, WorkerProcess, least_budget, logits_of, open_model, wor
 from gguf_tools.synthetic import PRESETS, write
 from llama_flash import FlashBudgetError, FlashReadError, FlashWorkerError
 from llama_flash.budget.cgroup import memory_groups
+from llama_flash.native import remote
 from llama_flash.workers.client import Workers
 
 EIO, HANG = 1, 6  # as in faults.c
@@ -129,6 +132,47 @@ def test_a_client_that_says_few_and_sends_many_gets_no_more_memory_than_the_budg
         assert llm.flash.worker_stats()[0]["flash"] <= honest + (1 << 20)
         monkeypatch.setattr(Workers, "_tell_whether_few", told)
         assert np.array_equal(_bits(llm, prompt, [7]), alone)
+
+
+def test_a_client_that_asks_for_further_buffers_gets_no_more_memory_than_the_budget(
+    large_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What slots have of it is given back before the buffer is written to."""
+    import llama_cpp
+
+    libraries = Path(llama_cpp.__file__).parent / "lib"
+    engine = ctypes.CDLL(str(libraries / "libggml-base.so"))
+    engine.ggml_backend_buft_alloc_buffer.restype = ctypes.c_void_p
+    engine.ggml_backend_buft_alloc_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    engine.ggml_backend_buffer_clear.argtypes = [ctypes.c_void_p, ctypes.c_uint8]
+    engine.ggml_backend_buffer_free.argtypes = [ctypes.c_void_p]
+    devices: list[int] = []
+    connect = remote.connect
+
+    def noted(endpoint: str, connection: socket.socket) -> int:
+        devices.append(connect(endpoint, connection))
+        return devices[-1]
+
+    monkeypatch.setattr(remote, "connect", noted)
+    with (
+        workers_of(large_model, tmp_path, 1, budget="260MiB") as (worker,),
+        contextlib.closing(open_model(large_model, [worker])) as llm,
+    ):
+        before = logits_of(llm)
+        llm.eval(list(range(5, 405)))  # slots are filled
+        given = llm.flash.worker_stats()[0]["flash"]
+        guest = Path(f"/proc/{worker.guest()}")
+        (guest / "clear_refs").write_text("5")  # the peak is counted anew
+        buffer = engine.ggml_backend_buft_alloc_buffer(remote.buffer_type_of(devices[0]), 40 << 20)
+        assert buffer
+        engine.ggml_backend_buffer_clear(buffer, 1)
+        assert remote.settle(worker.endpoint)
+        peak = _in_kib(guest / "status", "VmHWM") + _in_kib(Path(f"/proc/{worker.process.pid}/status"), "VmRSS")
+        assert peak <= 260 << 10
+        assert "has asked for further buffers" in worker.said()
+        assert llm.flash.worker_stats()[0]["flash"] < given - (30 << 20)
+        assert np.array_equal(logits_of(llm), before)
+        engine.ggml_backend_buffer_free(buffer)
 
 
 def test_two_workers_in_cgroups_of_their_own_run_what_neither_could_hold(large_model: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ static void clear(ggml_backend_buffer_t buffer, uint8_t value) {
     }
 }
 
-ggml_backend_buffer_t client_buffers::allocate(size_t size) {
+ggml_backend_buffer_t client_buffers::allocate(size_t size, bool is_late) {
     if (size > most - allocated) {
         refuse("the client asks for a buffer of " + std::to_string(size) + " bytes, more than this worker's budget has for it");
         return nullptr;
@@ -104,6 +104,7 @@ ggml_backend_buffer_t client_buffers::allocate(size_t size) {
     }
     uses[buffer] = { size };
     allocated += size;
+    counted = is_late ? counted : bytes();
     return buffer;
 }
 
@@ -161,6 +162,10 @@ bool client_buffers::may_write(ggml_backend_buffer_t buffer, uintptr_t begin, ui
         }
         it->second.written = true;
         written += it->second.bytes;
+        if (const uint64_t now = this->bytes(); now > counted) {
+            counted = now;
+            many();
+        }
     }
     touch(nullptr, begin, bytes);
     return true;

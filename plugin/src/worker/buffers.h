@@ -36,7 +36,9 @@ class client_buffers {
     // limit: bytes of those that are written; most: of all, addresses included
     client_buffers(uint64_t limit, uint64_t most) : limit(limit), most(most) {}
 
-    ggml_backend_buffer_t allocate(size_t size); // nullptr: refused, or the system has none
+    // nullptr: refused, or the system has none. is_late: flash has what the buffers so far have left; before more is written, `many` is
+    // called.
+    ggml_backend_buffer_t allocate(size_t size, bool is_late);
     void                  forget(ggml_backend_buffer_t buffer);
     bool                  may_bind(ggml_backend_buffer_t buffer) const; // whether nothing else was written to it
     void                  give_to_weights(ggml_backend_buffer_t buffer);
@@ -60,7 +62,7 @@ class client_buffers {
 
     uint64_t                                 resident = 0; // bytes of weights in memory, which count with what is written
     std::function<void(const std::string &)> refuse;       // why
-    std::function<void()>                    many;         // more is about to be touched than was expected: once, until expect()
+    std::function<void()>                    many;         // more is about to be touched than was expected (once, until expect()), or more than was counted
 
     // whose buffers this thread writes to; nullptr: nobody's
     static void serve(client_buffers * buffers);
@@ -78,6 +80,7 @@ class client_buffers {
     const uint64_t                                 most;
     uint64_t                                       allocated = 0;
     uint64_t                                       written   = 0;
+    uint64_t                                       counted   = 0; // bytes() of which `many` knows
     std::unordered_map<ggml_backend_buffer_t, use> uses;
 
     page_set              of_graph;    // what the last one writes

@@ -86,9 +86,14 @@ void llama_flash_worker::note_memory() {
     now.buffers  = buffers.bytes();
 }
 
+bool llama_flash_worker::has_flash_memory() const {
+    const session_lock lock(session);
+    return lock && session.memory.total > 0;
+}
+
 ggml_backend_buffer_t llama_flash_worker::alloc_buffer(void * context, size_t size) {
     llama_flash_worker &  w      = self(context);
-    ggml_backend_buffer_t buffer = w.buffers.allocate(size);
+    ggml_backend_buffer_t buffer = w.buffers.allocate(size, w.has_flash_memory());
     w.note_memory();
     return buffer;
 }

@@ -45,6 +45,7 @@ struct llama_flash_worker {
     static bool                  abort(void * context); // asked before a graph, and within
 
     void note_memory();
+    bool has_flash_memory() const;
     bool has_work_for(const ggml_cgraph & graph);
 
     static constexpr size_t LEAST_MESSAGE = 16u << 20; // bytes that a message may have in any case

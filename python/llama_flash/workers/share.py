@@ -56,6 +56,7 @@ class WorkerShare:
         )
         self.granted = self.least = self.most = 0
         self._moving = False
+        self._shape: ContextShape | None = None
         self._growth: Growth | None = None
         self.decoding = False  # calls are of few tokens, as the client says
         self._n_computed = 0  # tokens
@@ -64,7 +65,7 @@ class WorkerShare:
         """The client's context, of whose buffers so many bytes are KV cache: what of it may be lent."""
         kv = min(kv, self.memory.compute)
         self.memory = replace(self.memory, kv=kv, compute=self.memory.compute - kv)
-        self._growth = Growth(self.memory, shape)
+        self._shape, self._growth = shape, Growth(self.memory, shape)
 
     def compute_few(self, few: bool) -> None:
         """Whether calls are of few tokens from now on. If not, what was lent has been given back when this returns."""
@@ -85,12 +86,27 @@ class WorkerShare:
             controller.recall()
 
     def compute_many(self) -> None:
-        """The client is about to touch more than calls of few tokens do, whatever it has said."""
-        logger.warning("the client has said that its calls are of few tokens, and sends more: slots give back memory")
+        """The client is about to touch more than calls of few tokens do, whatever it has said, or further buffers."""
         try:
+            if self._has_grown():
+                logger.warning("the client has asked for further buffers: slots give back memory")
+            elif self.decoding:
+                said = "the client has said that its calls are of few tokens, and sends more: slots give back memory"
+                logger.warning(said)
             self.compute_few(False)
+            Controller.of_process().recall()
         except Exception:  # the thread computes for the client
             logger.exception("what was lent to slots could not be given back")
+
+    def _has_grown(self) -> bool:
+        """Whether there are more buffers than were known. From now on they are."""
+        with Controller.of_process().locked():
+            more = int(self._worker.memory().buffers) - self.memory.kv - self.memory.compute
+            if more <= 0 or self._shape is None:
+                return False
+            self.memory = replace(self.memory, compute=self.memory.compute + more)
+            self._growth = Growth(self.memory, self._shape)
+        return True
 
     def computed(self, n_tokens: int) -> None:
         """So many more were."""
