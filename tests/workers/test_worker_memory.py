@@ -308,7 +308,7 @@ def test_a_drive_that_does_not_answer_ends_the_call_with_the_workers_name(
     control.write_bytes(bytes(4096))
     with contextlib.closing(open_model(MOE, flash=False)) as llm:
         alone = logits_of(llm)
-    disturbed = _disturbed(shim, control, monkeypatch, "--read-timeout", "1.5")
+    disturbed = _disturbed(shim, control, monkeypatch, "--read-timeout", "5")
     try:
         with workers_of(MOE, tmp_path, 1) as others:
             both = [*others, disturbed]
