@@ -136,9 +136,10 @@ def test_auto_is_the_text_alone_where_the_budget_has_no_room_for_the_head(what: 
     def planned(draft: str, total: int | str) -> llama_flash.LoadPlan:
         return llama_flash.plan(path, total, flash_offload={**options, "draft": draft}, **shape)  # type: ignore[arg-type]
 
+    slack = 4 << 20  # bytes: what this process has taken is not the same at each plan
     least = planned("ngram", budget()).smallest
-    assert least < planned("mtp", budget()).smallest and planned("auto", budget()).smallest >= least
-    total = planned("auto", budget()).smallest
+    assert least < planned("mtp", budget()).smallest and planned("auto", budget()).smallest >= least - slack
+    total = planned("auto", budget()).smallest + slack  # the head takes twice as much
     with pytest.raises(FlashBudgetError):
         planned("mtp", total)
     made = planned("auto", total)
