@@ -264,73 +264,76 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_read_that_fails_at_a_worker_is_its_error_and_the_next_call_works(
     shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = tmp_path / "faults"
-    control.write_bytes(bytes(4096))
     with contextlib.closing(open_model(MOE, flash=False)) as llm:
         alone = logits_of(llm)
-    disturbed = _disturbed(shim, control, monkeypatch)
-    try:
-        with workers_of(MOE, tmp_path, 1) as others:
-            with contextlib.closing(open_model(MOE, [disturbed, *others], what="experts")) as llm:
-                for skip in (0, 1, 5):
-                    _set(control, EIO, left=1, skip=skip)
-                    with pytest.raises(FlashReadError, match=re.escape(disturbed.endpoint)) as caught:
-                        for prompt in (b"import os", b"class Tree:", b"0123456789", b"def f(x, y):"):
-                            logits_of(llm, 8, prompt)
-                    error = caught.value
-                    assert error.errno == 5 and error.file == str(MOE) and error.tensor and error.size
-                    _set(control, 0)
-                    assert np.array_equal(logits_of(llm), alone)
-            _set(control, EIO, left=1, skip=2)
-            with pytest.raises(FlashReadError, match=re.escape(disturbed.endpoint)):
-                open_model(MOE, [disturbed, *others])
-            _set(control, 0)
-            with contextlib.closing(open_model(MOE, [disturbed, *others])) as llm:
+    with (
+        _disturbed(shim, tmp_path, monkeypatch) as (disturbed, control),
+        workers_of(MOE, tmp_path, 1) as others,
+    ):
+        with contextlib.closing(open_model(MOE, [disturbed, *others], what="experts")) as llm:
+            for skip in (0, 1, 5):
+                _set(control, EIO, left=1, skip=skip)
+                with pytest.raises(FlashReadError, match=re.escape(disturbed.endpoint)) as caught:
+                    for prompt in (b"import os", b"class Tree:", b"0123456789", b"def f(x, y):"):
+                        logits_of(llm, 8, prompt)
+                error = caught.value
+                assert error.errno == 5 and error.file == str(MOE) and error.tensor and error.size
+                _set(control, 0)
                 assert np.array_equal(logits_of(llm), alone)
-    finally:
-        disturbed.end()
+        _set(control, EIO, left=1, skip=2)
+        with pytest.raises(FlashReadError, match=re.escape(disturbed.endpoint)):
+            open_model(MOE, [disturbed, *others])
+        _set(control, 0)
+        with contextlib.closing(open_model(MOE, [disturbed, *others])) as llm:
+            assert np.array_equal(logits_of(llm), alone)
 
 
-def _disturbed(shim: Path, control: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerProcess:
-    """A worker whose reads fail as the file says, with a budget with which it reads in each token."""
-    budget = f"{least_budget(MOE, control.parent) + 1}MiB"
+@contextlib.contextmanager
+def _disturbed(
+    shim: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> Iterator[tuple[WorkerProcess, Path]]:
+    """A worker whose reads fail as a file says, that file, and a budget with which it reads in each token."""
+    control = folder / "faults"
+    control.write_bytes(bytes(4096))
+    budget = f"{least_budget(MOE, folder) + 1}MiB"
     with monkeypatch.context() as patched:
         patched.setenv("LD_PRELOAD", str(shim))
         patched.setenv("FAULTS", str(control))
-        return WorkerProcess(MOE, control.parent, "--io-engine", "pread", *arguments, budget=budget)
+        worker = WorkerProcess(MOE, folder, "--io-engine", "pread", *arguments, budget=budget)
+    try:
+        yield worker, control
+    finally:
+        worker.end()
 
 
 def test_a_drive_that_does_not_answer_ends_the_call_with_the_workers_name(
     shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a token and within a load; the worker is there for the next client."""
-    control = tmp_path / "faults"
-    control.write_bytes(bytes(4096))
     with contextlib.closing(open_model(MOE, flash=False)) as llm:
         alone = logits_of(llm)
-    disturbed = _disturbed(shim, control, monkeypatch, "--read-timeout", "5")
-    try:
-        with workers_of(MOE, tmp_path, 1) as others:
-            both = [*others, disturbed]
-            for skip in (0, 3):
-                with contextlib.closing(open_model(MOE, both, what="experts")) as llm:
-                    assert np.array_equal(logits_of(llm), alone)
-                    _set(control, HANG, left=1 << 30, skip=skip)
-                    with pytest.raises(FlashWorkerError) as caught:
-                        for prompt in (b"import os", b"class Tree:", b"0123456789", b"def f(x, y):"):
-                            logits_of(llm, 8, prompt)
-                _assert_says_which_read(caught.value, disturbed)
-                _set(control, 0)
-            _set(control, HANG, left=1 << 30, skip=2)
-            with pytest.raises(FlashWorkerError) as caught:
-                open_model(MOE, both)
+    with (
+        _disturbed(shim, tmp_path, monkeypatch, "--read-timeout", "5") as (disturbed, control),
+        workers_of(MOE, tmp_path, 1) as others,
+    ):
+        both = [*others, disturbed]
+        for skip in (0, 3):
+            with contextlib.closing(open_model(MOE, both, what="experts")) as llm:
+                assert np.array_equal(logits_of(llm), alone)
+                _set(control, HANG, left=1 << 30, skip=skip)
+                with pytest.raises(FlashWorkerError) as caught:
+                    for prompt in (b"import os", b"class Tree:", b"0123456789", b"def f(x, y):"):
+                        logits_of(llm, 8, prompt)
             _assert_says_which_read(caught.value, disturbed)
             _set(control, 0)
-            with contextlib.closing(open_model(MOE, both)) as llm:
-                assert np.array_equal(logits_of(llm), alone)
-            assert disturbed.said().count("the client is given up") == 3
-    finally:
-        disturbed.end()
+        _set(control, HANG, left=1 << 30, skip=2)
+        with pytest.raises(FlashWorkerError) as caught:
+            open_model(MOE, both)
+        _assert_says_which_read(caught.value, disturbed)
+        _set(control, 0)
+        with contextlib.closing(open_model(MOE, both)) as llm:
+            assert np.array_equal(logits_of(llm), alone)
+        assert disturbed.said().count("the client is given up") == 3
 
 
 def _assert_says_which_read(error: FlashWorkerError, worker: WorkerProcess) -> None:
