@@ -42,7 +42,7 @@ from rich.markup import escape
 
 from gguf_tools import GgufToolsError
 from gguf_tools.routing import measure as measure_routing
-from llama_flash import FlashError
+from llama_flash import FlashError, FlashOffload
 
 _MODELS = Path(__file__).resolve().parents[2] / "build" / "bench-models"
 _SHIPPED_MOE = Path(__file__).resolve().parents[2] / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.cases in _ALONE:
         return _ALONE[options.cases](options, console)
     chosen = _chosen(options.cases)
-    if options.against:
+    if options.against or options.other:
         return _compare(chosen, options, console)
     outcomes: list[Outcome] = []
     results: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "routing": {}, "read_rates": {}}
@@ -115,14 +115,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of another build's environment: both in turns with flash offload, beside neighbours, or latency",
     )
     parser.add_argument(
+        "--other",
+        type=_flash_options,
+        metavar="JSON",
+        help="options of FlashOffload of the side that this one is compared with, in turns: that of --against, or this "
+        """build; as '{"lookahead": false}'""",
+    )
+    parser.add_argument(
         "--seconds",
         type=float,
         default=60.0,
-        help="of turns for each case, with --against; for each situation of neighbours or latency, each model of many "
-        "or workers",
+        help="of turns for each case, with --against or --other; for each situation of neighbours or latency, each "
+        "model of many or workers",
     )
     parser.add_argument(
-        "--device-rate", type=float, metavar="MB/S", help="slow the models' device down to this (not with --against)"
+        "--device-rate",
+        type=float,
+        metavar="MB/S",
+        help="slow the models' device down to this (not with --against or --other)",
     )
     parser.add_argument("--keep-models", action="store_true", help="do not delete the models at the end")
     parser.add_argument(
@@ -130,8 +140,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     if unused := _unused(options):
-        parser.error(f"with --cases {options.cases}{' --against' * bool(options.against)}, {unused} has no effect")
+        turns = "".join(f" --{name}" for name in ("against", "other") if getattr(options, name))
+        parser.error(f"with --cases {options.cases}{turns}, {unused} has no effect")
     return options
+
+
+def _flash_options(text: str) -> dict[str, Any]:
+    """Options of FlashOffload, as JSON."""
+    try:
+        found = json.loads(text)
+        FlashOffload(**found)
+    except (ValueError, TypeError, FlashError) as error:
+        raise argparse.ArgumentTypeError(f"no options of FlashOffload: {error}") from None
+    return dict(found)
 
 
 def _unused(options: argparse.Namespace) -> str:
@@ -139,8 +160,9 @@ def _unused(options: argparse.Namespace) -> str:
     if options.cases in _ALONE:
         used = {"neighbours": {"against"}, "latency": {"against"}, "drafts": {"only"}}.get(options.cases, set())
     else:
-        used = {"against"} if options.against else {"naive", "tokens", "device_rate"}
-    special = ("only", "naive", "tokens", "against", "device_rate")
+        turns = options.against or options.other
+        used = {"against", "other"} if turns else {"naive", "tokens", "device_rate"}
+    special = ("only", "naive", "tokens", "against", "other", "device_rate")
     given = [name for name in special if getattr(options, name) not in (None, []) and name not in used]
     return ", ".join("--" + name.replace("_", "-") for name in given)
 
@@ -216,7 +238,8 @@ def _measure_model(
 
 
 def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Console) -> int:
-    """This build beside that of --against."""
+    """This build beside that of --against, or with the settings of --other."""
+    other = against.Other(options.against or sys.executable, options.other or {})
     found: list[against.Comparison] = []
 
     def run(say: Callable[[str], None]) -> None:
@@ -227,7 +250,7 @@ def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Conso
             try:
                 for case in chosen:
                     if case.model == model:
-                        found.append(against.compare(case, files, options.against, options.seconds, rounds, say))
+                        found.append(against.compare(case, files, other, options.seconds, rounds, say))
                         console.print(against.table(found[-1:]))
             finally:
                 if not options.keep_models:

@@ -78,8 +78,8 @@ struct llama_flash_params {
     uint32_t io_threads;  // threads of the pread pool; 0: 8
     uint32_t read_bytes;  // a record is read in pieces of at most this many bytes; 0: 1 MiB
     uint32_t panel_bytes; // a panel is a run of rows of about this many bytes; 0: 4 MiB
-    uint32_t lookahead;   // most experts of the next layer that are read ahead of its router; 0: none
-    uint32_t tries_ahead; // 1: only while that makes tokens faster, which is tried out now and then; 0: always
+    uint32_t lookahead;   // experts of the next layer that are read ahead of its router, most; 0: none
+    uint32_t tries_ahead; // 1: more, fewer or none where that makes tokens faster, which is tried out now and then; 0: always as many
     uint32_t few_tokens;  // an op of up to so many tokens generates, and may evict experts; a longer one is a prompt; 0: 16
 };
 
@@ -216,7 +216,7 @@ struct llama_flash_stats {
     uint64_t slots_used;     // of experts
     uint64_t neuron_slots_used;
     uint32_t io_engine;   // the I/O engine in use
-    uint32_t reads_ahead; // 1: experts of the next layer are read ahead; 0: none are, or tokens are faster without
+    uint32_t reads_ahead; // experts of the next layer that are read ahead, most; 0: none are, or tokens are faster without
 };
 
 enum llama_flash_kind {

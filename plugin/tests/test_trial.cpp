@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 
 namespace {
@@ -109,6 +110,27 @@ void a_change_is_found_within_a_long_rest_and_some() {
     CHECK(t.chosen(), "and again it does");
 }
 
+// the levels between the fastest one and the first are slower, and so are those beyond it
+void the_best_of_several_levels_is_found() {
+    for (uint32_t fastest = 0; fastest < 4; fastest++) {
+        trial   t(4, 2);
+        int64_t before = trial::UNKNOWN;
+        double  spent  = 0;
+        for (uint32_t i = 0; i < 3000; i++) {
+            const uint32_t level = t.next(before);
+            CHECK(level < 4, "level %u", level);
+            before = 1000 + 60 * std::abs((int64_t) level - (int64_t) fastest) + noise(i, 40);
+            spent += (double) before / 3000;
+        }
+        CHECK(t.chosen() == fastest, "%u instead of %u", t.chosen(), fastest);
+        CHECK(spent < 1050, "%f", spent);
+    }
+    trial one(1, 0);
+    for (uint32_t i = 0; i < 500; i++) {
+        CHECK(one.next(1000) == 0, "there is no other level");
+    }
+}
+
 // prompts and drafts between tokens: their times are unknown, and a trial of which nothing is known changes nothing
 void what_is_not_known_is_not_counted() {
     trial t;
@@ -133,6 +155,7 @@ int main() {
     noise_does_not_decide();
     what_changes_steadily_cancels_out();
     a_change_is_found_within_a_long_rest_and_some();
+    the_best_of_several_levels_is_found();
     what_is_not_known_is_not_counted();
     printf("ok\n");
     return 0;

@@ -37,9 +37,9 @@ class FlashOffload:
             predictors, which costs less memory and may miss a neuron. "off": not at all, whole layers are read.
             "auto": exact where the budget allows, else lowrank where there are predictors.
         window: tokens before the current one whose neurons stay in slots; None: as many as have room.
-        lookahead: read ahead the experts that the next layer's router will probably choose, and the neurons that its
-            predictor expects ("lowrank"). "auto": experts only while that makes tokens faster, which is tried out while
-            decoding; neurons always.
+        lookahead: read ahead the experts that the next layer's router will probably choose, two of them, and the
+            neurons that its predictor expects ("lowrank"). "auto": as many experts, none to three, as make tokens
+            fastest, which is tried out while decoding; neurons always.
         draft: guesses at the next tokens, which one pass checks together; no byte of an answer changes. "ngram": what
             followed when the text was like this before. "mtp": by the head of multi-token prediction in the model's
             file. A path: by a smaller model with the same vocabulary. "auto": "mtp" where the file has such a head

@@ -245,6 +245,49 @@ def test_builds_take_turns(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.gguf"))
 
 
+@pytest.mark.full
+def test_a_build_takes_turns_with_itself_under_other_settings(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "bench.py", "--quick", "--cases", "moe-50,moe-real-50", "--seconds", "2"]
+    command += ["--other", '{"lookahead": false}', "--models", str(tmp_path), "--out", str(out)]
+    subprocess.run(command, cwd=BENCH, check=True, capture_output=True, timeout=600)
+    found = json.loads(out.read_text())["against"]
+    assert [case["case"] for case in found] == ["moe-50", "moe-real-50"]
+    assert all(len(case["this"]) == len(case["other"]) >= 6 for case in found)
+
+
+def test_settings_that_flash_offload_has_not_are_refused() -> None:
+    command = [sys.executable, "bench.py", "--cases", "moe-50", "--other", '{"lokahead": false}']
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "no options of FlashOffload" in done.stderr and "lokahead" in done.stderr
+
+
+CONTEXTS = """
+import json, sys
+from benchlib.child import Spec
+from benchlib.taker import _contexts
+from llama_cpp import Llama
+llm = Llama(sys.argv[1], vocab_only=True, verbose=False)
+text = "".join(json.loads(open(sys.argv[2]).read()))
+spec = Spec(model="", mode="flash", work="text", out="", n_ctx=50, stream=sys.argv[2])
+print(json.dumps([len(llm.tokenize(text.encode(), special=True)), _contexts(llm, spec)]))
+"""
+
+
+def test_a_text_is_decoded_context_by_context(tmp_path: Path) -> None:
+    stream = tmp_path / "prompts.json"
+    stream.write_text(json.dumps([f"{i} is a number, and so is {i + 1}. " for i in range(20)]))
+    model = ROOT / "python/llama_flash/models/stdlib-moe-q8_0.gguf"
+    command = [sys.executable, "-c", CONTEXTS, str(model), str(stream)]
+    done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True, timeout=300)
+    n_tokens, contexts = json.loads(done.stdout)
+    assert len(contexts) > 2
+    assert {len(context) for context in contexts[:-1]} == {50}
+    assert sum(map(len, contexts)) > n_tokens - 50  # but for a rest that is no longer than what begins a context
+    assert contexts[0] != contexts[1]
+
+
 def test_a_build_that_cannot_load_is_named(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     python = tmp_path / "python"

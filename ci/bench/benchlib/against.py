@@ -1,5 +1,6 @@
-"""Two builds beside each other: both have a model loaded, each under a cap of its own, and take turns of a second.
-What begins with a load, or needs a process of its own (a first token, drafts), is run in such turns instead.
+"""Two builds, or one with other settings, beside each other: both have a model loaded, each under a cap of its own, and
+take turns of a second. What begins with a load, or needs a process of its own (a first token, drafts), is run in such
+turns instead.
 
 What a machine does differently from minute to minute, its device and its clock, meets both alike. What a turn takes is
 compared with the other build's next to it; the median of these ratios counts, with the interval in which it lies for
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,19 @@ from benchlib.models import Files
 from benchlib.runs import run
 from benchlib.turns import BuildError, Taker, spec_file
 
-_WORKS = ("decode", "prompt")
+_WORKS = ("decode", "text", "prompt")
 _TURN = 1.0  # seconds, about; a prompt takes as long as it does
 _WARM_TURNS = 3  # of each, that do not count
 _LEAST_PAIRS = 6
 _DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Other:
+    """What this build, as it is by default, is compared with."""
+
+    python: str = sys.executable  # of its environment
+    flash: dict[str, Any] = field(default_factory=dict)  # options of FlashOffload beside the case's
 
 
 @dataclass(frozen=True)
@@ -70,19 +79,19 @@ class Comparison:
 def compare(
     case: Case,
     files: Files,
-    python: str,
+    other: Other,
     seconds: float,
     rounds: int,
     report: Callable[[str], None],
 ) -> Comparison:
-    """This build and that of `python` in turns, for about so many seconds, in processes that are new in each round.
+    """This build and the other in turns, for about so many seconds, in processes that are new in each round.
 
     Raises:
         BuildError: one could not load the model, or ended.
     """
     if case.work not in _WORKS or case.drafts:
-        return _compare_processes(case, files, python, rounds, report)
-    other: list[float] = []
+        return _compare_processes(case, files, other, rounds, report)
+    others: list[float] = []
     this: list[float] = []
     medians = []
     tokens = 0
@@ -91,25 +100,28 @@ def compare(
         def told(text: str, i: int = i) -> None:
             report(f"{case.name}: round {i + 1} of {rounds}, {text}")
 
-        pairs, tokens = _round(case, files, python, seconds / rounds, -(-_LEAST_PAIRS // rounds), tokens, told)
-        other += [pair[0] for pair in pairs]
+        pairs, tokens = _round(case, files, other, seconds / rounds, -(-_LEAST_PAIRS // rounds), tokens, told)
+        others += [pair[0] for pair in pairs]
         this += [pair[1] for pair in pairs]
         medians.append(statistics.median(pair[0] / pair[1] for pair in pairs))
-    return Comparison(case.name, tokens, other, this, medians)
+    return Comparison(case.name, tokens, others, this, medians)
 
 
-def _compare_processes(case: Case, files: Files, python: str, rounds: int, report: Callable[[str], None]) -> Comparison:
+def _compare_processes(
+    case: Case, files: Files, other: Other, rounds: int, report: Callable[[str], None]
+) -> Comparison:
     """A process of each build for each pair, the page cache emptied before."""
-    builds = (python, sys.executable)
+    builds = (other, Other())
     took: tuple[list[float], list[float]] = ([], [])
     cap, tokens = case.cap(files.flash.stat().st_size), 1
     pairs = max(rounds, _LEAST_PAIRS)
     for i in range(pairs):
         for k in (0, 1) if i % 2 == 0 else (1, 0):
-            report(f"{case.name}: pair {i + 1} of {pairs}, {builds[k]}")
-            done = run(FLASH, files.flash, cap, python=builds[k], work=case.work, flash=case.flash, **case.spec)
+            python, flash = builds[k].python, case.flash | builds[k].flash
+            report(f"{case.name}: pair {i + 1} of {pairs}, {python}")
+            done = run(FLASH, files.flash, cap, python=python, work=case.work, flash=flash, **case.spec)
             if not done.ok:
-                raise BuildError(f"{builds[k]}: {done.error}")
+                raise BuildError(f"{python}: {done.error}")
             tokens = done.measured["tokens"]
             load = done.measured["load_seconds"] if case.work == "first" else 0.0
             took[k].append(load + done.measured["seconds"])
@@ -117,15 +129,15 @@ def _compare_processes(case: Case, files: Files, python: str, rounds: int, repor
 
 
 def _round(
-    case: Case, files: Files, python: str, seconds: float, least: int, tokens: int, report: Callable[[str], None]
+    case: Case, files: Files, than: Other, seconds: float, least: int, tokens: int, report: Callable[[str], None]
 ) -> tuple[list[tuple[float, float]], int]:
     """Seconds of the other build and of this one, by pair; tokens of a turn, chosen if 0."""
     cap = case.cap(files.flash.stat().st_size)
     spec = dict(case.spec)
-    if files.stream and case.work == "decode":
+    if files.stream and case.work in ("decode", "text"):
         spec["stream"] = str(files.stream)
     machine.drop_caches(files.flash)
-    with _build(python, files, case, cap, spec) as other, _build(sys.executable, files, case, cap, spec) as this:
+    with _build(than, files, case, cap, spec) as other, _build(Other(), files, case, cap, spec) as this:
         begun = tokens or (int(spec.get("tokens", 0)) if case.work == "prompt" else 4)
         for taker in (other, this):
             took = [taker.turn(begun) for _ in range(_WARM_TURNS)]
@@ -143,10 +155,12 @@ def _round(
 
 
 @contextlib.contextmanager
-def _build(python: str, files: Files, case: Case, cap: int, spec: dict[str, Any]) -> Iterator[Taker]:
+def _build(build: Other, files: Files, case: Case, cap: int, spec: dict[str, Any]) -> Iterator[Taker]:
     with tempfile.TemporaryDirectory(prefix="llama-flash-bench-") as folder:
-        child = Spec(model=str(files.flash), mode="flash", work=case.work, out="", flash=case.flash, **spec)
-        with Taker(python, spec_file(folder, child), cap) as taker:
+        child = Spec(
+            model=str(files.flash), mode="flash", work=case.work, out="", flash=case.flash | build.flash, **spec
+        )
+        with Taker(build.python, spec_file(folder, child), cap) as taker:
             yield taker
 
 

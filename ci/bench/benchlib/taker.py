@@ -4,11 +4,13 @@
 
 Reads a number of tokens per line of its input, computes so many, and answers with the seconds that it took. Ends with
 its input. Work "decode": the spec's tokens one after the other, from the beginning again where the context is full.
-Work "prompt": a prompt of so many random tokens.
+Work "text": the same with the tokens of the spec's prompts, each context with those that come next. Work "prompt": a
+prompt of so many random tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -28,7 +30,7 @@ def main(argv: list[str]) -> int:
     os.dup2(2, 1)  # what a build says of itself is no answer
     spec = Spec(**json.loads(Path(argv[0]).read_text()))
     llm = load(spec)
-    turn = _Decoding(llm, spec).turn if spec.work == "decode" else _Prompts(llm).turn
+    turn = _Prompts(llm).turn if spec.work == "prompt" else _Decoding(llm, spec).turn
     print(0.0, file=answers)
     for line in sys.stdin:
         print(turn(int(line)), file=answers)
@@ -38,25 +40,35 @@ def main(argv: list[str]) -> int:
 
 class _Decoding:
     def __init__(self, llm: Any, spec: Spec) -> None:
-        self._llm, self._n_ctx = llm, spec.n_ctx
-        if spec.stream:
-            self._stream = json.loads(Path(spec.stream).read_text())[: spec.n_ctx]
-        else:
-            self._stream = np.random.default_rng(1).integers(0, llm.n_vocab(), spec.n_ctx).tolist()
-        self._next = len(self._stream)
+        self._llm = llm
+        self._contexts = itertools.cycle(_contexts(llm, spec))
+        self._left: list[int] = []  # of this one
 
     def turn(self, n_tokens: int) -> float:
         seconds = 0.0
         for _ in range(n_tokens):
-            if self._next == len(self._stream):
+            if not self._left:
+                tokens = next(self._contexts)
                 self._llm.reset()
-                self._llm.eval(self._stream[:_PREFIX])
-                self._next = _PREFIX
+                self._llm.eval(tokens[:_PREFIX])
+                self._left = tokens[: _PREFIX - 1 : -1]
             started = time.perf_counter()
-            self._llm.eval([self._stream[self._next]])
+            self._llm.eval([self._left.pop()])
             seconds += time.perf_counter() - started
-            self._next += 1
         return seconds
+
+
+def _contexts(llm: Any, spec: Spec) -> list[list[int]]:
+    """Tokens of each context, more than the prefix."""
+    n_ctx = spec.n_ctx
+    if spec.work == "text":
+        prompts = json.loads(Path(spec.stream).read_text())
+        tokens = [token for prompt in prompts for token in llm.tokenize(prompt.encode(), special=True)]
+        cut = [tokens[i : i + n_ctx] for i in range(0, len(tokens), n_ctx)]
+        return [context for context in cut if len(context) > _PREFIX]
+    if spec.stream:
+        return [json.loads(Path(spec.stream).read_text())[:n_ctx]]
+    return [np.random.default_rng(1).integers(0, llm.n_vocab(), n_ctx).tolist()]
 
 
 class _Prompts:

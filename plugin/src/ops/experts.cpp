@@ -320,8 +320,9 @@ struct expert_op::this_run {
     flash_tensor &              t;
     const ggml_compute_params * params;
     ggml_tensor *               op;
-    const ggml_tensor *         input     = nullptr; // that the work buffer has, as this kernel takes it
+    const ggml_tensor *         input     = nullptr; // that the work buffer has, as this kernel and type take it
     const void *                of_kernel = nullptr;
+    ggml_type                   of_type   = GGML_TYPE_COUNT;
 
     void first() {
         o.first_wave(t, op);
@@ -341,10 +342,12 @@ struct expert_op::this_run {
 
     // An op has many waves, of one input.
     void multiply(const stock_kernel & kernel, const ggml_tensor * product) {
-        const bool again = kernel.extra && kernel.extra == of_kernel && product->src[1] == input;
+        const ggml_type type  = product->src[0]->type;
+        const bool      again = product->src[1] == input && kernel.extra == of_kernel && type == of_type;
         stock_mul_mat_id(kernel, params, product, o.addresses.data(), again);
         input     = product->src[1];
         of_kernel = kernel.extra;
+        of_type   = type;
     }
 
     void next() {

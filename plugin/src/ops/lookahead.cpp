@@ -7,18 +7,18 @@
 #include <limits>
 #include <utility>
 
-void lookahead::reserve(uint32_t most_experts, bool tries) {
-    most                    = most_experts;
-    may_stop                = tries;
-    on                      = true;
-    notes.stats.reads_ahead = most > 0 && table.groups.size() > 1;
+void lookahead::reserve(uint32_t n_experts, bool tries_others) {
+    wish                    = n_experts;
+    tries                   = tries_others;
+    most                    = n_experts;
+    pays                    = trial(wish + 2, wish); // from none to one more
+    notes.stats.reads_ahead = table.groups.size() > 1 ? most : 0;
 }
 
 void lookahead::forget() {
-    pays  = trial();
     token = 0;
     timed = false;
-    reserve(most, may_stop);
+    reserve(wish, tries);
     routers.clear();
     next.clear();
     last   = -1;
@@ -58,11 +58,11 @@ void lookahead::find_next(const flash_tensor & t, const ggml_tensor * op) {
 
 // What it brings and what it costs is in the time that a token spends in ops: reads that nobody waits for, and those in the way of others.
 void lookahead::note_token(const flash_tensor & t, bool one, uint64_t spent_ns) {
-    if (!may_stop || std::exchange(token, t.tokens) == t.tokens) {
+    if (!tries || std::exchange(token, t.tokens) == t.tokens) {
         return; // another layer of the same
     }
     if (one) { // prompts are not read ahead of
-        on                      = pays.next(timed ? (int64_t) (spent_ns - begun) : trial::UNKNOWN);
+        most                    = pays.next(timed ? (int64_t) (spent_ns - begun) : trial::UNKNOWN);
         notes.stats.reads_ahead = pays.chosen();
     }
     timed = one;
@@ -72,14 +72,14 @@ void lookahead::note_token(const flash_tensor & t, bool one, uint64_t spent_ns) 
 void lookahead::begin(const flash_tensor & t, const ggml_tensor * op, uint64_t spent_ns) {
     group  = -1;
     scored = false;
-    if (most == 0 || &table.tensors[table.groups[t.group].front()] != &t) {
+    if (wish == 0 || &table.tensors[table.groups[t.group].front()] != &t) {
         return;
     }
     find_next(t, op);
     const int32_t after = next[t.group];
     const bool    one   = op->src[2]->ne[1] == 1;
     note_token(t, one, spent_ns);
-    if (!on || !one || after < 0 || !routers[t.group].weight || !routers[(size_t) after].weight) {
+    if (most == 0 || !one || after < 0 || !routers[t.group].weight || !routers[(size_t) after].weight) {
         return;
     }
     const router & r = routers[(size_t) after];

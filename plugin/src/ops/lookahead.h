@@ -18,9 +18,9 @@ class lookahead {
   public:
     lookahead(record_table & table_, read_queue & reads_, instruments & notes_, expert_store & experts_) : table(table_), reads(reads_), notes(notes_), experts(experts_) {}
 
-    // most_experts: that may be read ahead, of a layer. tries: only while that makes tokens faster.
-    void reserve(uint32_t most_experts, bool tries);
-    void forget(); // what was learnt of the graph, and whether it pays
+    // n_experts: that are read ahead, of a layer, most. tries: more, fewer or none where that makes tokens faster.
+    void reserve(uint32_t n_experts, bool tries);
+    void forget(); // what was learnt of the graph, and what pays
 
     // The router of these experts, for a graph in which it cannot be found or read.
     void give(const std::string & tensor, router_values values) { given.insert_or_assign(tensor, std::move(values)); }
@@ -50,10 +50,10 @@ class lookahead {
     instruments &  notes;
     expert_store & experts;
 
-    uint32_t              most     = 0;     // experts that may be read
-    bool                  may_stop = false; // only while it pays
+    uint32_t              wish  = 0;     // experts that are read ahead, until a trial has found a better number
+    bool                  tries = false; // whether there are trials
     trial                 pays;
-    bool                  on    = true;  // for this token
+    uint32_t              most  = 0;     // experts that are read for this token
     uint64_t              token = 0;     // its number
     bool                  timed = false; // it is one, not several, so that its time tells
     uint64_t              begun = 0;     // nanoseconds in ops before it

@@ -99,8 +99,8 @@ class llama_flash_params(ctypes.Structure):
     io_threads: int  # threads of the pread pool; 0: 8
     read_bytes: int  # a record is read in pieces of at most this many bytes; 0: 1 MiB
     panel_bytes: int  # a panel is a run of rows of about this many bytes; 0: 4 MiB
-    lookahead: int  # most experts of the next layer that are read ahead of its router; 0: none
-    tries_ahead: int  # 1: only while that makes tokens faster, which is tried out now and then; 0: always
+    lookahead: int  # experts of the next layer that are read ahead of its router, most; 0: none
+    tries_ahead: int  # 1: more, fewer or none where that makes tokens faster, which is tried out now and then; 0: always as many
     few_tokens: int  # an op of up to so many tokens generates, and may evict experts; a longer one is a prompt; 0: 16
 
 
@@ -343,7 +343,7 @@ class llama_flash_stats(ctypes.Structure):
     slots_used: int  # of experts
     neuron_slots_used: int
     io_engine: int  # the I/O engine in use
-    reads_ahead: int  # 1: experts of the next layer are read ahead; 0: none are, or tokens are faster without
+    reads_ahead: int  # experts of the next layer that are read ahead, most; 0: none are, or tokens are faster without
 
 
 class llama_flash_tensor(ctypes.Structure):

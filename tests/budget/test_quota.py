@@ -1,0 +1,77 @@
+"""A live CPU quota: what a plan, the doctor and a load say of it, and what the statistics count."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import ModelFile
+
+CONTROLLER = Path("/sys/fs/cgroup/cpu")
+PERIOD = 100_000  # microseconds
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not (CONTROLLER / "cgroup.procs").exists(),
+    reason="makes a cgroup v1 group for CPU time; there is no such controller here, or no right to",
+)
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A group that may use half of a core."""
+    path = CONTROLLER / f"llama-flash-test-{os.getpid()}"
+    path.mkdir()
+    try:
+        (path / "cpu.cfs_period_us").write_text(str(PERIOD))
+        (path / "cpu.cfs_quota_us").write_text(str(PERIOD // 2))
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def within(group: Path, command: Sequence[str]) -> str:
+    """What the command says that runs in the group."""
+    enter = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    done = subprocess.run([*enter, *command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor"])
+def test_a_quota_decides_the_threads_and_is_named(command: str, group: Path, model_file: ModelFile) -> None:
+    model = [str(model_file("llama", "Q4_0"))] if command == "plan" else []
+    said = within(group, [sys.executable, "-m", "llama_flash", command, *model])
+    assert f"1 thread: the quota of {group} is 0.5 of" in " ".join(said.split())
+
+
+LOADED = """
+import json, sys, llama_cpp
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False, flash_offload={"what": "ffn"}, **json.loads(sys.argv[2]))
+while not llm.flash.stats().throttled:  # until the quota of a period is used up
+    llm.reset()
+    llm.eval(list(range(32)))
+stats = llm.flash.stats()
+print(json.dumps([llm.n_threads, llm.flash.summary, stats.throttled, stats.throttled_seconds, str(stats)]))
+"""
+
+
+def test_a_load_takes_the_quotas_threads(group: Path, model_file: ModelFile) -> None:
+    arguments = [str(model_file("llama", "Q4_0")), "{}"]
+    n_threads, summary, times, seconds, text = json.loads(within(group, [sys.executable, "-c", LOADED, *arguments]))
+    assert n_threads == 1 and f"the quota of {group}" in summary
+    assert times > 0 and seconds > 0
+    assert "a CPU quota stopped the process" in text and "use fewer threads" in text
+
+
+def test_threads_that_a_user_asks_for_stay(group: Path, model_file: ModelFile) -> None:
+    arguments = [str(model_file("llama", "Q4_0")), json.dumps({"n_threads": 2})]
+    n_threads, summary, times, _, _ = json.loads(within(group, [sys.executable, "-c", LOADED, *arguments]))
+    assert n_threads == 2 and "2 threads as asked for (default: 1 thread: the quota of" in summary
+    assert times > 0
