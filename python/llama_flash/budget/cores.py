@@ -105,7 +105,8 @@ def explain_throttling(times: int, seconds: float) -> str:
     """What Throttling has found, and what to do about it."""
     return (
         f"a CPU quota stopped the process in {_count(times, 'period')}, for {seconds:.1f} s of all cores together: "
-        "use fewer threads (n_threads, --threads), or raise the quota (cpu.max, cpu.cfs_quota_us)"
+        "use no more threads than the quota has cores, rounded up, as by default (n_threads, --threads), or raise it "
+        "(cpu.max, cpu.cfs_quota_us)"
     )
 
 

@@ -73,7 +73,7 @@ TEXTS = {
     "events": "Flash memory given back or taken, and signs of memory pressure.",
     "loads": "Times that the model was loaded.",
     "worker_up": "0 if the worker is lost.",
-    "throttled": "Periods in which a CPU quota stopped it: use fewer threads, or raise the quota.",
+    "throttled": "Periods in which a CPU quota stopped it: it has too many threads, or too small a quota.",
     "throttled_seconds": "Time for which a CPU quota stopped it, of all cores together.",
 }
 
