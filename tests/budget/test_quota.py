@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from conftest import ModelFile
 
-CONTROLLER = Path("/sys/fs/cgroup/cpu")
+CONTROLLER = Path("/sys/fs/cgroup/cpu").resolve()  # often a link to cpu,cpuacct
 PERIOD = 100_000  # microseconds
+QUOTA = PERIOD // 5  # less than a thread gets where many others run: it is used up on a busy machine, too
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not (CONTROLLER / "cgroup.procs").exists(),
@@ -24,16 +27,35 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A group that may use half of a core."""
+    """A group that may use a fifth of a core."""
     path = CONTROLLER / f"llama-flash-test-{os.getpid()}"
-    path.mkdir()
     try:
-        (path / "cpu.cfs_period_us").write_text(str(PERIOD))
-        (path / "cpu.cfs_quota_us").write_text(str(PERIOD // 2))
+        path.mkdir()
+    except OSError as error:  # a container, mostly
+        pytest.skip(f"no group can be made: {error}")
+    try:
+        try:
+            (path / "cpu.cfs_period_us").write_text(str(PERIOD))
+            (path / "cpu.cfs_quota_us").write_text(str(QUOTA))
+        except OSError as error:  # a kernel without quotas, or less than that is allowed above
+            pytest.skip(f"the group takes no quota: {error}")
         yield path
     finally:
-        with contextlib.suppress(OSError):
-            path.rmdir()
+        _remove(path)
+
+
+def _remove(group: Path) -> None:
+    """With whatever a test that failed has left in it."""
+    for _ in range(100):
+        for pid in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            group.rmdir()
+            return
+        except OSError:  # they have yet to end
+            time.sleep(0.1)
+    pytest.fail(f"{group} is left behind")
 
 
 def within(group: Path, command: Sequence[str]) -> str:
@@ -48,13 +70,13 @@ def within(group: Path, command: Sequence[str]) -> str:
 def test_a_quota_decides_the_threads_and_is_named(command: str, group: Path, model_file: ModelFile) -> None:
     model = [str(model_file("llama", "Q4_0"))] if command == "plan" else []
     said = within(group, [sys.executable, "-m", "llama_flash", command, *model])
-    assert f"1 thread: the quota of {group} is 0.5 of" in " ".join(said.split())
+    assert f"1 thread: the quota of {group} is 0.2 of" in " ".join(said.split())
 
 
 LOADED = """
 import json, sys, llama_cpp
 llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False, flash_offload={"what": "ffn"}, **json.loads(sys.argv[2]))
-while not llm.flash.stats().throttled:  # until the quota of a period is used up
+while not llm.flash.stats().throttled_seconds:  # counted at a stop's end; periods are counted before
     llm.reset()
     llm.eval(list(range(32)))
 stats = llm.flash.stats()
