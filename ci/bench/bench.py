@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.cases in _ALONE:
         return _ALONE[options.cases](options, console)
     chosen = _chosen(options.cases)
-    if options.against or options.other:
+    if options.against or options.other is not None:
         return _compare(chosen, options, console)
     outcomes: list[Outcome] = []
     results: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "routing": {}, "read_rates": {}}
@@ -119,7 +119,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=_flash_options,
         metavar="JSON",
         help="options of FlashOffload of the side that this one is compared with, in turns: that of --against, or this "
-        """build; as '{"lookahead": false}'""",
+        """build; as '{"lookahead": false}', or {} for none""",
     )
     parser.add_argument(
         "--seconds",
@@ -140,7 +140,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     if unused := _unused(options):
-        turns = "".join(f" --{name}" for name in ("against", "other") if getattr(options, name))
+        turns = "".join(f" --{name}" for name in ("against", "other") if getattr(options, name) is not None)
         parser.error(f"with --cases {options.cases}{turns}, {unused} has no effect")
     return options
 
@@ -160,7 +160,7 @@ def _unused(options: argparse.Namespace) -> str:
     if options.cases in _ALONE:
         used = {"neighbours": {"against"}, "latency": {"against"}, "drafts": {"only"}}.get(options.cases, set())
     else:
-        turns = options.against or options.other
+        turns = options.against or options.other is not None
         used = {"against", "other"} if turns else {"naive", "tokens", "device_rate"}
     special = ("only", "naive", "tokens", "against", "other", "device_rate")
     given = [name for name in special if getattr(options, name) not in (None, []) and name not in used]
@@ -256,7 +256,10 @@ def _compare(chosen: Sequence[Case], options: argparse.Namespace, console: Conso
                 if not options.keep_models:
                     files.remove()
 
-    code = _in_turns(run, options, console, lambda: {"against": [each.to_json() for each in found]})
+    def results() -> dict[str, Any]:
+        return {"other": asdict(other), "against": [each.to_json() for each in found]}
+
+    code = _in_turns(run, options, console, results)
     console.print(against.table(found))
     return code
 

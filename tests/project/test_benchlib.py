@@ -256,6 +256,20 @@ def test_a_build_takes_turns_with_itself_under_other_settings(tmp_path: Path) ->
     assert all(len(case["this"]) == len(case["other"]) >= 6 for case in found)
 
 
+def test_results_say_what_the_other_side_was(tmp_path: Path) -> None:
+    """Also if it is this build as it is: how far apart are two of the same? /proc has no room for models."""
+    out = tmp_path / "out.json"
+    for settings in ("{}", '{"lookahead": false}'):
+        command = [sys.executable, "bench.py", "--cases", "moe-50", "--other", settings]
+        done = subprocess.run(
+            [*command, "--models", "/proc/models", "--out", str(out)], cwd=BENCH, capture_output=True, timeout=60
+        )
+        assert done.returncode == 1
+        found = json.loads(out.read_text())
+        assert found["other"] == {"python": sys.executable, "flash": json.loads(settings)}
+        assert found["against"] == [] and "/proc/models" in found["error"]
+
+
 def test_settings_that_flash_offload_has_not_are_refused() -> None:
     command = [sys.executable, "bench.py", "--cases", "moe-50", "--other", '{"lokahead": false}']
     done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=60)
