@@ -79,7 +79,7 @@ struct llama_flash_params {
     uint32_t read_bytes;  // a record is read in pieces of at most this many bytes; 0: 1 MiB
     uint32_t panel_bytes; // a panel is a run of rows of about this many bytes; 0: 4 MiB
     uint32_t lookahead;   // experts of the next layer that are read ahead of its router, most; 0: none
-    uint32_t tries_ahead; // 1: more, fewer or none where that makes tokens faster, which is tried out now and then; 0: always as many
+    uint32_t tries_ahead; // 1: one more, fewer or none where that makes tokens faster, which is tried out; 0: always as many
     uint32_t few_tokens;  // an op of up to so many tokens generates, and may evict experts; a longer one is a prompt; 0: 16
 };
 

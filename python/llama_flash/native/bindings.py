@@ -100,7 +100,7 @@ class llama_flash_params(ctypes.Structure):
     read_bytes: int  # a record is read in pieces of at most this many bytes; 0: 1 MiB
     panel_bytes: int  # a panel is a run of rows of about this many bytes; 0: 4 MiB
     lookahead: int  # experts of the next layer that are read ahead of its router, most; 0: none
-    tries_ahead: int  # 1: more, fewer or none where that makes tokens faster, which is tried out now and then; 0: always as many
+    tries_ahead: int  # 1: one more, fewer or none where that makes tokens faster, which is tried out; 0: always as many
     few_tokens: int  # an op of up to so many tokens generates, and may evict experts; a longer one is a prompt; 0: 16
 
 
