@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <functional>
 
-// a prompt's wave is at least so many experts (each wave quantises the activations again), or as many as half of the ring holds
+// a prompt's wave is at least so many experts (all threads wait for each other between two), or as many as half of the ring holds
 constexpr size_t PROMPT_WAVE = 8;
 
 void expert_op::reserve(const llama_flash_params & params) {

@@ -9,11 +9,11 @@ from ..options import FlashOffload
 __all__ = ["experts_ahead", "io_choice"]
 
 _PIECE = 1 << 20  # bytes of a read, at most
-_EXPERTS_AHEAD = 2  # of the next layer, most; see docs/measurements/2026-11-21-lookahead.md
+_EXPERTS_AHEAD = 2  # of the next layer, most, to begin with; see docs/measurements/2026-11-21-lookahead.md
 
 
 def experts_ahead(options: FlashOffload) -> int:
-    """Most experts of the next layer that are read ahead of its router."""
+    """Most experts of the next layer that are read ahead of its router; "auto": until others are tried."""
     return _EXPERTS_AHEAD if options.lookahead else 0
 
 
