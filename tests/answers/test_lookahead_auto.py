@@ -36,12 +36,12 @@ def test_what_was_read_ahead_and_then_used_is_counted(model_file: ModelFile) -> 
             llm.eval([token])
         stats = llm.flash.stats()
     assert 0 < stats.total.experts_foreseen <= stats.total.experts_expected
-    assert stats.reads_ahead and stats.as_dict()["reads_ahead"] is True
+    assert stats.reads_ahead == stats.as_dict()["reads_ahead"] == 2
     assert stats.decode.as_dict()["experts_foreseen"] == stats.decode.experts_foreseen > 0
 
 
-@pytest.mark.parametrize(("lookahead", "what", "on"), [(True, "experts", True), (False, "experts", False)])
-def test_what_was_chosen_by_hand_stays(lookahead: bool, what: Any, on: bool, model_file: ModelFile) -> None:
+@pytest.mark.parametrize(("lookahead", "what", "on"), [(True, "experts", 2), (False, "experts", 0)])
+def test_what_was_chosen_by_hand_stays(lookahead: bool, what: Any, on: int, model_file: ModelFile) -> None:
     with open_flash(model_file("qwen3moe"), what=what, share=HALF, lookahead=lookahead) as llm:
         for token in tokens(TRIED + 8, seed=2):
             llm.eval([token])
@@ -53,13 +53,13 @@ def test_a_dense_model_has_nothing_to_read_ahead(model_file: ModelFile) -> None:
         for token in tokens(8, seed=2):
             llm.eval([token])
         stats = llm.flash.stats()
-    assert not stats.reads_ahead and stats.total.experts_expected == 0
+    assert stats.reads_ahead == 0 and stats.total.experts_expected == 0
 
 
 def test_auto_is_the_default_and_begins_by_reading_ahead(model_file: ModelFile) -> None:
     assert FlashOffload().lookahead == "auto"
     with open_flash(model_file("qwen3moe"), share=HALF, lookahead="auto") as llm:
-        assert llm.flash.stats().reads_ahead
+        assert llm.flash.stats().reads_ahead == 2
         llm.eval(tokens(20, seed=1))
         llm.eval(tokens(1, seed=2))
         llm.eval(tokens(1, seed=3))

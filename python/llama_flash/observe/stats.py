@@ -220,7 +220,7 @@ class FlashStats:
     resident_weights: int  # bytes
     flash_weights: int  # bytes
     n_neurons: int = 0  # in bundles, of all layers
-    reads_ahead: bool = False  # experts of the next layer; with lookahead="auto" as it was found to be faster
+    reads_ahead: int = 0  # experts of the next layer, most; with lookahead="auto" as many as were found to be fastest
     total: Counters = field(default_factory=Counters)
     prompt: Counters = field(default_factory=Counters)
     decode: Counters = field(default_factory=Counters)

@@ -80,11 +80,11 @@ class Account:
         if self._final is not None:
             return self._final
         progress = self._progress
-        now, in_use, io_engine, ahead = progress.seen, 0, "none", False
+        now, in_use, io_engine, ahead = progress.seen, 0, "none", 0
         if native is not None and not native.forked:
             raw = native.stats()
             now, in_use, io_engine = Counters.from_struct(raw), raw.resident_bytes, _IO_NAMES.get(raw.io_engine, "?")
-            ahead = bool(raw.reads_ahead)
+            ahead = raw.reads_ahead
         done = progress.prompt + progress.decode
         throttled, throttled_seconds = self._throttling.since()
         return FlashStats(
