@@ -110,6 +110,19 @@ void a_change_is_found_within_a_long_rest_and_some() {
     CHECK(t.chosen(), "and again it does");
 }
 
+// however many levels there are to try
+void a_change_among_several_levels_is_found_as_soon() {
+    trial   t(4, 2);
+    int64_t before = trial::UNKNOWN;
+    uint32_t fastest = 2;
+    for (uint32_t i = 0; i < 4000 + 2 * (trial::LONG + 3 * trial::WINDOWS * trial::WINDOW); i++) {
+        fastest = i < 4000 ? 2 : 0;
+        before  = t.next(before) == fastest ? 1000 : 1500;
+        CHECK(i != 3999 || t.chosen() == 2, "at first it is the second");
+    }
+    CHECK(t.chosen() == 0, "%u within two rounds", t.chosen());
+}
+
 // the levels between the fastest one and the first are slower, and so are those beyond it
 void the_best_of_several_levels_is_found() {
     for (uint32_t fastest = 0; fastest < 4; fastest++) {
@@ -155,6 +168,7 @@ int main() {
     noise_does_not_decide();
     what_changes_steadily_cancels_out();
     a_change_is_found_within_a_long_rest_and_some();
+    a_change_among_several_levels_is_found_as_soon();
     the_best_of_several_levels_is_found();
     what_is_not_known_is_not_counted();
     printf("ok\n");

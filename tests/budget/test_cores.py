@@ -156,6 +156,7 @@ def test_never_more_than_cores_or_quota_and_never_none(
     chosen = choose_threads(root, allowed=range(cores))
     limits = [math.ceil(quota / PERIOD) for quota in quotas if quota is not None]
     assert chosen.n == max(1, min([cores, *limits]))
+    assert chosen.awake == pytest.approx(min([1.0, *(q / PERIOD / chosen.n for q in quotas if q is not None)]))
     assert ("quota" in chosen.reason) == (min([*limits, cores + 1]) <= cores)
 
 

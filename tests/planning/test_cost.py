@@ -76,6 +76,19 @@ def test_a_token_computes_with_the_experts_it_uses_and_not_with_the_embedding() 
         assert cost.compute_seconds == pytest.approx(expected / DRAM)
 
 
+def test_under_a_quota_computing_takes_longer_and_reading_does_not() -> None:
+    meta = model()
+    plan = placed(meta)
+    numbers = needs(plan, n_experts=96)
+    all_the_time, half = (
+        expect(meta, plan, Breakdown(slots=96 * 4096), numbers, device(), awake=awake) for awake in (1.0, 0.5)
+    )
+    assert half.compute_seconds == 2 * all_the_time.compute_seconds
+    assert half.io_seconds == all_the_time.io_seconds
+    assert any("quota" in said and "50%" in said for said in half.assumptions)
+    assert not any("quota" in said for said in all_the_time.assumptions)
+
+
 def test_an_embedding_that_is_the_output_is_computed_with() -> None:
     meta = model()
     del meta.tensors["output.weight"]

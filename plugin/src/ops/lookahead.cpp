@@ -8,9 +8,9 @@
 #include <utility>
 
 void lookahead::reserve(uint32_t n_experts, bool tries_others) {
-    wish                    = n_experts;
+    wish                    = std::min(n_experts, table.n_expert_max);
     tries                   = tries_others;
-    most                    = n_experts;
+    most                    = wish;
     pays                    = trial(wish + 2, wish); // from none to one more
     notes.stats.reads_ahead = table.groups.size() > 1 ? most : 0;
 }

@@ -81,7 +81,8 @@ void trial::decide() {
         shown[best] = of_former;
         best        = other;
     }
-    const bool round = unchanged > 0 && unchanged % (shown.size() - 1) == 0; // all others have been tried in vain
-    rest             = better || rest < REST ? REST : (round ? std::min(2 * rest, LONG) : rest);
+    const uint32_t others = (uint32_t) shown.size() - 1;
+    const bool     round  = unchanged > 0 && unchanged % others == 0; // all others have been tried in vain
+    rest                  = better || rest < REST ? REST : (round ? std::min(2 * rest, std::max(REST, LONG / others)) : rest);
     count_on();
 }

@@ -14,7 +14,7 @@ class trial {
     static constexpr uint32_t SETTLE  = 2;    // of these, the first are not counted: they have what the other way has left
     static constexpr uint32_t WINDOWS = 4;    // one way, the other way twice, one way: what changes steadily meanwhile cancels out
     static constexpr uint32_t REST    = 128;  // tokens between two trials, more after each round of them that changes nothing
-    static constexpr uint32_t LONG    = 1024; // and at most so many
+    static constexpr uint32_t LONG    = 1024; // and at most so many in a round
     static constexpr double   MARGIN  = 1.03; // so much faster is better
 
     // Levels from 0 on, of which `first` is done until a trial has found a better one. The others are tried in turn, from 0 on.

@@ -33,6 +33,7 @@ class Threads:
 
     n: int
     reason: str
+    awake: float = 1.0  # share of the time in which the tightest quota lets all of them run
 
     def __str__(self) -> str:
         return f"{_count(self.n, 'thread')}: {self.reason}"
@@ -57,7 +58,8 @@ def choose_threads(
     if tightest is None or math.ceil(tightest.cores) > cores:
         return Threads(cores, reason)
     quota = f"the quota of {tightest.path} is {tightest.cores:.3g} of {reason}"
-    return Threads(max(1, math.ceil(tightest.cores)), quota)
+    n = max(1, math.ceil(tightest.cores))
+    return Threads(n, quota, min(1.0, tightest.cores / n))
 
 
 def default_threads() -> int:

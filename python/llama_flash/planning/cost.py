@@ -128,6 +128,7 @@ def expect(
     lookahead: int = 0,
     usage: Usage | None = None,
     tokens: int = 1,
+    awake: float = 1.0,
 ) -> Cost:
     """Expected cost of a pass; a range (`usual`) where experts are read and their routing was never seen.
 
@@ -139,18 +140,19 @@ def expect(
         lookahead: most experts of the next layer that are read ahead.
         usage: of the model's last run, in place of assumptions; what was seen with another predictor says nothing.
         tokens: of a pass, each of another sequence.
+        awake: share of the time in which a CPU quota lets the threads run.
     """
     if usage and usage.predictor != predictor:
         usage = None
     skew = usage.skew if usage else None
     load = _Load(meta, plan, memory, needs, predictor, window, io_depth, lookahead, usage, skew, tokens)
-    cost = _expect(load, profile)
+    cost = _expect(load, profile, awake)
     if skew is None and any(part.kind == "experts" for part in cost.traffic):
-        return replace(cost, usual=_expect(replace(load, skew=USUAL_SKEW), profile))
+        return replace(cost, usual=_expect(replace(load, skew=USUAL_SKEW), profile, awake))
     return cost
 
 
-def _expect(load: _Load, profile: DeviceProfile) -> Cost:
+def _expect(load: _Load, profile: DeviceProfile, awake: float) -> Cost:
     """One figure: by the skew that `load` has, else by even routing."""
     plan, usage = load.plan, load.usage
     n = load.tokens
@@ -167,7 +169,8 @@ def _expect(load: _Load, profile: DeviceProfile) -> Cost:
         parts += _experts(load, profile, assumptions)
     parts = [part for part in parts if part.reads > 0]
     touched = _touched(load)
-    compute, waited = _touched(replace(load, tokens=1)) / profile.dram, 0.0
+    dram = profile.dram * awake
+    compute, waited = _touched(replace(load, tokens=1)) / dram, 0.0
     if usage and plan.mode == "flash":
         compute = max(compute, usage.computing)
     further = _further(load)
@@ -177,7 +180,9 @@ def _expect(load: _Load, profile: DeviceProfile) -> Cost:
         assumptions.append(f"computing and waiting as in the last run, of {usage.tokens} tokens")
     if n > 1:
         assumptions.append(f"each further token of a pass computes for {further:.0%} of the first one's time")
-    compute = max(compute * longer, touched / profile.dram)
+    if awake < 1:
+        assumptions.append(f"a CPU quota lets the threads run for {awake:.0%} of the time")
+    compute = max(compute * longer, touched / dram)
     return Cost(tuple(parts), touched, compute, tuple(assumptions), waited, tokens=n)
 
 

@@ -487,6 +487,7 @@ class _Planner:
             lookahead=experts_ahead(self._options),
             usage=self._usage,
             tokens=tokens,
+            awake=choose_threads().awake,
         )
 
     def drafts(self, found: _Outcome, budget: Budget, profile: DeviceProfile) -> DraftPlan | None:
