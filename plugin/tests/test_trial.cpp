@@ -112,8 +112,8 @@ void a_change_is_found_within_a_long_rest_and_some() {
 
 // however many levels there are to try
 void a_change_among_several_levels_is_found_as_soon() {
-    trial   t(4, 2);
-    int64_t before = trial::UNKNOWN;
+    trial    t(4, 2);
+    int64_t  before  = trial::UNKNOWN;
     uint32_t fastest = 2;
     for (uint32_t i = 0; i < 4000 + 2 * (trial::LONG + 3 * trial::WINDOWS * trial::WINDOW); i++) {
         fastest = i < 4000 ? 2 : 0;
