@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import in_this_process
 from conftest import ModelFile
+from engines import open_flash
 from neurons import bundled, write_model
 
 import llama_flash
+from llama_flash.cli.loading import print_statistics
 
 MIB = 1 << 20
 
@@ -91,6 +94,18 @@ def test_run_generates_text_and_prints_statistics(model: Path) -> None:
     assert len(result.stdout) > len("hello\n")
     for said in ("read per token", "hit rate", "tokens per second", "budget"):
         assert said in result.stderr
+
+
+def test_statistics_say_that_a_quota_stopped_the_process(
+    model_file: ModelFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_flash(model_file("llama")) as llm:
+        llm.eval([1, 2, 3])
+        stats = llm.flash.stats()
+    for times in (0, 3):
+        print_statistics(replace(stats, throttled=times, throttled_seconds=times / 2), "here")
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("a CPU quota stopped the process in 3 periods, for 1.5 s" in said) == (times > 0)
 
 
 def test_run_prints_what_was_expected_beside_what_was_measured(model: Path) -> None:

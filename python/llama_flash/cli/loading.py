@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..budget.cores import default_threads
+from ..budget.cores import default_threads, explain_throttling
 from ..model.gguf import GgufMeta
 from ..model.shape import KV_TYPES
 from ..observe.stats import Counters, FlashStats
@@ -108,6 +108,8 @@ def print_statistics(stats: FlashStats, title: str) -> None:
         stderr.print(str(stats.prompts))
     if stats.predictor != "none":
         stderr.print(f"predictor {stats.predictor}; neurons are of all layers")
+    if stats.throttled:
+        stderr.print(explain_throttling(stats.throttled, stats.throttled_seconds), soft_wrap=True)
     stderr.print(f"budget {format_size(stats.budget.total)} ({stats.budget.reason}): {stats.memory}", soft_wrap=True)
 
 
