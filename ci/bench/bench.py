@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.cases in _ALONE:
         return _ALONE[options.cases](options, console)
     chosen = _chosen(options.cases)
-    if options.against or options.other is not None:
+    if _takes_turns(options):
         return _compare(chosen, options, console)
     outcomes: list[Outcome] = []
     results: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "routing": {}, "read_rates": {}}
@@ -155,13 +155,17 @@ def _flash_options(text: str) -> dict[str, Any]:
     return dict(found)
 
 
+def _takes_turns(options: argparse.Namespace) -> bool:
+    """Whether the cases are compared with another build, or with this one under other settings."""
+    return bool(options.against) or options.other is not None
+
+
 def _unused(options: argparse.Namespace) -> str:
     """Options that were given and that this kind of measurement does not look at."""
     if options.cases in _ALONE:
         used = {"neighbours": {"against"}, "latency": {"against"}, "drafts": {"only"}}.get(options.cases, set())
     else:
-        turns = options.against or options.other is not None
-        used = {"against", "other"} if turns else {"naive", "tokens", "device_rate"}
+        used = {"against", "other"} if _takes_turns(options) else {"naive", "tokens", "device_rate"}
     special = ("only", "naive", "tokens", "against", "other", "device_rate")
     given = [name for name in special if getattr(options, name) not in (None, []) and name not in used]
     return ", ".join("--" + name.replace("_", "-") for name in given)

@@ -309,6 +309,7 @@ class _Planner:
         if options.prompt_cache is not False:
             shape = replace(shape, prompts=store_memory(meta))
         self._meta, self._options, self._shape = meta, options, shape
+        self._awake = choose_threads().awake
         self._bundles: Bundles | None = read_bundles(meta)
         self._held = held
         self._base = held()
@@ -487,7 +488,7 @@ class _Planner:
             lookahead=experts_ahead(self._options),
             usage=self._usage,
             tokens=tokens,
-            awake=choose_threads().awake,
+            awake=self._awake,
         )
 
     def drafts(self, found: _Outcome, budget: Budget, profile: DeviceProfile) -> DraftPlan | None:

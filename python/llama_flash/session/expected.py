@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from ..budget.cores import choose_threads
 from ..device.profile import DeviceProfile
 from ..planning.cost import Cost, expect
 from ..planning.reads import experts_ahead
@@ -27,4 +28,5 @@ def cost_of(session: FlashSession) -> Callable[[DeviceProfile], Cost]:
         io_depth=session.io_depth,
         lookahead=experts_ahead(session.options),
         usage=usage_of(session.meta.files, session.options),
+        awake=choose_threads().awake,
     )
