@@ -93,6 +93,21 @@ def test_a_load_takes_the_quotas_threads(group: Path, model_file: ModelFile) -> 
     assert "use fewer threads" not in text, "there is one"
 
 
+EXPECTED = """
+import sys, llama_cpp
+from llama_flash.session.expected import cost_of
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False, flash_offload={"what": "ffn"})
+print(cost_of(llm.flash).keywords["awake"])
+"""
+
+
+def test_a_quota_counts_in_what_is_expected(group: Path, model_file: ModelFile) -> None:
+    model = str(model_file("llama", "Q4_0"))
+    planned = within(group, [sys.executable, "-m", "llama_flash", "plan", "--json", model])
+    assert "a CPU quota lets the threads run for 20% of the time" in planned
+    assert float(within(group, [sys.executable, "-c", EXPECTED, model])) == 0.2
+
+
 def test_threads_that_a_user_asks_for_stay(group: Path, model_file: ModelFile) -> None:
     arguments = [str(model_file("llama", "Q4_0")), json.dumps({"n_threads": 2})]
     n_threads, summary, times, _, _ = json.loads(within(group, [sys.executable, "-c", LOADED, *arguments]))
